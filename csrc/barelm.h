@@ -1,0 +1,89 @@
+/* barelm.h -- the C API: one transformer, described by a Config, on any backend.
+ *
+ * Sizes, pointers and token ids are checked by the caller (bindings.cpp).  A function that can fail returns a Status
+ * and leaves a sentence in model_error(); then nothing of the model has changed, except where it says so. */
+#pragma once
+#include <stdint.h>
+#include "ops.h"
+
+enum { NORM_LAYERNORM, NORM_RMSNORM };
+enum { MLP_GELU_TANH, MLP_GELU_ERF, MLP_SWIGLU };
+enum { POS_LEARNED, POS_ROPE };
+
+typedef struct {
+    int n_layer, n_head, n_kv_head, head_size, n_embd, n_inner, vocab_size, context;
+    int norm, act, pos, bias, tied;
+    float norm_eps;
+    double rope_theta;
+    /* Llama-3's stretching of long wavelengths (rope_type "llama3"); factor 0: none */
+    double rope_factor, rope_low_freq, rope_high_freq, rope_original_context;
+} Config;
+
+typedef enum { OK, NO_MEMORY, NO_FORWARD, INTERRUPTED, NOT_FINITE } Status;
+typedef struct Model Model;
+
+/* ---- memory ---- */
+
+typedef struct { /* bytes by purpose */
+    int64_t weights, gradients, moments, activations, head, tables;
+} Memory;
+/* What training with batches of B x T takes; with training 0 what inference takes. */
+Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training);
+
+/* ---- life ---- */
+
+/* NULL where memory does not suffice; then `error` (of `size` bytes) says how much is needed and how much there is. */
+Model *model_create(const Config *c, const Ops *ops, int prec, uint64_t seed, char *error, int size);
+void model_free(Model *m);
+const char *model_error(const Model *m);
+const Config *model_config(const Model *m);
+/* `poll` is called every few milliseconds of work; where it returns non-zero the call ends with INTERRUPTED. */
+void model_set_poll(Model *m, int (*poll)(void));
+
+/* ---- parameters ---- */
+
+typedef struct { /* some rows of a tensor, under Hugging Face's name */
+    char name[64];
+    int64_t offset;        /* floats from the begin of the block */
+    int64_t rows, columns; /* columns 0: a vector */
+    int transposed;        /* Hugging Face's shape is (columns, rows) */
+    int decay;
+} Tensor;
+
+int model_tensors(const Model *m, Tensor *out); /* how many; `out` may be NULL */
+int64_t model_floats(const Model *m);           /* floats of a block, alignment included */
+float *model_weights(Model *m);
+/* The blocks of gradients and moments (first, second); allocated here where they do not exist yet. */
+Status model_grads(Model *m, float **grads);
+Status model_moments(Model *m, float *moments[2]);
+int model_has_moments(const Model *m);
+int64_t model_step(const Model *m);
+void model_set_step(Model *m, int64_t step);
+
+/* ---- computing ---- */
+
+/* tokens, targets (B, T); starts (B, T) or NULL.  logprobs (B, T), hidden (B, T, C) or NULL, entropy (B, T) or NULL. */
+Status model_forward(Model *m, float *logprobs, float *hidden, float *entropy, const int32_t *tokens,
+                     const int32_t *targets, const int32_t *starts, float temperature, int B, int T);
+/* Gradients of the last forward are added; dlogprobs (B, T), dhidden (B, T, C), each may be NULL.  After INTERRUPTED
+ * the gradients read as zero. */
+Status model_backward(Model *m, const float *dlogprobs, const float *dhidden);
+/* Both at once, for dlogprobs that are known before: the head's work is done once.  The same bits as the two calls. */
+Status model_forward_backward(Model *m, float *logprobs, const float *dlogprobs, const int32_t *tokens,
+                              const int32_t *targets, const int32_t *starts, float temperature, int B, int T);
+/* Clip (clip > 0), AdamW, gradients read as zero.  A gradient that is not finite: NOT_FINITE, the error names the first
+ * tensor, weights and moments keep their bits, gradients read as zero. */
+Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, float eps, float weight_decay,
+                    float clip);
+/* logits (B, V) of the last position, or (B, T, V) */
+Status model_logits(Model *m, float *logits, const int32_t *tokens, const int32_t *starts, int last, int B, int T);
+
+/* ---- looking inside the last model_forward ---- */
+
+typedef struct {
+    const char *name;
+    int layered, columns;
+} TraceEntry;
+int model_trace_entries(const Model *m, TraceEntry *out);
+/* (B * T, columns) floats of entry i; NO_FORWARD where no forward pass is kept */
+Status model_trace(Model *m, float *out, int i, int layer);

@@ -1,0 +1,452 @@
+// bindings.cpp -- the only C++ file.  Two doors:
+//   Model   what python/barelm/model.py stands on: every argument is checked here, once, before a kernel runs
+//   ops     every operator of every backend straight from ops.def, for tests and benchmarks: types and contiguity are
+//           checked, sizes are the caller's word
+#include <cmath>
+#include <mutex>
+#include <optional>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+extern "C" {
+#include "barelm.h"
+#include "clock.h"
+#include "ops.h"
+#include "peak.h"
+#include "philox.h"
+#include "system.h"
+#include "threads.h"
+}
+namespace py = pybind11;
+
+static void ready() {
+    if (threads_ready()) {
+        PyErr_SetString(PyExc_MemoryError, "the system grants no memory for the working space of a thread");
+        throw py::error_already_set();
+    }
+}
+
+static const Ops &backend(const std::string &name) {
+    const Ops *ops = ops_select(name.empty() ? nullptr : name.c_str());
+    if (!ops)
+        throw std::invalid_argument("backend '" + name + "' is not one that this build has and this machine runs");
+    return *ops;
+}
+
+// How a C argument looks from Python: a pointer is an array or None, everything else is itself.  Activations (void *)
+// are float32 on every CPU backend.
+template <class T>
+struct Arg {
+    using type = T;
+    static T get(T x) { return x; }
+};
+template <class T>
+struct Arg<T *> {
+    using element = std::conditional_t<std::is_void_v<std::remove_const_t<T>>, float, std::remove_const_t<T>>;
+    using type = std::optional<py::array_t<element, py::array::c_style>>;
+    static T *get(type &a) {
+        if (!a) return nullptr;
+        if constexpr (std::is_const_v<T>) return a->data();
+        else return a->mutable_data();  // raises if the array is read-only
+    }
+};
+
+template <class... A>
+void bind(py::module_ &m, const char *name, void (*Ops::*op)(A...)) {
+    m.def(
+        name,
+        [op](const std::string &on, typename Arg<A>::type... args) {
+            const Ops &ops = backend(on);
+            ready();
+            auto c = std::make_tuple(Arg<A>::get(args)...);
+            py::gil_scoped_release nogil;
+            std::apply(ops.*op, c);
+        },
+        py::arg(), ((void)sizeof(A), py::arg().noconvert())...);  // noconvert: an output that was copied is lost
+}
+
+// ---- what a caller may hand over -----------------------------------------------------------------------------------
+
+using Ids = py::array_t<int32_t>;
+using Floats = py::array_t<float>;
+
+static std::string str(int64_t n) { return std::to_string(n); }
+
+// An array of exactly this element type, C-contiguous, of this shape; letters name the sizes in messages.
+template <class E>
+static const E *checked(const py::array &a, const char *name, const char *letters, std::vector<int64_t> shape,
+                        const char *whose) {
+    if (!py::isinstance<py::array_t<E>>(a))
+        throw py::type_error(std::string(name) + ": dtype is " + py::str(a.dtype()).cast<std::string>() + ", must be " +
+                             py::str(py::dtype::of<E>()).cast<std::string>());
+    if (a.ndim() != (int64_t)shape.size())
+        throw py::value_error(std::string(name) + ": has " + str(a.ndim()) + " dimensions, must have " +
+                              str((int64_t)shape.size()) + " (" + letters + ")");
+    for (size_t i = 0; i < shape.size(); i++)
+        if (a.shape((int)i) != shape[i])
+            throw py::value_error(std::string(name) + ": " + letters[3 * i] + " is " + str(a.shape((int)i)) + ", " +
+                                  whose + " has " + str(shape[i]));
+    if (!(a.flags() & py::array::c_style))
+        throw py::value_error(std::string(name) + ": must be C-contiguous (numpy.ascontiguousarray)");
+    return static_cast<const E *>(a.data());
+}
+
+static void check_range(const int32_t *ids, const char *name, int64_t B, int64_t T, int64_t low, int64_t high) {
+    for (int64_t i = 0; i < B * T; i++)
+        if (ids[i] < low || ids[i] >= high)
+            throw py::value_error(std::string(name) + ": value " + str(ids[i]) + " at [" + str(i / T) + ", " +
+                                  str(i % T) + "] is outside [" + str(low) + ", " + str(high) + ")");
+}
+
+// Python's signals (Ctrl-C) while kernels run: asked for every 20 ms, because it takes the interpreter's lock.
+static int signal_pending() {
+    static thread_local double last = 0;
+    if (now() - last < 0.02) return 0;
+    last = now();
+    py::gil_scoped_acquire gil;
+    return PyErr_CheckSignals() != 0;
+}
+
+// ---- Model ---------------------------------------------------------------------------------------------------------
+
+class PyModel {
+  public:
+    PyModel(const Config &config, const std::string &precision, uint64_t seed) {
+        if (precision != "fp32" && precision != "bf16")
+            throw py::value_error("precision: is '" + precision + "', must be 'fp32' or 'bf16'");
+        const Ops &ops = backend("");
+        ready();
+        char error[512];
+        {
+            py::gil_scoped_release nogil;  // a large model takes seconds to initialise
+            model_ =
+                model_create(&config, &ops, precision == "bf16" ? PREC_BF16 : PREC_FP32, seed, error, sizeof error);
+        }
+        if (!model_) raise(NO_MEMORY, error);
+        model_set_poll(model_, signal_pending);
+        tensors_.resize((size_t)model_tensors(model_, nullptr));
+        model_tensors(model_, tensors_.data());
+    }
+    PyModel(const PyModel &) = delete;
+    ~PyModel() { model_free(model_); }
+
+    py::object forward(const py::array &tokens, const py::array &targets, bool hidden, bool entropy, double temperature,
+                       const std::optional<py::array> &starts) {
+        Batch b = batch(tokens, &targets, temperature, starts);
+        Floats logprobs({b.B, b.T}), h, e;
+        if (hidden) h = Floats({b.B, b.T, (int64_t)model_config(model_)->n_embd});
+        if (entropy) e = Floats({b.B, b.T});
+        float *hp = hidden ? h.mutable_data() : nullptr, *ep = entropy ? e.mutable_data() : nullptr,
+              *lp = logprobs.mutable_data();
+        run([&] {
+            return model_forward(model_, lp, hp, ep, b.tokens, b.targets, b.starts, (float)temperature, (int)b.B,
+                                 (int)b.T);
+        });
+        B_ = b.B, T_ = b.T;
+        if (!hidden && !entropy) return logprobs;
+        py::list out;
+        out.append(logprobs);
+        if (hidden) out.append(h);
+        if (entropy) out.append(e);
+        return py::tuple(out);
+    }
+
+    void backward(const std::optional<py::array> &dlogprobs, const std::optional<py::array> &dhidden) {
+        if (!dlogprobs && !dhidden) throw py::value_error("dlogprobs and dhidden: one of them must be given");
+        if (!B_) throw std::runtime_error("backward: no forward pass is kept (forward comes first)");
+        const float *dl = nullptr, *dh = nullptr;
+        if (dlogprobs) dl = checked<float>(*dlogprobs, "dlogprobs", "B, T", {B_, T_}, "the last forward");
+        if (dhidden)
+            dh = checked<float>(*dhidden, "dhidden", "B, T, C", {B_, T_, model_config(model_)->n_embd},
+                                "the last forward");
+        run([&] { return model_backward(model_, dl, dh); });
+    }
+
+    py::tuple forward_backward(const py::array &tokens, const py::array &targets, const py::array &weights,
+                               double temperature, const std::optional<py::array> &starts) {
+        Batch b = batch(tokens, &targets, temperature, starts);
+        const float *w = checked<float>(weights, "weights", "B, T", {b.B, b.T}, "tokens");
+        Floats logprobs({b.B, b.T});
+        std::vector<float> d((size_t)(b.B * b.T));
+        for (size_t i = 0; i < d.size(); i++) d[i] = -w[i];
+        float *lp = logprobs.mutable_data();
+        run([&] {
+            return model_forward_backward(model_, lp, d.data(), b.tokens, b.targets, b.starts, (float)temperature,
+                                          (int)b.B, (int)b.T);
+        });
+        B_ = b.B, T_ = b.T;
+        double loss = 0;
+        for (size_t i = 0; i < d.size(); i++) loss += (double)d[i] * lp[i];
+        return py::make_tuple(loss, logprobs);
+    }
+
+    double update(double lr, double beta1, double beta2, double eps, double weight_decay, double clip) {
+        auto in = [](const char *name, double x, double low, double high) {
+            if (!(x >= low && x <= high) || std::isinf(x))
+                throw py::value_error(std::string(name) + ": is " + py::str(py::float_(x)).cast<std::string>() +
+                                      ", must be finite and in [" + py::str(py::float_(low)).cast<std::string>() +
+                                      ", " + py::str(py::float_(high)).cast<std::string>() + "]");
+        };
+        in("lr", lr, 0, INFINITY), in("betas[0]", beta1, 0, 0.9999999), in("betas[1]", beta2, 0, 0.9999999),
+            in("eps", eps, 0, INFINITY);
+        in("weight_decay", weight_decay, 0, INFINITY), in("clip", clip, 0, INFINITY);
+        double norm = 0;
+        run([&] {
+            Status s = model_update(model_, &norm, (float)lr, (float)beta1, (float)beta2, (float)eps,
+                                    (float)weight_decay, (float)clip);
+            float *g;
+            if (grads_seen_) model_grads(model_, &g);  // views of it are about: they must read as zero
+            return s;
+        });
+        return norm;
+    }
+
+    Floats logits(const py::array &tokens, bool last, const std::optional<py::array> &starts) {
+        Batch b = batch(tokens, nullptr, 1, starts);
+        int64_t V = model_config(model_)->vocab_size;
+        Floats out = last ? Floats({b.B, V}) : Floats({b.B, b.T, V});
+        float *p = out.mutable_data();
+        run([&] { return model_logits(model_, p, b.tokens, b.starts, last, (int)b.B, (int)b.T); });
+        B_ = 0;
+        return out;
+    }
+
+    py::list trace() {
+        std::vector<TraceEntry> all((size_t)model_trace_entries(model_, nullptr));
+        model_trace_entries(model_, all.data());
+        py::list out;
+        for (size_t i = 0; i < all.size(); i++)
+            for (int l = 0; all[i].columns && l < (all[i].layered ? model_config(model_)->n_layer : 1); l++) {
+                Floats a({B_, T_, (int64_t)all[i].columns});
+                float *p = a.mutable_data();
+                run([&] { return model_trace(model_, p, (int)i, l); });
+                out.append(
+                    py::make_tuple(all[i].name, all[i].layered ? py::object(py::int_(l)) : py::object(py::none()), a));
+            }
+        return out;
+    }
+
+    // One view per name; each keeps the model, and so the block, alive.
+    static py::dict views(const py::object &self, float *block) {
+        auto &me = self.cast<PyModel &>();
+        py::dict out;
+        for (const Tensor &t : me.tensors_) {
+            std::vector<int64_t> shape = {t.rows}, strides = {4};
+            if (t.columns) shape = {t.rows, t.columns}, strides = {4 * t.columns, 4};
+            if (t.transposed) std::swap(shape[0], shape[1]), std::swap(strides[0], strides[1]);
+            out[t.name] = Floats(shape, strides, block + t.offset, self);
+        }
+        return out;
+    }
+    static py::dict params(const py::object &self) { return views(self, model_weights(self.cast<PyModel &>().model_)); }
+    static py::dict grads(const py::object &self) {
+        auto &me = self.cast<PyModel &>();
+        float *g = nullptr;
+        me.run([&] { return model_grads(me.model_, &g); });
+        me.grads_seen_ = true;
+        return views(self, g);
+    }
+    static py::tuple moments(const py::object &self) {
+        auto &me = self.cast<PyModel &>();
+        float *mv[2];
+        me.run([&] { return model_moments(me.model_, mv); });
+        return py::make_tuple(views(self, mv[0]), views(self, mv[1]));
+    }
+
+    bool has_moments() const { return model_has_moments(model_); }
+    int64_t step() const { return model_step(model_); }
+    void set_step(int64_t step) {
+        if (step < 0) throw py::value_error("step: is " + str(step) + ", must not be negative");
+        model_set_step(model_, step);
+    }
+    std::vector<std::string> decays() const {
+        std::vector<std::string> names;
+        for (const Tensor &t : tensors_)
+            if (t.decay) names.push_back(t.name);
+        return names;
+    }
+
+  private:
+    struct Batch {
+        int64_t B, T;
+        const int32_t *tokens, *targets, *starts;
+    };
+
+    Batch batch(const py::array &tokens, const py::array *targets, double temperature,
+                const std::optional<py::array> &starts) {
+        const Config &c = *model_config(model_);
+        if (tokens.ndim() != 2)
+            throw py::value_error("tokens: has " + str(tokens.ndim()) + " dimensions, must have 2 (B, T)");
+        Batch b = {tokens.shape(0), tokens.shape(1), nullptr, nullptr, nullptr};
+        b.tokens = checked<int32_t>(tokens, "tokens", "B, T", {b.B, b.T}, "");
+        if (b.B < 1 || b.T < 1) throw py::value_error("tokens: shape (" + str(b.B) + ", " + str(b.T) + ") is empty");
+        if (b.T > c.context)
+            throw py::value_error("tokens: T is " + str(b.T) + ", the model's context is " + str(c.context));
+        if (b.B * b.T > 1 << 24)
+            throw py::value_error("tokens: B * T is " + str(b.B * b.T) + ", must not be above " + str(1 << 24));
+        check_range(b.tokens, "tokens", b.B, b.T, 0, c.vocab_size);
+        if (targets) {
+            b.targets = checked<int32_t>(*targets, "targets", "B, T", {b.B, b.T}, "tokens");
+            check_range(b.targets, "targets", b.B, b.T, -1, c.vocab_size);
+        }
+        if (starts) {
+            b.starts = checked<int32_t>(*starts, "starts", "B, T", {b.B, b.T}, "tokens");
+            for (int64_t i = 0; i < b.B * b.T; i++)
+                if (b.starts[i] < 0 || b.starts[i] > i % b.T)
+                    throw py::value_error("starts: value " + str(b.starts[i]) + " at [" + str(i / b.T) + ", " +
+                                          str(i % b.T) + "] is outside [0, t]");
+        }
+        if (!(temperature > 0) || std::isinf(temperature))
+            throw py::value_error("temperature: must be finite and above 0");
+        return b;
+    }
+
+    // Run a computation without the interpreter's lock, one at a time, and turn its status into an exception.
+    template <class F>
+    void run(F f) {
+        ready();
+        Status s;
+        std::string error;
+        {
+            py::gil_scoped_release nogil;
+            std::lock_guard<std::mutex> one(lock_);
+            s = f();
+            if (s) error = model_error(model_);
+        }
+        if (s) raise(s, error);
+    }
+
+    [[noreturn]] static void raise(Status s, const std::string &error) {
+        if (s == INTERRUPTED) throw py::error_already_set();  // the signal handler's exception
+        PyObject *type = s == NO_MEMORY    ? PyExc_MemoryError
+                         : s == NOT_FINITE ? PyExc_FloatingPointError
+                                           : PyExc_RuntimeError;
+        PyErr_SetString(type, error.c_str());
+        throw py::error_already_set();
+    }
+
+    Model *model_ = nullptr;
+    std::mutex lock_;
+    std::vector<Tensor> tensors_;
+    int64_t B_ = 0, T_ = 0;
+    bool grads_seen_ = false;
+};
+
+static int choice(const char *field, const std::string &value, std::vector<std::string> names) {
+    std::string all;
+    for (size_t i = 0; i < names.size(); i++) {
+        if (names[i] == value) return (int)i;
+        all += (i ? ", '" : "'") + names[i] + "'";
+    }
+    throw py::value_error(std::string(field) + ": is '" + value + "', must be one of " + all);
+}
+
+// barelm.Config (checked there) to C.  The lists are in the order of the enums in barelm.h.
+static Config config_of(const py::object &c) {
+    auto i = [&](const char *name) { return c.attr(name).cast<int>(); };
+    auto s = [&](const char *name) { return c.attr(name).cast<std::string>(); };
+    Config out = {};
+    out.n_layer = i("n_layer"), out.n_head = i("n_head"), out.n_kv_head = i("n_kv_head"),
+    out.head_size = i("head_size");
+    out.n_embd = i("n_embd"), out.n_inner = i("n_inner"), out.vocab_size = i("vocab_size"), out.context = i("context");
+    out.norm = choice("norm", s("norm"), {"layernorm", "rmsnorm"});
+    out.act = choice("act", s("act"), {"gelu_tanh", "gelu_erf", "swiglu"});
+    out.pos = choice("pos", s("pos"), {"learned", "rope"});
+    out.bias = c.attr("bias").cast<bool>(), out.tied = c.attr("tied").cast<bool>();
+    out.norm_eps = c.attr("norm_eps").cast<float>(), out.rope_theta = c.attr("rope_theta").cast<double>();
+    if (!c.attr("rope_scaling").is_none()) {
+        py::object r = c.attr("rope_scaling");
+        out.rope_factor = r["factor"].cast<double>(), out.rope_low_freq = r["low_freq_factor"].cast<double>();
+        out.rope_high_freq = r["high_freq_factor"].cast<double>();
+        out.rope_original_context = r["original_max_position_embeddings"].cast<double>();
+    }
+    return out;
+}
+
+PYBIND11_MODULE(_core, m) {
+    py::module_ ops =
+        m.def_submodule("ops", "Every operator of csrc/ops.def: ops.name(backend, arguments as declared there).");
+#define OP(name, args) bind(ops, #name, &Ops::name);
+#include "ops.def"
+#undef OP
+
+    m.def("backends", [] {  // names of the backends that can run here, best first
+        py::list names;
+        for (auto p = ops_compiled; *p; p++)
+            if (ops_usable(*p)) names.append((*p)->name);
+        return names;
+    });
+    m.def("compiled", [] {  // names of the backends that were built, best first
+        py::list names;
+        for (auto p = ops_compiled; *p; p++) names.append((*p)->name);
+        return names;
+    });
+    m.def("threads_get", threads_get);
+    m.def("threads_set", [](int n) {
+        if (n < 0)
+            throw std::invalid_argument("threads: is " + std::to_string(n) + ", must be at least 1 (0: the default)");
+        threads_set(n);
+    });
+    m.def("system_cpus", system_cpus);
+    m.def("memory_available", system_memory_free);
+    m.def("philox_uniform", philox_uniform, py::arg("seed"), py::arg("stream"), py::arg("row"), py::arg("position"));
+    m.attr("STREAM_SAMPLE") = (int)STREAM_SAMPLE;
+    m.def("version", [] { return BARELM_VERSION; });
+    m.def("compiler", [] { return __VERSION__; });
+
+    m.def("isa", [] { return backend("").name; });  // the backend that new models use
+    m.def(
+        "peak_flops",
+        [](const std::string &precision, double seconds, const std::string &on) {
+            const Ops &ops = backend(on);
+            int prec = choice("precision", precision, {"fp32", "bf16"});
+            ready();
+            py::gil_scoped_release nogil;
+            return peak_flops(&ops, prec, seconds);
+        },
+        py::arg("precision"), py::arg("seconds") = 0.2, py::arg("backend") = "");
+    m.def(
+        "copy_bandwidth",
+        [](double seconds) {
+            ready();
+            py::gil_scoped_release nogil;
+            return peak_copy(seconds);
+        },
+        py::arg("seconds") = 0.5);
+    m.def(
+        "model_memory",
+        [](const py::object &config, int B, int T, bool training) {
+            Config c = config_of(config);
+            Memory b = model_memory(&c, &backend(""), B, T, training);
+            py::dict d;
+            d["weights"] = b.weights, d["gradients"] = b.gradients, d["moments"] = b.moments;
+            d["activations"] = b.activations, d["head"] = b.head, d["tables"] = b.tables;
+            return d;
+        },
+        py::arg("config"), py::arg("B"), py::arg("T"), py::arg("training"));
+
+    py::class_<PyModel>(m, "Model")
+        .def(py::init([](const py::object &config, const std::string &precision, uint64_t seed) {
+                 return std::make_unique<PyModel>(config_of(config), precision, seed);
+             }),
+             py::arg("config"), py::arg("precision"), py::arg("seed"))
+        .def("forward", &PyModel::forward, py::arg("tokens"), py::arg("targets"), py::arg("hidden"), py::arg("entropy"),
+             py::arg("temperature"), py::arg("starts"))
+        .def("backward", &PyModel::backward, py::arg("dlogprobs"), py::arg("dhidden"))
+        .def("forward_backward", &PyModel::forward_backward, py::arg("tokens"), py::arg("targets"), py::arg("weights"),
+             py::arg("temperature"), py::arg("starts"))
+        .def("update", &PyModel::update, py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+             py::arg("weight_decay"), py::arg("clip"))
+        .def("logits", &PyModel::logits, py::arg("tokens"), py::arg("last"), py::arg("starts"))
+        .def("trace", &PyModel::trace)
+        .def_property_readonly("params", [](const py::object &self) { return PyModel::params(self); })
+        .def_property_readonly("grads", [](const py::object &self) { return PyModel::grads(self); })
+        .def_property_readonly("moments", [](const py::object &self) { return PyModel::moments(self); })
+        .def_property_readonly("has_moments", &PyModel::has_moments)
+        .def_property_readonly("decays", &PyModel::decays)
+        .def_property("step", &PyModel::step, &PyModel::set_step);
+}

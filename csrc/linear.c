@@ -1,0 +1,336 @@
+/* linear.c -- the three products of a linear layer as one packed matrix multiplication.
+ *
+ *   C (M, N) = A (M, K) @ B (K, N)
+ *     forward           out     = in     @ weight^T     M = rows, N = OC, K = C
+ *     backward_input    din     = dout   @ weight       M = rows, N = C,  K = OC
+ *     backward_weight   dweight = dout^T @ in           M = OC,   N = C,  K = rows
+ *
+ * Packing, blocking, edges and threads are this portable text; the arithmetic is `tile` (tile.h).  A panel of B, one
+ * K block deep and NR wide, is packed into L1/L2 and used at once for all rows of a block.  The finished sums of a
+ * block wait in scratch (S), so that every element of C is written once, by the epilogue, whatever it adds.
+ * A is read as it lies where it can be (fp32, k contiguous): packing it would cost more than it gains.
+ * bf16 is rounded while packing: two values a 32-bit unit where the CPU multiplies pairs, else one a unit, held as
+ * fp32.  Operands are read once each per block of the other: bound by arithmetic from about 100 rows on. */
+#include "gelu.h"
+#include "threads.h"
+#include "tile.h"
+
+#if defined(__AVX512F__)
+enum { MR = 8, NV = 3 };
+#else
+enum { MR = 6, NV = 2 };
+#endif
+enum { NR = NV * W, MC = 64 * MR, PACKED_A_UNITS = 4 << 20 };
+
+typedef struct {
+    int M, N, K;
+    const float *a, *b; /* element (i, k) of A at a[i * a_i + k * a_k], (k, j) of B at b[j * b_j + k * b_k] */
+    int64_t a_i, a_k, b_j, b_k;
+    float *c; /* (M, N) */
+    int prec;
+    int grid_m, grid_n; /* tasks along M and N */
+    /* epilogue, in this order */
+    const float *bias; /* (N) */
+    float *pre;        /* (M, N): what fn is applied to */
+    int fn;
+    const float *residual; /* (M, N) */
+    const float *dpre;     /* (M, N): multiply by fn'(dpre) instead */
+    int accumulate;        /* add to what C holds */
+    float *row_sums;       /* (M) += sums of A over k: A must lie with i contiguous */
+} Gemm;
+
+static int pairs_of(const Gemm *g) { return g->prec == PREC_BF16 && HAVE_PAIRS; }
+static int values_a_unit(const Gemm *g) { return pairs_of(g) ? 2 : 1; }
+static int values_a_block(const Gemm *g) { return K_BLOCK * (g->prec == PREC_BF16 ? 2 : 1); }
+static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->row_sums; }
+
+/* ---- packing: [k][width], zero beyond `valid` columns ------------------------------------------------------------ */
+
+/* W units that follow each other in k: from here on a vector of pairs is moved like a vector of floats. */
+INLINE vf load_units_along_k(const float *p, int values, int prec) {
+#if defined(__AVX512BF16__)
+    if (prec == PREC_BF16) {
+        vf low = vload(p, min_int(values, W)), high = vload(p + W, values > W ? min_int(values - W, W) : 0);
+        return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+#endif
+    vf x = vload(p, min_int(values, W));
+    return prec == PREC_BF16 ? vbf16(x) : x;
+}
+
+/* The unit of k step `k` for W neighbouring columns: rows p and, where units are pairs, p + next. */
+INLINE vf load_units_across_k(const float *p, const float *next, int columns, int prec) {
+#if defined(__AVX512BF16__)
+    if (prec == PREC_BF16) {
+        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(vload(p, columns)));
+        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(next ? vload(next, columns) : vset(0.0f)));
+        return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+#endif
+    (void)next;
+    vf x = vload(p, columns);
+    return prec == PREC_BF16 ? vbf16(x) : x;
+}
+
+/* Columns lie `stride` apart, k is contiguous: W x W blocks are transposed in registers. */
+INLINE void pack_transposed(float *out, const int width, const float *p, int64_t stride, int valid, int values,
+                            const int per_unit, int prec) {
+    for (int j = 0; j < width; j += W)
+        for (int k = 0; k * per_unit < values; k += W) {
+            vf r[W];
+            for (int i = 0; i < W; i++)
+                r[i] = j + i < valid
+                           ? load_units_along_k(p + (j + i) * stride + k * per_unit, values - k * per_unit, prec)
+                           : vset(0.0f);
+            vtranspose(r);
+            int rows = min_int(W, (values + per_unit - 1) / per_unit - k);
+            for (int i = 0; i < rows; i++) {
+                if (width - j >= W) vstore_all(out + (k + i) * width + j, r[i]);
+                else vstore(out + (k + i) * width + j, r[i], width - j);
+            }
+        }
+}
+
+/* Columns are contiguous, k steps lie `stride` apart.  sums[j], if given, takes the sum over k of the values as they
+ * are, before any rounding. */
+INLINE void pack_straight(float *out, const int width, const float *p, int64_t stride, int valid, int values,
+                          const int per_unit, int prec, float *sums) {
+    for (int j = 0; j < width; j += W) {
+        int columns = valid > j ? min_int(W, valid - j) : 0, room = min_int(W, width - j);
+        vf sum = vset(0.0f);
+        for (int k = 0; k < values; k += per_unit) {
+            const float *row = p + k * stride + j, *next = per_unit == 2 && k + 1 < values ? row + stride : NULL;
+            vf x = load_units_across_k(row, next, columns, prec);
+            if (room == W) vstore_all(out + k / per_unit * width + j, x);
+            else vstore(out + k / per_unit * width + j, x, room);
+            if (sums) sum = sum + vload(row, columns);
+            if (sums && next) sum = sum + vload(next, columns);
+        }
+        if (sums) vstore(sums + j, vload(sums + j, room) + sum, room);
+    }
+}
+
+INLINE void pack(float *out, const int width, const float *p, int64_t along, int64_t along_k, int valid, int values,
+                 int per_unit, int prec, float *sums) {
+    int transposed = along_k == 1 && !sums; /* a single column is contiguous both ways */
+    if (transposed && per_unit == 2) pack_transposed(out, width, p, along, valid, values, 2, prec);
+    else if (transposed) pack_transposed(out, width, p, along, valid, values, 1, prec);
+    else if (per_unit == 2) pack_straight(out, width, p, along_k, valid, values, 2, prec, sums);
+    else pack_straight(out, width, p, along_k, valid, values, 1, prec, sums);
+}
+
+static __attribute__((noinline)) void pack_b(float *out, const Gemm *g, int j, int k, int values) {
+    pack(out, NR, g->b + j * g->b_j + k * g->b_k, g->b_j, g->b_k, min_int(NR, g->N - j), values, values_a_unit(g),
+         g->prec, NULL);
+}
+
+static __attribute__((noinline)) void pack_a(float *out, const Gemm *g, int i, int k, int values, float *sums) {
+    pack(out, MR, g->a + i * g->a_i + k * g->a_k, g->a_i, g->a_k, min_int(MR, g->M - i), values, values_a_unit(g),
+         g->prec, sums);
+}
+
+/* ---- one tile of sums, each way A can lie ------------------------------------------------------------------------ */
+
+static __attribute__((noinline)) void sums_packed(int units, const float *A, const float *B, float *S, int add) {
+    tile(MR, NV, 0, units, A, 1, MR, B, NR, S, NR, add);
+}
+static __attribute__((noinline)) void sums_direct(int units, const float *A, int64_t a_i, const float *B, float *S,
+                                                  int add) {
+    tile(MR, NV, 0, units, A, a_i, 1, B, NR, S, NR, add);
+}
+static __attribute__((noinline)) void sums_pairs(int units, const float *A, const float *B, float *S, int add) {
+    tile(MR, NV, HAVE_PAIRS, units, A, 1, MR, B, NR, S, NR, add);
+}
+
+/* ---- epilogue ---------------------------------------------------------------------------------------------------- */
+
+static void finish_row(const Gemm *g, const float *S, int i, int j0, int columns) {
+    int64_t at = (int64_t)i * g->N + j0;
+    for (int j = 0; j < columns; j += W) {
+        int k = min_int(W, columns - j);
+        vf x = vload_all(S + j);
+        if (g->bias) x = x + vload(g->bias + j0 + j, k);
+        if (g->pre) vstore(g->pre + at + j, x, k);
+        if (g->dpre) x = x * vdfn(g->fn, vload(g->dpre + at + j, k));
+        else x = vfn(g->fn, x);
+        if (g->residual) x = x + vload(g->residual + at + j, k);
+        if (g->accumulate) x = vload(g->c + at + j, k) + x;
+        vstore(g->c + at + j, x, k);
+    }
+}
+
+/* ---- blocks ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    float *S, *b, *a, *sums; /* [MC][NR], [2 * K_BLOCK][NR], packed rows of A, [MR] */
+} Work;
+
+static Work work_of_task(void) {
+    Work w;
+    w.S = scratch(SCRATCH_TASK);
+    w.b = w.S + MC * NR;
+    w.sums = w.b + 2 * K_BLOCK * NR; /* where bf16 is held as fp32, a K block has 512 units */
+    w.a = w.sums + 64;
+    return w;
+}
+
+/* Rows of one block: fewer where K is long, so that the packed rows stay within the scratch. */
+static int block_rows(const Gemm *g) {
+    if (!packs_a(g)) return MC;
+    int64_t fit = PACKED_A_UNITS / (g->K / values_a_unit(g) + 1) / MR * MR;
+    return fit < MR ? MR : fit > MC ? MC : (int)fit;
+}
+
+/* Pack rows i0 .. i1 of A, all of K: panel after panel, in each the K blocks one behind the other. */
+static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
+    int block = values_a_block(g), per_unit = values_a_unit(g);
+    int64_t panel = (int64_t)((g->K + per_unit - 1) / per_unit) * MR;
+    for (int i = i0; i < i1; i += MR) {
+        float *out = w.a + (i - i0) / MR * panel;
+        float total[MR] = {0};
+        for (int k = 0; k < g->K; k += block) {
+            int values = min_int(block, g->K - k);
+            for (int j = 0; want_sums && j < MR; j++) w.sums[j] = 0;
+            pack_a(out + (int64_t)k / per_unit * MR, g, i, k, values, want_sums ? w.sums : NULL);
+            for (int j = 0; want_sums && j < MR; j++) total[j] += w.sums[j];
+        }
+        for (int j = 0; want_sums && j < MR && i + j < g->M; j++) g->row_sums[i + j] += total[j];
+    }
+}
+
+/* The sums of rows i0 .. i1 over one K block, against one packed panel of B. */
+static void block_sums(const Gemm *g, Work w, int i0, int i1, int k, int values) {
+    int per_unit = values_a_unit(g), units = (values + per_unit - 1) / per_unit;
+    int64_t panel = (int64_t)((g->K + per_unit - 1) / per_unit) * MR;
+    for (int i = i0; i < i1; i += MR) {
+        float *S = w.S + (i - i0) * NR;
+        if (packs_a(g)) {
+            const float *A = w.a + (i - i0) / MR * panel + (int64_t)k / per_unit * MR;
+            if (pairs_of(g)) sums_pairs(units, A, w.b, S, k > 0);
+            else sums_packed(units, A, w.b, S, k > 0);
+        } else if (i + MR <= g->M) {
+            sums_direct(units, g->a + i * g->a_i + k, g->a_i, w.b, S, k > 0);
+        } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */
+            pack_a(w.a, g, i, k, values, NULL);
+            sums_packed(units, w.a, w.b, S, k > 0);
+        }
+    }
+}
+
+static void multiply_block(const Gemm *g, Work w, int i0, int i1, int j0, int j1) {
+    int block = values_a_block(g);
+    for (int j = j0; j < j1; j += NR) {
+        if (!g->K) memset(w.S, 0, (size_t)MC * NR * sizeof(float));
+        for (int k = 0; k < g->K; k += block) {
+            int values = min_int(block, g->K - k);
+            pack_b(w.b, g, j, k, values);
+            block_sums(g, w, i0, i1, k, values);
+        }
+        for (int i = i0; i < i1; i++) finish_row(g, w.S + (i - i0) * NR, i, j, min_int(NR, j1 - j));
+    }
+}
+
+/* ---- threads ----------------------------------------------------------------------------------------------------- */
+
+/* Where part p of `parts` begins, in multiples of `step`. */
+static int part_begin(int size, int step, int parts, int p) {
+    int64_t steps = (size + step - 1) / step, begin = steps * p / parts * step;
+    return begin < size ? (int)begin : size;
+}
+
+static void gemm_task(void *context, int task) {
+    const Gemm *g = context;
+    int tm = task / g->grid_n, tn = task % g->grid_n;
+    int m0 = part_begin(g->M, MR, g->grid_m, tm), m1 = part_begin(g->M, MR, g->grid_m, tm + 1);
+    int j0 = part_begin(g->N, NR, g->grid_n, tn), j1 = part_begin(g->N, NR, g->grid_n, tn + 1);
+    int rows = block_rows(g);
+    Work w = work_of_task();
+    for (int i = m0; i < m1; i += rows) {
+        int end = min_int(i + rows, m1);
+        if (packs_a(g)) pack_rows(g, w, i, end, g->row_sums && j0 == 0);
+        multiply_block(g, w, i, end, j0, j1);
+    }
+}
+
+/* Time of the slowest task for a grid, in multiply-adds a lane: the tiles, and packing, which is done again by every
+ * task that shares the rows or columns (the weights are estimates: a transposed value costs about 3 vector operations
+ * a lane, a straight one 1). */
+static double grid_cost(const Gemm *g, int gm, int gn) {
+    double rows = ((g->M + MR - 1) / MR + gm - 1) / gm * MR, columns = ((g->N + NR - 1) / NR + gn - 1) / gn * NR;
+    double pack_b = (g->b_k == 1 ? 3 : 1) * columns * ceil(rows / block_rows(g));
+    double pack_a = packs_a(g) ? (g->a_k == 1 ? 3 : 2) * rows : 0;
+    return rows * columns + pack_b + pack_a;
+}
+
+/* Any grid gives the same bits; take the cheapest for this many threads. */
+static void gemm(Gemm *g) {
+    if (!g->M || !g->N) return;
+    int threads = threads_get();
+    double small = (double)g->M * g->N * g->K;
+    if (small < 2e5) threads = 1; /* less than the time it takes to wake a thread */
+    double best = INFINITY;
+    for (int gm = 1; gm <= threads; gm++) {
+        double cost = grid_cost(g, gm, threads / gm);
+        if (cost < best) best = cost, g->grid_m = gm, g->grid_n = threads / gm;
+    }
+    parallel_for(gemm_task, g, g->grid_m * g->grid_n);
+}
+
+/* ---- the operators ----------------------------------------------------------------------------------------------- */
+
+void CAT(linear_forward, ISA)(float *out, float *pre, const float *in, const float *weight, const float *bias,
+                              const float *residual, int fn, int prec, int N, int C, int OC) {
+    Gemm g = {.M = N,
+              .N = OC,
+              .K = C,
+              .a = in,
+              .a_i = C,
+              .a_k = 1,
+              .b = weight,
+              .b_j = C,
+              .b_k = 1,
+              .c = out,
+              .prec = prec,
+              .bias = bias,
+              .pre = pre,
+              .fn = fn,
+              .residual = residual};
+    gemm(&g);
+}
+
+void CAT(linear_backward_input, ISA)(float *din, const float *dout, const float *dres, const float *weight,
+                                     const float *pre, int fn, int prec, int N, int C, int OC) {
+    Gemm g = {.M = N,
+              .N = C,
+              .K = OC,
+              .a = dout,
+              .a_i = OC,
+              .a_k = 1,
+              .b = weight,
+              .b_j = 1,
+              .b_k = C,
+              .c = din,
+              .prec = prec,
+              .fn = fn,
+              .dpre = fn == FN_NONE ? NULL : pre,
+              .residual = dres};
+    gemm(&g);
+}
+
+void CAT(linear_backward_weight, ISA)(float *dweight, float *dbias, const float *dout, const float *in, int accumulate,
+                                      int prec, int N, int C, int OC) {
+    Gemm g = {.M = OC,
+              .N = C,
+              .K = N,
+              .a = dout,
+              .a_i = 1,
+              .a_k = OC,
+              .b = in,
+              .b_j = 1,
+              .b_k = C,
+              .c = dweight,
+              .prec = prec,
+              .accumulate = accumulate,
+              .row_sums = dbias};
+    gemm(&g);
+}

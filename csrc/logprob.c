@@ -1,0 +1,116 @@
+/* logprob.c -- log-probability of the targets.  A row is read twice, once for its maximum and once for the sum of
+ * exponentials; the second time it comes from the cache.  Rows are shared out among the threads, a row is never split:
+ * its sums run in W lanes whatever the batch. */
+#include "simd.h"
+#include "threads.h"
+
+typedef struct {
+    float *logprobs, *lse, *entropy;
+    float *dlogits;
+    const float *dlogprobs, *logits;
+    const int32_t *targets;
+    float invtemp;
+    int N, V, Vp, rows;
+} Job;
+
+static float row_max(const float *x, float invtemp, int V) {
+    enum { CHAINS = 4 };
+    vf m[CHAINS] = {vset(-INFINITY), vset(-INFINITY), vset(-INFINITY), vset(-INFINITY)};
+    int v = 0;
+    for (; v + CHAINS * W <= V; v += CHAINS * W)
+#pragma GCC unroll 4
+        for (int j = 0; j < CHAINS; j++) m[j] = vmax(vload_all(x + v + j * W) * vset(invtemp), m[j]);
+    for (; v < V; v += W) {
+        int k = min_int(W, V - v);
+        m[0] = vmax(vfirst(vload(x + v, k) * vset(invtemp), vset(-INFINITY), k), m[0]);
+    }
+    return vhmax(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+}
+
+/* y = logit * invtemp - max, at least -200: exp is 0 there, and a logit of -infinity does not make 0 * infinity.  In
+ * this order NaN passes through. */
+INLINE vf shifted(const float *x, vf invtemp, vf max, int k) {
+    vf low = vset(-200.0f);
+    return vmax(low, vfirst(vload(x, k) * invtemp - max, low, k));
+}
+
+INLINE void forward_row(const Job *job, int n, const int with_entropy) {
+    const float *x = job->logits + (int64_t)n * job->Vp;
+    const float max = row_max(x, job->invtemp, job->V);
+    const int V = job->V;
+    const vf invtemp = vset(job->invtemp), most = vset(max);
+    vf sum = vset(0.0f), weighted = vset(0.0f);
+    for (int v = 0; v < V; v += W) {
+        vf y = shifted(x + v, invtemp, most, min_int(W, V - v)), e = vexp(y);
+        sum = sum + e;
+        if (with_entropy) weighted = vfma(e, y, weighted);
+    }
+    const float total = vsum(sum), log_total = logf(total);
+    const int target = job->targets[n];
+    job->lse[n] = max + log_total;
+    job->logprobs[n] = target < 0 ? 0.0f : x[target] * job->invtemp - job->lse[n];
+    if (with_entropy) job->entropy[n] = log_total - vsum(weighted) / total; /* log p = y - log total */
+}
+
+static void forward(void *context, int task) {
+    const Job *job = context;
+    const int end = min_int(job->N, (task + 1) * job->rows);
+    for (int n = task * job->rows; n < end; n++) {
+        if (job->entropy) forward_row(job, n, 1);
+        else forward_row(job, n, 0);
+    }
+}
+
+static void backward_row(const Job *job, int n) {
+    const float *x = job->logits + (int64_t)n * job->Vp;
+    float *dx = job->dlogits + (int64_t)n * job->Vp;
+    const int V = job->V, target = job->targets[n];
+    if (target < 0) {
+        memset(dx, 0, (size_t)job->Vp * sizeof *dx);
+        return;
+    }
+    const float d = job->invtemp * job->dlogprobs[n];
+    const vf invtemp = vset(job->invtemp), lse = vset(job->lse[n]), minus_d = vset(-d);
+    for (int v = 0; v < V; v += W) {
+        int k = min_int(W, V - v);
+        vstore(dx + v, minus_d * vexp(vload(x + v, k) * invtemp - lse), k);
+    }
+    dx[target] += d;
+    memset(dx + V, 0, (size_t)(job->Vp - V) * sizeof *dx);
+}
+
+static void backward(void *context, int task) {
+    const Job *job = context;
+    const int end = min_int(job->N, (task + 1) * job->rows);
+    for (int n = task * job->rows; n < end; n++) backward_row(job, n);
+}
+
+void CAT(logprob_forward, ISA)(float *logprobs, float *lse, float *entropy, const float *logits, const int32_t *targets,
+                               float invtemp, int N, int V, int Vp) {
+    Job job = {.logprobs = logprobs,
+               .lse = lse,
+               .entropy = entropy,
+               .logits = logits,
+               .targets = targets,
+               .invtemp = invtemp,
+               .N = N,
+               .V = V,
+               .Vp = Vp,
+               .rows = rows_per_task(Vp)};
+    parallel_for(forward, &job, tasks_for(N, job.rows));
+}
+
+void CAT(logprob_backward, ISA)(float *dlogits, const float *dlogprobs, const float *logits, const int32_t *targets,
+                                const float *lse, float invtemp, int N, int V, int Vp) {
+    Job job = {.dlogits = dlogits,
+               .dlogprobs = dlogprobs,
+               .logits = logits,
+               .targets = targets,
+               .lse = (float *)lse,
+               .invtemp = invtemp,
+               .N = N,
+               .V = V,
+               .Vp = Vp,
+               .rows = rows_per_task(Vp)};
+    parallel_for(backward, &job, tasks_for(N, job.rows));
+}

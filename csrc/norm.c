@@ -1,0 +1,182 @@
+/* norm.c -- LayerNorm and RMSNorm: one text, `with_mean` tells them apart.
+ *
+ * Forward: a row is read from memory once and then twice more from the cache (mean, variance, result).  The variance is
+ * taken around the mean: the mean of squares less the square of the mean loses all digits where the mean is large.
+ * Backward: rows in at most 64 chunks; a chunk gathers its sums for dweight, dbias and dbias_in beside its rows, and
+ * the chunks are added in order.  They follow from N alone, so the bits do not know the threads.  Bound by memory:
+ * 8 bytes a value forward, 16 backward. */
+#include "simd.h"
+#include "threads.h"
+
+enum { CHAINS = 4 }; /* a sum with one chain would wait for each addition */
+
+/* Sum over c of x[c] - shift, or of its square. */
+INLINE float row_sum(const float *x, float shift, int C, const int square) {
+    const vf m = vset(shift);
+    vf sum[CHAINS] = {vset(0.0f), vset(0.0f), vset(0.0f), vset(0.0f)};
+    int c = 0;
+    for (; c + CHAINS * W <= C; c += CHAINS * W)
+#pragma GCC unroll 4
+        for (int j = 0; j < CHAINS; j++) {
+            vf d = vload_all(x + c + j * W) - m;
+            if (square) d = d * d;
+            sum[j] = sum[j] + d;
+        }
+    for (; c < C; c += W) {
+        int k = min_int(W, C - c);
+        vf d = vfirst(vload(x + c, k) - m, vset(0.0f), k);
+        if (square) d = d * d;
+        sum[0] = sum[0] + d;
+    }
+    return vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+/* ---- forward ---- */
+
+typedef struct {
+    float *out, *mean, *rstd;
+    const float *in, *weight, *bias;
+    float eps;
+    int N, C, rows;
+} Forward;
+
+INLINE void forward_row(const Forward *f, int n, const int with_mean) {
+    const int C = f->C;
+    const float *x = f->in + (int64_t)n * C, *bias = f->bias;
+    float *out = f->out + (int64_t)n * C;
+    const float mean = with_mean ? row_sum(x, 0.0f, C, 0) / (float)C : 0.0f;
+    const float rstd = 1.0f / sqrtf(row_sum(x, mean, C, 1) / (float)C + f->eps);
+    for (int c = 0; c < C; c += W) {
+        int k = min_int(W, C - c);
+        vf y = (vload(x + c, k) - vset(mean)) * vset(rstd) * vload(f->weight + c, k);
+        if (bias) y = y + vload(bias + c, k);
+        vstore(out + c, y, k);
+    }
+    if (with_mean) f->mean[n] = mean;
+    f->rstd[n] = rstd;
+}
+
+static void forward(void *context, int task) {
+    const Forward *f = context;
+    const int end = min_int(f->N, (task + 1) * f->rows);
+    for (int n = task * f->rows; n < end; n++) {
+        if (f->mean) forward_row(f, n, 1);
+        else forward_row(f, n, 0);
+    }
+}
+
+void CAT(layernorm_forward, ISA)(float *out, float *mean, float *rstd, const float *in, const float *weight,
+                                 const float *bias, float eps, int N, int C) {
+    Forward f = {out, mean, rstd, in, weight, bias, eps, N, C, rows_per_task(C)};
+    parallel_for(forward, &f, tasks_for(N, f.rows));
+}
+
+void CAT(rmsnorm_forward, ISA)(float *out, float *rstd, const float *in, const float *weight, float eps, int N, int C) {
+    Forward f = {out, NULL, rstd, in, weight, NULL, eps, N, C, rows_per_task(C)};
+    parallel_for(forward, &f, tasks_for(N, f.rows));
+}
+
+/* ---- backward ---- */
+
+enum { MAX_CHUNKS = 64, MIN_ROWS = 16, STRIP = 256 };
+enum { DWEIGHT, DBIAS, DBIAS_IN, SUMS };
+
+typedef struct {
+    float *din, *grads[SUMS]; /* grads[i] NULL: that sum is not wanted */
+    const float *dout, *dres, *in, *weight, *mean, *rstd;
+    float *partial; /* (chunks, SUMS, C) */
+    int N, C, rows, chunks;
+} Backward;
+
+/* With norm = (in - mean) * rstd and dnorm = dout * weight, and averages over the row,
+ * din = dres + rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)).  `sums` are the chunk's three rows. */
+INLINE void backward_row(const Backward *b, int n, float *sums, const int with_mean) {
+    const int C = b->C;
+    const int64_t at = (int64_t)n * C;
+    const float *x = b->in + at, *dout = b->dout + at, *dres = b->dres ? b->dres + at : NULL;
+    const vf mean = vset(with_mean ? b->mean[n] : 0.0f), rstd = vset(b->rstd[n]);
+    vf dnorm_sum = vset(0.0f), dnorm_norm = vset(0.0f);
+    for (int c = 0; c < C; c += W) {
+        int k = min_int(W, C - c);
+        vf norm = (vload(x + c, k) - mean) * rstd, dy = vload(dout + c, k), dnorm = dy * vload(b->weight + c, k);
+        dnorm_sum = dnorm_sum + dnorm;
+        dnorm_norm = vfma(dnorm, norm, dnorm_norm);
+        vstore(sums + c, vfma(dy, norm, vload(sums + c, k)), k);
+        if (b->grads[DBIAS]) vstore(sums + C + c, vload(sums + C + c, k) + dy, k);
+    }
+    const vf through_mean = vset(with_mean ? vsum(dnorm_sum) / (float)C : 0.0f);
+    const vf through_rstd = vset(vsum(dnorm_norm) / (float)C);
+    for (int c = 0; c < C; c += W) {
+        int k = min_int(W, C - c);
+        vf norm = (vload(x + c, k) - mean) * rstd, dnorm = vload(dout + c, k) * vload(b->weight + c, k);
+        vf din = rstd * vnfma(norm, through_rstd, dnorm - through_mean);
+        if (dres) din = din + vload(dres + c, k);
+        vstore(b->din + at + c, din, k);
+        if (b->grads[DBIAS_IN]) vstore(sums + 2 * C + c, vload(sums + 2 * C + c, k) + din, k);
+    }
+}
+
+static void backward_chunk(void *context, int chunk) {
+    const Backward *b = context;
+    float *sums = b->partial + (int64_t)chunk * SUMS * b->C;
+    const int end = min_int(b->N, (chunk + 1) * b->rows);
+    memset(sums, 0, (size_t)b->C * SUMS * sizeof *sums);
+    for (int n = chunk * b->rows; n < end; n++) {
+        if (b->mean) backward_row(b, n, sums, 1);
+        else backward_row(b, n, sums, 0);
+    }
+}
+
+/* Add the chunks of one strip of channels, and the finished sums to the gradients. */
+static void add_chunks(void *context, int strip) {
+    const Backward *b = context;
+    const int end = min_int(b->C, (strip + 1) * STRIP);
+    for (int i = 0; i < SUMS; i++)
+        for (int c = strip * STRIP; b->grads[i] && c < end; c += W) {
+            int k = min_int(W, end - c);
+            vf sum = vset(0.0f);
+            for (int chunk = 0; chunk < b->chunks; chunk++)
+                sum = sum + vload(b->partial + ((int64_t)chunk * SUMS + i) * b->C + c, k);
+            vstore(b->grads[i] + c, vload(b->grads[i] + c, k) + sum, k);
+        }
+}
+
+static void backward(Backward *b) {
+    int rows = (int)(((int64_t)b->N + MAX_CHUNKS - 1) / MAX_CHUNKS);
+    b->rows = rows < MIN_ROWS ? MIN_ROWS : rows;
+    b->chunks = tasks_for(b->N, b->rows);
+    b->partial = scratch(SCRATCH_CALL);
+    parallel_for(backward_chunk, b, b->chunks);
+    parallel_for(add_chunks, b, tasks_for(b->C, STRIP));
+}
+
+void CAT(layernorm_backward, ISA)(float *din, float *dweight, float *dbias, float *dbias_in, const float *dout,
+                                  const float *dres, const float *in, const float *weight, const float *mean,
+                                  const float *rstd, int N, int C) {
+    Backward b = {.din = din,
+                  .grads = {dweight, dbias, dbias_in},
+                  .dout = dout,
+                  .dres = dres,
+                  .in = in,
+                  .weight = weight,
+                  .mean = mean,
+                  .rstd = rstd,
+                  .N = N,
+                  .C = C};
+    backward(&b);
+}
+
+void CAT(rmsnorm_backward, ISA)(float *din, float *dweight, float *dbias_in, const float *dout, const float *dres,
+                                const float *in, const float *weight, const float *rstd, int N, int C) {
+    Backward b = {.din = din,
+                  .grads = {dweight, NULL, dbias_in},
+                  .dout = dout,
+                  .dres = dres,
+                  .in = in,
+                  .weight = weight,
+                  .mean = NULL,
+                  .rstd = rstd,
+                  .N = N,
+                  .C = C};
+    backward(&b);
+}

@@ -1,0 +1,39 @@
+/* ops.h -- the operator table, made from ops.def, and the words its arguments use. */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+/* Activations have the backend's element type.  A file that computes on them names it before this include
+ * (`#define ACT float`); everybody else only passes the pointers on. */
+#ifdef ACT
+typedef ACT act;
+#else
+typedef void act;
+#endif
+
+enum { PREC_FP32, PREC_BF16 };
+enum { FN_NONE, FN_GELU_TANH, FN_GELU_ERF };
+enum { HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_C1, HYPER_C2, HYPER_SCALE, HYPER_COUNT };
+
+enum { K_BLOCK = 256, KEY_BLOCK = 64 }; /* the order of summation, see ops.def: units a block, keys a block */
+
+typedef struct {
+    const char *name;
+    size_t act_bytes;             /* bytes of one activation */
+    void *(*alloc)(size_t bytes); /* zero-filled; NULL where there is not enough */
+    void (*free)(void *p, size_t bytes);
+    void (*copy_in)(void *dst, const void *src, size_t bytes);  /* host to backend */
+    void (*copy_out)(void *dst, const void *src, size_t bytes); /* backend to host */
+    void (*zero)(void *p, size_t bytes);
+    double (*peak_flops)(int prec, double seconds); /* multiply-adds of one thread, counted as 2, per second */
+#define OP(name, args) void(*name) args;
+#include "ops.def"
+#undef OP
+} Ops;
+
+/* The backends that were compiled in, best first, NULL at the end. */
+extern const Ops *const ops_compiled[];
+/* Whether this machine can run it. */
+int ops_usable(const Ops *ops);
+/* The backend of that name; NULL: BARELM_ISA, or the best.  NULL where there is none that can run here. */
+const Ops *ops_select(const char *name);

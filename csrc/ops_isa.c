@@ -1,0 +1,42 @@
+/* ops_isa.c -- the operator table of one instruction set, and its peak. */
+#include "tile.h"
+#include "memory.h"
+#include "clock.h"
+
+/* Multiply-adds that never leave the registers: as many independent chains as the micro-kernel of matmul has.  The
+ * empty asm makes the compiler believe that the operands change and the result is read, else it would skip the loop. */
+static double peak_flops(int prec, double seconds) {
+#if defined(__AVX512F__)
+    enum { MR = 8, NV = 3 };
+#else
+    enum { MR = 6, NV = 2 };
+#endif
+    enum { STEPS = 1 << 16 };
+    const int pairs = prec == PREC_BF16 && HAVE_PAIRS;
+    float a[MR] = {0}, b[NV * W] = {0}, c[MR * NV * W];
+    double start = now(), best = 0;
+    do {
+        double t = now();
+        __asm__ volatile("" : : "r"(a), "r"(b) : "memory");
+        if (pairs) tile(MR, NV, HAVE_PAIRS, STEPS, a, 1, 0, b, 0, c, NV * W, 0);
+        else tile(MR, NV, 0, STEPS, a, 1, 0, b, 0, c, NV * W, 0);
+        __asm__ volatile("" : : "r"(c) : "memory");
+        double rate = 2.0 * (pairs ? 2 : 1) * STEPS * MR * NV * W / (now() - t);
+        if (rate > best) best = rate;
+    } while (now() - start < seconds);
+    return best;
+}
+
+const Ops CAT(ops, ISA) = {
+    .name = STR(ISA),
+    .act_bytes = sizeof(float),
+    .alloc = memory_alloc,
+    .free = memory_free,
+    .copy_in = memory_copy,
+    .copy_out = memory_copy,
+    .zero = memory_zero,
+    .peak_flops = peak_flops,
+#define OP(name, args) .name = CAT(name, ISA),
+#include "ops.def"
+#undef OP
+};

@@ -1,0 +1,499 @@
+/* ops_ref.c -- every operator as plain loops on one thread.  Read this file after ops.def: together they are the whole
+ * arithmetic of the models.
+ *
+ * It is what the fast kernels are compared with, and what runs where none of them can.  It keeps the contract's order
+ * of summation; products and sums are rounded one by one (a fused multiply-add without the hardware for it is a slow
+ * call).  Row pointers carry their indices in their name: x_n is row n of x. */
+#define ACT float
+#include "ops.h"
+#include <math.h>
+#include <string.h>
+#include "clock.h"
+#include "memory.h"
+#include "threads.h"
+
+static int min_int(int a, int b) { return a < b ? a : b; }
+
+/* Nearest bf16, ties to even; NaN stays NaN. */
+static float bf16(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    if (x != x) u |= 0x400000; /* a NaN whose bits are all below would become infinity */
+    else u += 0x7fff + (u >> 16 & 1);
+    u &= 0xffff0000u;
+    memcpy(&x, &u, sizeof u);
+    return x;
+}
+
+static float operand(float x, int prec) { return prec == PREC_BF16 ? bf16(x) : x; }
+
+/* y += a * x.  The one inner loop worth care: it runs at the speed of the first cache, where a chain per element in an
+ * array of fixed length made gcc shuffle. */
+static void add_scaled(float *restrict y, float a, const float *restrict x, int n) {
+    for (int i = 0; i < n; i++) y[i] += a * x[i];
+}
+
+/* sums[c] += the sum of column c of x (N, C) */
+static void column_sums(float *sums, const float *x, int N, int C) {
+    enum { STRIP = 16 }; /* columns at a time: one pass over memory, and the sums stay out of `sums` until finished */
+    for (int c0 = 0; c0 < C; c0 += STRIP) {
+        int columns = min_int(STRIP, C - c0);
+        float sum[STRIP] = {0};
+        for (int n = 0; n < N; n++)
+            for (int c = 0; c < columns; c++) sum[c] += x[(int64_t)n * C + c0 + c];
+        for (int c = 0; c < columns; c++) sums[c0 + c] += sum[c];
+    }
+}
+
+/* ---- embedding ------------------------------------------------------------------------------------------------- */
+
+static int position(const int32_t *starts, int64_t bt, int T) { return (int)(bt % T) - (starts ? starts[bt] : 0); }
+
+static void embedding_forward(float *out, const int32_t *tokens, const int32_t *starts, const float *wte,
+                              const float *wpe, int B, int T, int C) {
+    for (int64_t bt = 0; bt < (int64_t)B * T; bt++) {
+        const float *wte_v = wte + (int64_t)tokens[bt] * C;
+        const float *wpe_p = wpe ? wpe + (int64_t)position(starts, bt, T) * C : NULL;
+        for (int c = 0; c < C; c++) out[bt * C + c] = wpe ? wte_v[c] + wpe_p[c] : wte_v[c];
+    }
+}
+
+/* dtable[r] += the sum of the rows of dout whose `row` is r, in order.  The rows that belong to r are a linked list:
+ * first[r], then next[...], -1 at its end. */
+static void add_rows(float *dtable, const float *dout, const int32_t *row, int32_t *first, int32_t *next, float *sum,
+                     int N, int C, int rows) {
+    for (int r = 0; r < rows; r++) first[r] = -1;
+    for (int n = N - 1; n >= 0; n--) {
+        next[n] = first[row[n]];
+        first[row[n]] = n;
+    }
+    for (int r = 0; r < rows; r++) {
+        if (first[r] < 0) continue;
+        memset(sum, 0, (size_t)C * sizeof *sum);
+        for (int n = first[r]; n >= 0; n = next[n])
+            for (int c = 0; c < C; c++) sum[c] += dout[(int64_t)n * C + c];
+        for (int c = 0; c < C; c++) dtable[(int64_t)r * C + c] += sum[c];
+    }
+}
+
+static void embedding_backward(float *dwte, float *dwpe, const float *dout, const int32_t *tokens,
+                               const int32_t *starts, int B, int T, int C, int V) {
+    int N = B * T;
+    float *sum = scratch(SCRATCH_CALL);
+    int32_t *next = (int32_t *)(sum + C), *positions = next + N, *first = positions + N;
+    add_rows(dwte, dout, tokens, first, next, sum, N, C, V);
+    if (!dwpe) return;
+    for (int n = 0; n < N; n++) positions[n] = position(starts, n, T);
+    add_rows(dwpe, dout, positions, first, next, sum, N, C, T);
+}
+
+/* ---- norms ----------------------------------------------------------------------------------------------------- */
+
+/* Sums along a row of channels, and along one of the vocabulary, run in double: a single chain of floats would lose
+ * digits that the fast kernels, with their many lanes, keep. */
+
+static void layernorm_forward(float *out, float *mean, float *rstd, const float *in, const float *weight,
+                              const float *bias, float eps, int N, int C) {
+    for (int n = 0; n < N; n++) {
+        const float *x = in + (int64_t)n * C;
+        double sum = 0.0, squares = 0.0;
+        for (int c = 0; c < C; c++) sum += x[c];
+        float m = (float)(sum / C);
+        for (int c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
+        float r = 1.0f / sqrtf((float)(squares / C) + eps);
+        for (int c = 0; c < C; c++) out[(int64_t)n * C + c] = (x[c] - m) * r * weight[c] + (bias ? bias[c] : 0.0f);
+        mean[n] = m;
+        rstd[n] = r;
+    }
+}
+
+static void rmsnorm_forward(float *out, float *rstd, const float *in, const float *weight, float eps, int N, int C) {
+    for (int n = 0; n < N; n++) {
+        const float *x = in + (int64_t)n * C;
+        double squares = 0.0;
+        for (int c = 0; c < C; c++) squares += x[c] * x[c];
+        float r = 1.0f / sqrtf((float)(squares / C) + eps);
+        for (int c = 0; c < C; c++) out[(int64_t)n * C + c] = x[c] * r * weight[c];
+        rstd[n] = r;
+    }
+}
+
+/* Both norms backwards; RMSNorm is the one whose mean is NULL.  Forward was norm = (in - mean) * rstd and
+ * out = norm * weight + bias.  With dnorm = dout * weight, and averages over the row,
+ *     din = dres + rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm))
+ * where the middle term is what reaches `in` through the mean. */
+static void norm_backward(float *din, float *dweight, float *dbias, float *dbias_in, const float *dout,
+                          const float *dres, const float *in, const float *weight, const float *mean, const float *rstd,
+                          int N, int C) {
+    float *sum = scratch(SCRATCH_CALL);
+    memset(sum, 0, (size_t)C * sizeof *sum);
+    for (int n = 0; n < N; n++) {
+        int64_t row = (int64_t)n * C;
+        const float *x = in + row, *dy = dout + row;
+        float m = mean ? mean[n] : 0.0f, r = rstd[n];
+        double dnorm_sum = 0.0, dnorm_norm = 0.0;
+        for (int c = 0; c < C; c++) {
+            float norm = (x[c] - m) * r, dnorm = dy[c] * weight[c];
+            sum[c] += dy[c] * norm;
+            dnorm_sum += dnorm;
+            dnorm_norm += dnorm * norm;
+        }
+        float through_mean = mean ? (float)(dnorm_sum / C) : 0.0f, through_rstd = (float)(dnorm_norm / C);
+        for (int c = 0; c < C; c++) {
+            float norm = (x[c] - m) * r, dnorm = dy[c] * weight[c];
+            float d = r * (dnorm - through_mean - norm * through_rstd);
+            din[row + c] = dres ? dres[row + c] + d : d;
+        }
+    }
+    for (int c = 0; c < C; c++) dweight[c] += sum[c];
+    if (dbias) column_sums(dbias, dout, N, C);
+    if (dbias_in) column_sums(dbias_in, din, N, C);
+}
+
+static void layernorm_backward(float *din, float *dweight, float *dbias, float *dbias_in, const float *dout,
+                               const float *dres, const float *in, const float *weight, const float *mean,
+                               const float *rstd, int N, int C) {
+    norm_backward(din, dweight, dbias, dbias_in, dout, dres, in, weight, mean, rstd, N, C);
+}
+
+static void rmsnorm_backward(float *din, float *dweight, float *dbias_in, const float *dout, const float *dres,
+                             const float *in, const float *weight, const float *rstd, int N, int C) {
+    norm_backward(din, dweight, NULL, dbias_in, dout, dres, in, weight, NULL, rstd, N, C);
+}
+
+/* ---- linear layer ---------------------------------------------------------------------------------------------- */
+
+enum { TILE_ROWS = 64, TILE_COLS = 64 };
+
+/* One operand of a product: element (i, j) is at p[i * row + j * col], so that a transpose is a swap. */
+typedef struct {
+    const float *p;
+    int64_t row, col;
+} Matrix;
+
+/* sums (rows, cols) = A (rows, K) @ B (K, cols) in the contract's order.  A K block of B is gathered once and then used
+ * for every row. */
+static void multiply(float sums[][TILE_COLS], Matrix A, Matrix B, int prec, int rows, int cols, int K) {
+    enum { LONGEST = 2 * K_BLOCK };
+    const int block = prec == PREC_BF16 ? 2 * K_BLOCK : K_BLOCK; /* a unit is one fp32 or a pair of bf16 */
+    float a[LONGEST], b[LONGEST][TILE_COLS];
+    memset(sums, 0, (size_t)rows * sizeof *sums);
+    for (int k0 = 0; k0 < K; k0 += block) {
+        int kc = min_int(block, K - k0);
+        for (int j = 0; j < cols; j++)
+            for (int k = 0; k < kc; k++) b[k][j] = operand(B.p[(k0 + k) * B.row + j * B.col], prec);
+        for (int i = 0; i < rows; i++) {
+            for (int k = 0; k < kc; k++) a[k] = operand(A.p[i * A.row + (k0 + k) * A.col], prec);
+            float chain[TILE_COLS] = {0};
+            for (int k = 0; k < kc; k++) add_scaled(chain, a[k], b[k], cols);
+            for (int j = 0; j < cols; j++) sums[i][j] += chain[j];
+        }
+    }
+}
+
+static float gelu(int fn, float x) {
+    if (fn == FN_GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    if (fn == FN_GELU_ERF) return 0.5f * x * (1.0f + erff(0.70710678f * x));
+    return x;
+}
+
+static float dgelu(int fn, float x) {
+    if (fn == FN_GELU_TANH) {
+        float t = tanhf(0.79788456f * (x + 0.044715f * x * x * x));
+        float slope = (1.0f - t) * (1.0f + t) * 0.79788456f * (1.0f + 0.134145f * x * x);
+        return 0.5f * (1.0f + t) + (slope > 0.0f ? 0.5f * x * slope : 0.0f); /* a huge x^2 is not multiplied by 0 */
+    }
+    if (fn == FN_GELU_ERF) {
+        float bell = 0.39894228f * expf(-0.5f * x * x); /* exp(-x^2 / 2) / sqrt(2 pi) */
+        return 0.5f * (1.0f + erff(0.70710678f * x)) + x * bell;
+    }
+    return 1.0f;
+}
+
+static void linear_forward(float *out, float *pre, const float *in, const float *weight, const float *bias,
+                           const float *residual, int fn, int prec, int N, int C, int OC) {
+    float sums[TILE_ROWS][TILE_COLS];
+    for (int n0 = 0; n0 < N; n0 += TILE_ROWS)
+        for (int o0 = 0; o0 < OC; o0 += TILE_COLS) {
+            int rows = min_int(TILE_ROWS, N - n0), cols = min_int(TILE_COLS, OC - o0);
+            Matrix A = {in + (int64_t)n0 * C, C, 1}, B = {weight + (int64_t)o0 * C, 1, C};
+            multiply(sums, A, B, prec, rows, cols, C);
+            for (int i = 0; i < rows; i++)
+                for (int j = 0; j < cols; j++) {
+                    int64_t at = (int64_t)(n0 + i) * OC + o0 + j;
+                    float x = bias ? sums[i][j] + bias[o0 + j] : sums[i][j];
+                    float y = gelu(fn, x);
+                    if (pre) pre[at] = x;
+                    out[at] = residual ? y + residual[at] : y;
+                }
+        }
+}
+
+static void linear_backward_input(float *din, const float *dout, const float *dres, const float *weight,
+                                  const float *pre, int fn, int prec, int N, int C, int OC) {
+    float sums[TILE_ROWS][TILE_COLS];
+    for (int n0 = 0; n0 < N; n0 += TILE_ROWS)
+        for (int c0 = 0; c0 < C; c0 += TILE_COLS) {
+            int rows = min_int(TILE_ROWS, N - n0), cols = min_int(TILE_COLS, C - c0);
+            Matrix A = {dout + (int64_t)n0 * OC, OC, 1}, B = {weight + c0, C, 1};
+            multiply(sums, A, B, prec, rows, cols, OC);
+            for (int i = 0; i < rows; i++)
+                for (int j = 0; j < cols; j++) {
+                    int64_t at = (int64_t)(n0 + i) * C + c0 + j;
+                    float d = fn == FN_NONE ? sums[i][j] : sums[i][j] * dgelu(fn, pre[at]);
+                    din[at] = dres ? dres[at] + d : d;
+                }
+        }
+}
+
+static void linear_backward_weight(float *dweight, float *dbias, const float *dout, const float *in, int accumulate,
+                                   int prec, int N, int C, int OC) {
+    float sums[TILE_ROWS][TILE_COLS];
+    for (int o0 = 0; o0 < OC; o0 += TILE_ROWS)
+        for (int c0 = 0; c0 < C; c0 += TILE_COLS) {
+            int rows = min_int(TILE_ROWS, OC - o0), cols = min_int(TILE_COLS, C - c0);
+            Matrix A = {dout + o0, 1, OC}, B = {in + c0, C, 1};
+            multiply(sums, A, B, prec, rows, cols, N);
+            for (int i = 0; i < rows; i++)
+                for (int j = 0; j < cols; j++) {
+                    float *d = dweight + (int64_t)(o0 + i) * C + c0 + j;
+                    *d = accumulate ? *d + sums[i][j] : sums[i][j];
+                }
+        }
+    if (dbias) column_sums(dbias, dout, N, OC);
+}
+
+/* ---- SwiGLU ---------------------------------------------------------------------------------------------------- */
+
+static void swiglu_forward(float *out, const float *in, int N, int F) {
+    for (int n = 0; n < N; n++) {
+        const float *gate = in + (int64_t)n * 2 * F, *up = gate + F;
+        for (int f = 0; f < F; f++) out[(int64_t)n * F + f] = gate[f] / (1.0f + expf(-gate[f])) * up[f];
+    }
+}
+
+static void swiglu_backward(float *din, const float *dout, const float *in, int N, int F) {
+    for (int n = 0; n < N; n++) {
+        const float *gate = in + (int64_t)n * 2 * F, *up = gate + F, *dy = dout + (int64_t)n * F;
+        float *dgate = din + (int64_t)n * 2 * F, *dup = dgate + F;
+        for (int f = 0; f < F; f++) {
+            float s = 1.0f / (1.0f + expf(-gate[f])); /* silu = gate * s, silu' = s + gate * s * (1 - s) */
+            dgate[f] = dy[f] * up[f] * s * (1.0f + gate[f] * (1.0f - s));
+            dup[f] = dy[f] * gate[f] * s;
+        }
+    }
+}
+
+/* ---- positions and attention ----------------------------------------------------------------------------------- */
+
+/* Turn every pair of the query and key heads by its angle; direction -1 turns back. */
+static void rope(float *qkv, const float *cos, const float *sin, const int32_t *starts, float direction, int B, int T,
+                 int NH, int NKV, int HS) {
+    int half = HS / 2;
+    for (int64_t bt = 0; bt < (int64_t)B * T; bt++) {
+        const float *cos_p = cos + (int64_t)position(starts, bt, T) * half;
+        const float *sin_p = sin + (int64_t)position(starts, bt, T) * half;
+        for (int h = 0; h < NH + NKV; h++) {
+            float *x = qkv + (bt * (NH + 2 * NKV) + h) * HS, *y = x + half;
+            for (int i = 0; i < half; i++) {
+                float s = direction * sin_p[i], x_i = x[i], y_i = y[i];
+                x[i] = x_i * cos_p[i] - y_i * s;
+                y[i] = y_i * cos_p[i] + x_i * s;
+            }
+        }
+    }
+}
+
+static void rope_forward(float *qkv, const float *cos, const float *sin, const int32_t *starts, int B, int T, int NH,
+                         int NKV, int HS) {
+    rope(qkv, cos, sin, starts, 1.0f, B, T, NH, NKV, HS);
+}
+
+static void rope_backward(float *dqkv, const float *cos, const float *sin, const int32_t *starts, int B, int T, int NH,
+                          int NKV, int HS) {
+    rope(dqkv, cos, sin, starts, -1.0f, B, T, NH, NKV, HS);
+}
+
+static float dot(const float *a, const float *b, int prec, int n) {
+    float sum = 0.0f;
+    if (prec == PREC_BF16)
+        for (int i = 0; i < n; i++) sum += bf16(a[i]) * bf16(b[i]);
+    else
+        for (int i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* y += a * x on rounded operands */
+static void add_product(float *y, float a, const float *x, int prec, int n) {
+    if (prec == PREC_BF16)
+        for (int i = 0; i < n; i++) y[i] += bf16(a) * bf16(x[i]);
+    else add_scaled(y, a, x, n);
+}
+
+/* One query against the keys start .. t: online softmax, a block of keys at a time.  Returns the lse. */
+static float attend(float *out, float *sum, const float *q, const float *keys, const float *values, int64_t stride,
+                    int start, int t, int prec, int HS) {
+    float scale = 1.0f / sqrtf((float)HS), max = -INFINITY, total = 0.0f, p[KEY_BLOCK];
+    memset(out, 0, (size_t)HS * sizeof *out);
+    for (int k0 = start; k0 <= t; k0 += KEY_BLOCK) {
+        int count = min_int(KEY_BLOCK, t + 1 - k0);
+        float new_max = max, block_total = 0.0f;
+        for (int k = 0; k < count; k++) {
+            p[k] = scale * dot(q, keys + (k0 + k) * stride, prec, HS);
+            new_max = fmaxf(new_max, p[k]);
+        }
+        memset(sum, 0, (size_t)HS * sizeof *sum);
+        for (int k = 0; k < count; k++) {
+            p[k] = expf(p[k] - new_max);
+            block_total += p[k];
+            add_product(sum, p[k], values + (k0 + k) * stride, prec, HS);
+        }
+        float keep = expf(max - new_max); /* what came before was relative to the old maximum */
+        for (int i = 0; i < HS; i++) out[i] = out[i] * keep + sum[i];
+        total = total * keep + block_total;
+        max = new_max;
+    }
+    for (int i = 0; i < HS; i++) out[i] /= total;
+    return max + logf(total);
+}
+
+static void attention_forward(float *out, float *lse, const float *qkv, const int32_t *starts, int prec, int B, int T,
+                              int NH, int NKV, int HS) {
+    int64_t stride = (int64_t)(NH + 2 * NKV) * HS;
+    float *sum = scratch(SCRATCH_CALL);
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < NH; h++)
+            for (int t = 0; t < T; t++) {
+                int64_t bt = (int64_t)b * T + t;
+                const float *qkv_b = qkv + (int64_t)b * T * stride;
+                const float *keys = qkv_b + (NH + h / (NH / NKV)) * HS, *values = keys + NKV * HS;
+                lse[((int64_t)b * NH + h) * T + t] = attend(out + (bt * NH + h) * HS, sum, qkv_b + t * stride + h * HS,
+                                                            keys, values, stride, starts ? starts[bt] : 0, t, prec, HS);
+            }
+}
+
+/* Forward was score = scale * q.k, p = exp(score - lse), out = sum p * v.  So
+ *     dv += p * dout      dp = dout.v      dscore = p * (dp - dout.out)      dq += scale * dscore * k      dk alike */
+static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
+                               const int32_t *starts, int prec, int B, int T, int NH, int NKV, int HS) {
+    int64_t stride = (int64_t)(NH + 2 * NKV) * HS;
+    float scale = 1.0f / sqrtf((float)HS);
+    memset(dqkv, 0, (size_t)((int64_t)B * T * stride) * sizeof *dqkv);
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < NH; h++)
+            for (int t = 0; t < T; t++) {
+                int64_t bt = (int64_t)b * T + t, key_head = (NH + h / (NH / NKV)) * HS;
+                const float *q = qkv + bt * stride + h * HS, *dy = dout + (bt * NH + h) * HS;
+                float *dq = dqkv + bt * stride + h * HS;
+                float dout_out = dot(dy, out + (bt * NH + h) * HS, PREC_FP32, HS);
+                for (int t2 = starts ? starts[bt] : 0; t2 <= t; t2++) {
+                    int64_t at = ((int64_t)b * T + t2) * stride + key_head;
+                    const float *k = qkv + at, *v = k + NKV * HS;
+                    float *dk = dqkv + at, *dv = dk + NKV * HS;
+                    float p = expf(scale * dot(q, k, prec, HS) - lse[((int64_t)b * NH + h) * T + t]);
+                    float dscore = p * (dot(dy, v, prec, HS) - dout_out);
+                    add_product(dv, p, dy, prec, HS);
+                    add_product(dq, dscore, k, prec, HS);
+                    add_product(dk, dscore, q, prec, HS);
+                }
+            }
+    for (int64_t bt = 0; bt < (int64_t)B * T; bt++) /* the scale once, at the end: dscore is rounded without it */
+        for (int i = 0; i < (NH + NKV) * HS; i++) dqkv[bt * stride + i] *= scale;
+}
+
+/* ---- head ------------------------------------------------------------------------------------------------------ */
+
+static void logprob_forward(float *logprobs, float *lse, float *entropy, const float *logits, const int32_t *targets,
+                            float invtemp, int N, int V, int Vp) {
+    for (int n = 0; n < N; n++) {
+        const float *x = logits + (int64_t)n * Vp;
+        float max = -INFINITY;
+        double sum = 0.0, weighted = 0.0;
+        for (int v = 0; v < V; v++) max = fmaxf(max, x[v] * invtemp);
+        for (int v = 0; v < V; v++) { /* terms in [0, 1], one of them 1: neither overflow nor log 0 */
+            float y = x[v] * invtemp - max, e = expf(y);
+            sum += e;
+            if (e > 0.0f) weighted += e * y; /* a logit of -infinity would make 0 * infinity */
+        }
+        lse[n] = (float)(max + log(sum));
+        logprobs[n] = targets[n] < 0 ? 0.0f : x[targets[n]] * invtemp - lse[n];
+        if (entropy) entropy[n] = (float)(log(sum) - weighted / sum); /* log p = y - log sum */
+    }
+}
+
+static void logprob_backward(float *dlogits, const float *dlogprobs, const float *logits, const int32_t *targets,
+                             const float *lse, float invtemp, int N, int V, int Vp) {
+    for (int n = 0; n < N; n++) {
+        const float *x = logits + (int64_t)n * Vp;
+        float *dx = dlogits + (int64_t)n * Vp, d = invtemp * dlogprobs[n];
+        int target = targets[n];
+        for (int v = 0; v < Vp; v++) {
+            if (target < 0 || v >= V) dx[v] = 0.0f;
+            else dx[v] = d * ((v == target ? 1.0f : 0.0f) - expf(x[v] * invtemp - lse[n]));
+        }
+    }
+}
+
+/* ---- update ---------------------------------------------------------------------------------------------------- */
+
+static void square_sums(double *sums, const float *x, const int64_t *offsets, int n) {
+    for (int j = 0; j < n; j++) {
+        double sum = 0.0;
+        for (int64_t i = offsets[j]; i < offsets[j + 1]; i++) sum += (double)x[i] * (double)x[i];
+        sums[j] = sum;
+    }
+}
+
+static void clip_scale(float *hyper, double *norm, const double *sums, float max_norm, int n) {
+    double sum = 0.0;
+    for (int j = 0; j < n; j++) sum += sums[j];
+    *norm = sqrt(sum);
+    hyper[HYPER_SCALE] = max_norm > 0.0f && *norm > (double)max_norm ? (float)((double)max_norm / *norm) : 1.0f;
+}
+
+static void adamw(float *weights, float *m, float *v, const float *grads, const float *hyper, float weight_decay,
+                  int64_t n) {
+    const float beta1 = hyper[HYPER_BETA1], beta2 = hyper[HYPER_BETA2];
+    for (int64_t i = 0; i < n; i++) {
+        float g = grads[i] * hyper[HYPER_SCALE];
+        m[i] = beta1 * m[i] + (1.0f - beta1) * g;
+        v[i] = beta2 * v[i] + (1.0f - beta2) * g * g;
+        float step = m[i] / hyper[HYPER_C1] / (sqrtf(v[i] / hyper[HYPER_C2]) + hyper[HYPER_EPS]);
+        weights[i] -= hyper[HYPER_LR] * (step + weight_decay * weights[i]);
+    }
+}
+
+/* ---- the table ------------------------------------------------------------------------------------------------- */
+
+/* As many independent chains as the innermost loop of multiply() has, on values the compiler cannot know. */
+static double peak_flops(int prec, double seconds) {
+    enum { STEPS = 1 << 16 };
+    (void)prec; /* plain loops round to bf16 by hand and then multiply floats */
+    volatile float one = 1.0f, zero = 0.0f;
+    double start = now(), best = 0.0;
+    do {
+        float chain[TILE_COLS], a = one, b = zero;
+        for (int j = 0; j < TILE_COLS; j++) chain[j] = zero;
+        double t = now();
+        for (int i = 0; i < STEPS; i++)
+            for (int j = 0; j < TILE_COLS; j++) chain[j] = chain[j] * a + b;
+        double rate = 2.0 * STEPS * TILE_COLS / (now() - t);
+        for (int j = 0; j < TILE_COLS; j++) zero = chain[j];
+        if (rate > best) best = rate;
+    } while (now() - start < seconds);
+    return best;
+}
+
+const Ops ops_ref = {
+    .name = "ref",
+    .act_bytes = sizeof(float),
+    .alloc = memory_alloc,
+    .free = memory_free,
+    .copy_in = memory_copy,
+    .copy_out = memory_copy,
+    .zero = memory_zero,
+    .peak_flops = peak_flops,
+#define OP(name, args) .name = name,
+#include "ops.def"
+#undef OP
+};

@@ -1,0 +1,79 @@
+/* peak.c -- see peak.h. */
+#include "peak.h"
+#include <unistd.h>
+#include "clock.h"
+#include "memory.h"
+#include "threads.h"
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+enum { MAX_TASKS = 1024 };
+
+typedef struct {
+    const Ops *ops;
+    int prec;
+    double seconds, rate[MAX_TASKS];
+} Flops;
+
+static void flops_task(void *context, int task) {
+    Flops *f = context;
+    f->rate[task] = f->ops->peak_flops(f->prec, f->seconds);
+}
+
+double peak_flops(const Ops *ops, int prec, double seconds) {
+    static _Thread_local Flops f;
+    f = (Flops){.ops = ops, .prec = prec, .seconds = seconds};
+    int threads = threads_get() < MAX_TASKS ? threads_get() : MAX_TASKS;
+    parallel_for(flops_task, &f, threads);
+    double sum = 0;
+    for (int i = 0; i < threads; i++) sum += f.rate[i];
+    return sum;
+}
+
+typedef struct {
+    char *dst, *src;
+    size_t bytes;
+    int tasks;
+} Copy;
+
+/* Non-temporal stores: an ordinary store would first read the line it is about to overwrite. */
+static void copy_task(void *context, int task) {
+    const Copy *c = context;
+    size_t begin = c->bytes / (size_t)c->tasks * (size_t)task / 64 * 64,
+           end = c->bytes / (size_t)c->tasks * ((size_t)task + 1) / 64 * 64;
+#if defined(__SSE2__)
+    for (size_t i = begin; i < end; i += 64)
+        for (size_t j = i; j < i + 64; j += 16)
+            _mm_stream_si128((__m128i *)(c->dst + j), _mm_load_si128((const __m128i *)(c->src + j)));
+    _mm_sfence();
+#else
+    memory_copy(c->dst + begin, c->src + begin, end - begin);
+#endif
+}
+
+static size_t bytes_beyond_cache(void) {
+    long cache = -1;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    size_t least = (size_t)256 << 20, bytes = cache > 0 ? 4 * (size_t)cache : 0;
+    return bytes > least ? bytes : least;
+}
+
+double peak_copy(double seconds) {
+    Copy c = {.bytes = bytes_beyond_cache(), .tasks = threads_get()};
+    c.dst = memory_alloc(c.bytes), c.src = memory_alloc(c.bytes);
+    double best = 0, start = now();
+    if (c.dst && c.src) {
+        memory_zero(c.src, c.bytes), memory_zero(c.dst, c.bytes); /* every page is there before the clock runs */
+        do {
+            double t = now();
+            parallel_for(copy_task, &c, c.tasks);
+            double rate = 2.0 * (double)c.bytes / (now() - t);
+            if (rate > best) best = rate;
+        } while (now() - start < seconds);
+    }
+    memory_free(c.dst, c.bytes), memory_free(c.src, c.bytes);
+    return best;
+}

@@ -1,0 +1,9 @@
+/* peak.h -- the ceilings of this machine, measured: what speeds are a share of. */
+#pragma once
+#include "ops.h"
+
+/* Multiply-adds per second, counted as two, of all threads together, out of registers. */
+double peak_flops(const Ops *ops, int prec, double seconds);
+/* Bytes read and written per second by all threads copying with non-temporal stores, between arrays over four times the
+ * last cache; 0 where there is no memory for them. */
+double peak_copy(double seconds);

@@ -1,0 +1,49 @@
+/* tile.h -- the one micro-kernel under matmul and attention: a tile of C in registers, one chain per element.
+ *
+ *   C[i][j] = (add ? C[i][j] : 0) + sum over k of A[i][k] * B[k][j]        i < MR, j < NV * W
+ *
+ * The sum is one chain of fused multiply-adds in order of k, starting from 0; `add` adds the finished sum.  MR and NV
+ * must be literals, so that the tile stays in registers: MR * NV accumulators, NV vectors of B, one broadcast of A.
+ * A element (i, k) lies at A[i * rs + k * ks], so A may be packed, read as it is, or read transposed; B row k lies at
+ * B + k * ldb.  `pairs`: every 32-bit unit holds two bf16, and a step adds two products (VDPBF16PS). */
+#pragma once
+#include "simd.h"
+
+#if defined(__AVX512BF16__)
+enum { HAVE_PAIRS = 1 };
+INLINE vf vdot_pairs(vf a, vf b, vf c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+}
+#else
+enum { HAVE_PAIRS = 0 };
+INLINE vf vdot_pairs(vf a, vf b, vf c) { return vfma(a, b, c); } /* never called: callers ask HAVE_PAIRS */
+#endif
+
+INLINE void tile(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
+                 const float *B, int64_t ldb, float *C, int64_t ldc, int add) {
+    vf c[8][4];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) c[i][j] = vset(0.0f);
+#pragma GCC unroll 2
+    for (int k = 0; k < kc; k++) {
+        vf b[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) b[j] = vload_all(B + k * ldb + j * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++) {
+            vf a = vset(A[i * rs + k * ks]);
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) c[i][j] = pairs ? vdot_pairs(a, b[j], c[i][j]) : vfma(a, b[j], c[i][j]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) {
+            float *p = C + i * ldc + j * W;
+            if (add) c[i][j] = vload_all(p) + c[i][j];
+            vstore_all(p, c[i][j]);
+        }
+}
