@@ -3,6 +3,8 @@
 //   ops     every operator of every backend straight from ops.def, for tests and benchmarks: types and contiguity are
 //           checked, sizes are the caller's word
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <optional>
 #include <pybind11/numpy.h>
@@ -24,6 +26,10 @@ extern "C" {
 namespace py = pybind11;
 
 static void ready() {
+    const char *threads = getenv("BARELM_THREADS");
+    if (threads && *threads && (strspn(threads, "0123456789") != strlen(threads) || atoi(threads) < 1))
+        throw std::invalid_argument("BARELM_THREADS: is '" + std::string(threads) +
+                                    "', must be a whole number, at least 1");
     if (threads_ready()) {
         PyErr_SetString(PyExc_MemoryError, "the system grants no memory for the working space of a thread");
         throw py::error_already_set();
@@ -32,9 +38,13 @@ static void ready() {
 
 static const Ops &backend(const std::string &name) {
     const Ops *ops = ops_select(name.empty() ? nullptr : name.c_str());
-    if (!ops)
-        throw std::invalid_argument("backend '" + name + "' is not one that this build has and this machine runs");
-    return *ops;
+    if (ops) return *ops;
+    const char *wanted = name.empty() ? getenv("BARELM_ISA") : nullptr;
+    std::string all;
+    for (auto p = ops_compiled; *p; p++)
+        if (ops_usable(*p)) all += std::string(all.empty() ? "" : ", ") + (*p)->name;
+    throw std::invalid_argument((wanted ? "BARELM_ISA: is '" + std::string(wanted) : "backend: is '" + name) +
+                                "', must be one that this build has and this machine runs: " + all);
 }
 
 // How a C argument looks from Python: a pointer is an array or None, everything else is itself.  Activations (void *)

@@ -243,6 +243,7 @@ static void gemm_task(void *context, int task) {
     int tm = task / g->grid_n, tn = task % g->grid_n;
     int m0 = part_begin(g->M, MR, g->grid_m, tm), m1 = part_begin(g->M, MR, g->grid_m, tm + 1);
     int j0 = part_begin(g->N, NR, g->grid_n, tn), j1 = part_begin(g->N, NR, g->grid_n, tn + 1);
+    if (m0 == m1 || j0 == j1) return; /* more parts than tiles; an empty part must not add row_sums either */
     int rows = block_rows(g);
     Work w = work_of_task();
     for (int i = m0; i < m1; i += rows) {

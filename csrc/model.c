@@ -127,8 +127,8 @@ struct Model {
     const Ops *ops;
     int prec;
     Layout layout;
-    float *weights, *grads, *m, *v;
-    int grads_live; /* 0: the block's content is stale and reads as zero */
+    float *weights, *grads, *m, *v; /* the moments m and v are one allocation */
+    int grads_live;                 /* 0: the block's content is stale and reads as zero */
     int64_t step;
     float *cos, *sin;
     double *sums; /* squares of each tensor's gradient, then the norm */
@@ -284,9 +284,9 @@ void model_free(Model *m) {
     if (!m) return;
     size_t block = (size_t)m->layout.floats * sizeof(float);
     size_t table = (size_t)m->c.context * (size_t)(m->c.head_size / 2) * sizeof(float);
-    float *blocks[] = {m->weights, m->grads, m->m, m->v};
-    for (int i = 0; i < 4; i++)
-        if (blocks[i]) m->ops->free(blocks[i], block);
+    if (m->weights) m->ops->free(m->weights, block);
+    if (m->grads) m->ops->free(m->grads, block);
+    if (m->m) m->ops->free(m->m, 2 * block);
     if (m->cos) m->ops->free(m->cos, table);
     if (m->sin) m->ops->free(m->sin, table);
     if (m->sums) m->ops->free(m->sums, (size_t)(m->n_ranges + 1) * sizeof(double));
@@ -687,11 +687,9 @@ Status model_grads(Model *m, float **grads) {
 }
 
 Status model_moments(Model *m, float *moments[2]) {
-    int64_t bytes = m->layout.floats * (int64_t)sizeof(float);
     Status s = OK;
-    if (!m->m) s = allocate(m, (void **)&m->m, bytes, "first moments");
-    if (!s && !m->v) s = allocate(m, (void **)&m->v, bytes, "second moments");
-    if (s && m->m) m->ops->free(m->m, (size_t)bytes), m->m = NULL;
+    if (!m->m) s = allocate(m, (void **)&m->m, 2 * m->layout.floats * (int64_t)sizeof(float), "moments");
+    if (!s) m->v = m->m + m->layout.floats;
     moments[0] = m->m, moments[1] = m->v;
     return s;
 }

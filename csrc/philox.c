@@ -40,16 +40,24 @@ typedef struct {
 
 enum { NORMALS_A_TASK = 1 << 14 };
 
-/* Box-Muller: two normals from one call, in double so that the tails are right. */
+/* Box, Muller 1958: two normals from two uniforms.  In fp32, with 32 random bits each, the tails end at 6.7 standard
+ * deviations; in double it would take three times as long, and a 1.5 B model's first weights half a minute. */
+static void two_normals(float *x, float *y, uint32_t a, uint32_t b, float std) {
+    float radius = std * sqrtf(-2 * logf(((float)a + 1) * 0x1p-32f)), angle = 6.2831853f * ((float)b * 0x1p-32f);
+    *x = radius * cosf(angle);
+    *y = radius * sinf(angle);
+}
+
 static void normal_task(void *context, int task) {
     const Normal *a = context;
     int64_t begin = (int64_t)task * NORMALS_A_TASK, end = begin + NORMALS_A_TASK < a->n ? begin + NORMALS_A_TASK : a->n;
-    for (int64_t i = begin; i < end; i += 2) {
+    for (int64_t i = begin; i < end; i += 4) {
         uint32_t r[4];
-        philox(r, a->seed, a->stream, a->row, (uint64_t)i / 2);
-        double radius = sqrt(-2 * log(1 - unit(r[0], r[1]))), angle = 6.283185307179586 * unit(r[2], r[3]);
-        a->out[i] = (float)(a->std * radius * cos(angle));
-        if (i + 1 < end) a->out[i + 1] = (float)(a->std * radius * sin(angle));
+        float x[4];
+        philox(r, a->seed, a->stream, a->row, (uint64_t)i / 4);
+        two_normals(x, x + 1, r[0], r[1], a->std);
+        two_normals(x + 2, x + 3, r[2], r[3], a->std);
+        for (int64_t j = 0; j < 4 && i + j < end; j++) a->out[i + j] = x[j];
     }
 }
 
