@@ -1,0 +1,28 @@
+"""barelm: language models on bare metal - hand-written kernels, a thin Python layer, no deep-learning framework.
+
+The names below are loaded when they are first used: importing barelm, and `barelm --help`, cost nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine import generate as generate
+    from .model import Config as Config
+    from .model import Model as Model
+    from .tokenizer import Tokenizer as Tokenizer
+
+_HOME = {"Config": "model", "Model": "model", "Tokenizer": "tokenizer", "generate": "engine"}
+
+__all__ = ["Config", "Model", "Tokenizer", "__version__", "generate"]
+
+
+def __getattr__(name: str):
+    if name == "__version__":
+        value = importlib.import_module("._core", __name__).version()
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module 'barelm' has no attribute {name!r}")
+    globals()[name] = value
+    return value

@@ -1,0 +1,274 @@
+"""Config and Model: one transformer, described by data, computed by the kernels of `barelm._core`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from . import _core
+
+_GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+
+_LLAMA = dict(norm="rmsnorm", act="swiglu", pos="rope", bias=False, tied=False, norm_eps=1e-5)
+_LLAMA3 = dict(**_LLAMA, vocab_size=128256, context=131072, rope_theta=500000.0)
+_LLAMA32_SCALING = dict(
+    factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192, rope_type="llama3"
+)
+_PRESETS = {name: dict(n_layer=L, n_head=NH, n_embd=C) for name, (L, NH, C) in _GPT2.items()} | {
+    # a small model of Llama's form, GPT-2 124M's size
+    "llama": dict(**_LLAMA, n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_inner=2048, vocab_size=50257, context=1024),
+    "llama-3.2-1b": _LLAMA3
+    | dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_inner=8192, tied=True, rope_scaling=_LLAMA32_SCALING),
+    "llama-3.2-3b": _LLAMA3
+    | dict(n_layer=28, n_head=24, n_kv_head=8, n_embd=3072, n_inner=8192, tied=True, rope_scaling=_LLAMA32_SCALING),
+    "llama-3-8b": _LLAMA3 | dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, context=8192),
+}
+
+_SIZES = ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_inner", "vocab_size", "context")
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a transformer is made of.  Fields left out are GPT-2 124M's.
+
+    Fields
+        n_layer, n_head, n_embd   blocks, query heads, channels C
+        n_kv_head                 key/value heads, a divisor of n_head (default: n_head)
+        head_size                 default n_embd / n_head
+        n_inner                   width F of the MLP (default: 4 C; with "swiglu" 8/3 C up to a multiple of 64)
+        vocab_size, context       number of tokens V, longest sequence
+        norm                      "layernorm" or "rmsnorm", with norm_eps
+        act                       "gelu_tanh" (GPT-2), "gelu_erf" or "swiglu"
+        pos                       "learned" or "rope" (half-split), with rope_theta and Llama-3's rope_scaling
+        bias                      biases in linear layers, and in LayerNorm
+        tied                      the head shares the token embedding
+
+    Raises ValueError naming the field for what cannot be built.
+    """
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None
+    n_embd: int = 768
+    n_inner: int | None = None
+    vocab_size: int = 50257
+    context: int = 1024
+    head_size: int | None = None
+    norm: str = "layernorm"
+    act: str = "gelu_tanh"
+    pos: str = "learned"
+    bias: bool = True
+    tied: bool = True
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping | None = None
+
+    def __post_init__(self):
+        def default(name, value):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+        def need(ok, field, says):
+            if not ok:
+                raise ValueError(f"{field}: is {getattr(self, field)!r}, {says}")
+
+        default("n_kv_head", self.n_head)
+        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "context"):
+            value = getattr(self, name)
+            need(isinstance(value, (int, np.integer)) and not isinstance(value, bool), name, "must be an int")
+            need(1 <= value < 2**31, name, "must be at least 1")
+        if self.head_size is None:
+            need(self.n_embd % self.n_head == 0, "n_embd", f"must be a multiple of n_head {self.n_head} or head_size be given")
+        default("head_size", self.n_embd // self.n_head)
+        default("n_inner", -(-8 * self.n_embd // 192) * 64 if self.act == "swiglu" else 4 * self.n_embd)
+        for name in ("head_size", "n_inner"):
+            value = getattr(self, name)
+            need(isinstance(value, (int, np.integer)) and 1 <= value < 2**31, name, "must be an int, at least 1")
+        for name in _SIZES:
+            object.__setattr__(self, name, int(getattr(self, name)))
+        need(self.n_head % self.n_kv_head == 0, "n_kv_head", f"must divide n_head {self.n_head}")
+        need((self.n_head + 2 * self.n_kv_head) * self.head_size < 2**31, "head_size", "is too large for n_head")
+        need(self.n_inner < 2**30, "n_inner", "is too large")
+        need(self.norm in ("layernorm", "rmsnorm"), "norm", "must be 'layernorm' or 'rmsnorm'")
+        need(self.act in ("gelu_tanh", "gelu_erf", "swiglu"), "act", "must be 'gelu_tanh', 'gelu_erf' or 'swiglu'")
+        need(self.pos in ("learned", "rope"), "pos", "must be 'learned' or 'rope'")
+        need(self.pos == "learned" or self.head_size % 2 == 0, "head_size", "must be even with pos='rope'")
+        for name in ("bias", "tied"):
+            need(isinstance(getattr(self, name), bool), name, "must be True or False")
+        need(0 < self.norm_eps < 1, "norm_eps", "must be in (0, 1)")
+        need(0 < self.rope_theta < float("inf"), "rope_theta", "must be above 0 and finite")
+        if self.rope_scaling is not None:
+            scaling = self.rope_scaling
+            missing = [name for name in _SCALING if name not in scaling]
+            need(not missing, "rope_scaling", f"lacks {', '.join(missing)}")
+            need(scaling.get("rope_type", "llama3") == "llama3", "rope_scaling", "only rope_type 'llama3' is known")
+            need(all(float(scaling[name]) > 0 for name in _SCALING), "rope_scaling", "must hold numbers above 0")
+            need(scaling["high_freq_factor"] > scaling["low_freq_factor"], "rope_scaling", "must have high above low")
+            object.__setattr__(self, "rope_scaling", MappingProxyType(dict(scaling)))
+
+    @classmethod
+    def preset(cls, name: str, **fields) -> Config:
+        """A known model's config, e.g. "gpt2" (124M), "gpt2-xl" (1558M), "llama-3.2-1b"; `fields` override."""
+        if name not in _PRESETS:
+            raise ValueError(f"preset: is {name!r}, must be one of {', '.join(_PRESETS)}")
+        unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"preset: unknown field {sorted(unknown)[0]!r}")
+        return cls(**(_PRESETS[name] | fields))
+
+    def to_dict(self) -> dict:
+        """Plain data, for JSON; `Config(**d)` gives it back."""
+        d = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        d["rope_scaling"] = None if self.rope_scaling is None else dict(self.rope_scaling)
+        return d
+
+    def memory(self, B: int = 1, T: int = 0, training: bool = True) -> dict[str, int]:
+        """Bytes by purpose for batches of B x T (T = 0: the whole context), before anything is allocated."""
+        return _core.model_memory(self, B, T or self.context, training)
+
+
+class Model:
+    """A transformer with its weights, gradients and AdamW moments.
+
+    config     Config
+    seed       of the initial weights (normal 0.02; what feeds the residual stream 0.02 / sqrt(2 n_layer))
+    precision  "fp32", or "bf16": operands of matrix products and attention are rounded to bf16, sums, activations and
+               weights stay fp32
+    device     "cpu"
+
+    Arrays go in as C-contiguous NumPy arrays of the dtype named, never converted: a wrong dtype, shape, token id or
+    order raises TypeError or ValueError naming argument and axis before any kernel runs.  Calls from several threads
+    are taken one at a time.  Ctrl-C interrupts a call between layers: gradients, if they were half made, then read as
+    zero.  MemoryError says how much was needed and how much there was.
+    """
+
+    def __init__(self, config: Config, seed: int = 0, precision: str = "fp32", device: str = "cpu"):
+        if not isinstance(config, Config):
+            raise TypeError(f"config: is {type(config).__name__}, must be barelm.Config")
+        if device != "cpu":
+            raise ValueError(f"device: is {device!r}, this build has 'cpu' only")
+        if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed: is {seed!r}, must be an int in [0, 2^64)")
+        self.config, self.precision, self.device = config, precision, device
+        self._core = _core.Model(config, precision, int(seed))
+
+    def forward(self, tokens, targets, hidden=False, entropy=False, temperature=1.0, starts=None):
+        """Log-probability of each target under the model.
+
+        tokens       (B, T) int32 in [0, V)
+        targets      (B, T) int32 in [0, V), or -1: not trained on, log-probability 0
+        temperature  logits are divided by it
+        starts       (B, T) int32 or None: first key each query sees, 0 <= starts[b, t] <= t; positions count from it
+        Returns logprobs (B, T) float32; with `hidden` also the hidden states after the final norm (B, T, C), with
+        `entropy` also the entropy of each prediction in nats (B, T), as a tuple in this order.
+        FloatingPointError names the first weight that is not finite.
+        """
+        return self._core.forward(np.asarray(tokens), np.asarray(targets), hidden, entropy, temperature, _maybe(starts))
+
+    def backward(self, dlogprobs=None, dhidden=None):
+        """Add the gradients of the last `forward`, given d loss / d logprobs (B, T) float32 and, or instead, d loss /
+        d hidden (B, T, C) float32."""
+        self._core.backward(_maybe(dlogprobs), _maybe(dhidden))
+
+    def forward_backward(self, tokens, targets, weights, temperature=1.0, starts=None, logprobs=False):
+        """Forward and backward of loss = -sum(weights * logprobs) with the head's work done once; the same bits as
+        `forward` and `backward(-weights)`.
+
+        weights  (B, T) float32, may be negative.  Use 1 / (tokens of the whole optimizer step) for the mean.
+        Returns the loss (float), or with `logprobs` (loss, logprobs (B, T)).
+        """
+        loss, lp = self._core.forward_backward(
+            np.asarray(tokens), np.asarray(targets), np.asarray(weights), temperature, _maybe(starts)
+        )
+        return (loss, lp) if logprobs else loss
+
+    def update(self, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0) -> float:
+        """Clip the gradients to the norm `clip` (0 or None: not), one AdamW step (arXiv:1711.05101; decay on matrices
+        and embeddings only), and forget the gradients: they then read as zero.
+
+        Returns the norm before clipping.  A gradient that is not finite raises FloatingPointError naming the first
+        such tensor; weights and moments keep their bits.
+        """
+        return self._core.update(lr, betas[0], betas[1], eps, weight_decay, clip or 0.0)
+
+    def logits(self, tokens, last=True, starts=None):
+        """Logits (B, V) float32 after the last token of each row, or (B, T, V).  Keeps nothing for `backward`."""
+        return self._core.logits(np.asarray(tokens), last, _maybe(starts))
+
+    def trace(self, tokens, starts=None) -> dict[str, np.ndarray]:
+        """Every intermediate that exists, by name: "h.0.ln_1", "h.0.attn.qkv", ..., "hidden", each (B, T, columns)."""
+        tokens = np.asarray(tokens)
+        self._core.forward(tokens, np.full_like(tokens, -1), False, False, 1.0, _maybe(starts))
+        return {name if layer is None else f"h.{layer}.{name}": a for name, layer, a in self._core.trace()}
+
+    @property
+    def params(self) -> Mapping[str, np.ndarray]:
+        """Weights under Hugging Face's names (without the base model's prefix) and shapes, as writable views."""
+        return MappingProxyType(self._core.params)
+
+    @property
+    def grads(self) -> Mapping[str, np.ndarray]:
+        """Gradients, as `params`; zero after `update`."""
+        return MappingProxyType(self._core.grads)
+
+    @property
+    def moments(self) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+        """AdamW's first and second moments, as `params`; allocated here if there was no update yet."""
+        first, second = self._core.moments
+        return MappingProxyType(first), MappingProxyType(second)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether an update (or a loaded checkpoint) has left moments."""
+        return self._core.has_moments
+
+    @property
+    def step(self) -> int:
+        """Updates made so far; AdamW's bias correction counts from it."""
+        return self._core.step
+
+    @step.setter
+    def step(self, value: int):
+        self._core.step = value
+
+    @property
+    def decayed(self) -> frozenset[str]:
+        """Names of the parameters that weight decay acts on."""
+        return frozenset(self._core.decays)
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters; the vocabulary's padding is not counted."""
+        return sum(p.size for p in self.params.values())
+
+    def memory(self, B: int = 1, T: int = 0, training: bool = True) -> dict[str, int]:
+        """Bytes by purpose for batches of B x T; see Config.memory."""
+        return self.config.memory(B, T, training)
+
+    def save(self, folder, optimizer: bool = True):
+        """Write a checkpoint that transformers opens as it is; see barelm.checkpoint.save."""
+        from . import checkpoint
+
+        checkpoint.save(self, folder, optimizer=optimizer)
+
+    @classmethod
+    def load(cls, folder, precision: str = "fp32", device: str = "cpu") -> Model:
+        """Read a checkpoint written by `save`, or by transformers; see barelm.checkpoint.load."""
+        from . import checkpoint
+
+        return checkpoint.load(cls, folder, precision=precision, device=device)
+
+    def __repr__(self):
+        c = self.config
+        return (
+            f"Model({self.n_params / 1e6:.1f}M parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
+            f"{c.vocab_size} tokens, context {c.context}; {self.precision} on {self.device}, step {self.step})"
+        )
+
+
+def _maybe(a):
+    return None if a is None else np.asarray(a)

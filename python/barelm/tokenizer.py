@@ -1,0 +1,354 @@
+"""Tokenizer: text to ids and back, byte-level BPE with special tokens.
+
+Encoding is tiktoken's; this file reads and writes the vocabularies.  Two forms are read: Hugging Face's
+`tokenizer.json` and GPT-2's pair `vocab.bpe` + `encoder.json`.  Nothing here touches a network.
+
+Byte-level BPE (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): text is cut by a regular
+expression, each piece is UTF-8 bytes, and the pair with the lowest rank merges until none is left.  Every byte is a
+token, so every byte string can be encoded, and decoding gives back exactly the bytes that went in.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["Tokenizer"]
+
+EOT = "<|endoftext|>"
+EOT_NAMES = (EOT, "<|end_of_text|>", "</s>")  # what the known families call the token between documents
+MAX_ID = 1 << 24  # far above any real vocabulary: a hostile file must not make us allocate by its ids
+MAX_FILE = 256 << 20  # bytes; Llama-3's tokenizer.json has 9 MB
+
+# GPT-2's split: contractions, letters, digits, the rest, white space.  Possessive runs (++) change no result and keep
+# the engine from backtracking.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# One part of it must backtrack, and the engine gives up on long runs.  A run of white space with something behind it is
+# always cut before its last character, so we may cut there ourselves.  (Python's \s has four characters more.)
+LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{10000,}(?=[\S\x1c-\x1f])")
+
+
+def _byte_chars() -> list[str]:
+    """The printable character that vocabulary files write for each byte: itself, or one from U+0100 on."""
+    chars, spare = [], 256
+    for byte in range(256):
+        printable = chr(byte).isprintable() and chr(byte) != " "
+        chars.append(chr(byte if printable else spare))
+        spare += not printable
+    return chars
+
+
+BYTE_TO_CHAR = _byte_chars()
+CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary.  Make one with `bytes()`, `gpt2()` or `load()`.
+
+    n_vocab    the largest id + 1
+    eot        the id of the end-of-text token, which begins every document
+    special    {text: id} of the special tokens
+    """
+
+    def __init__(self, vocab: dict[bytes, int], merges: Sequence[tuple[bytes, bytes]], special: dict[str, int],
+                 pattern: str = GPT2_PATTERN):
+        """vocab: the bytes of each ordinary token and its id; merges: pairs, the first merges first.
+
+        ValueError: a byte has no id, an id is used twice, a merge is not in the vocabulary, or there is no end-of-text.
+        """
+        self.pattern, self.special, self._vocab, self._merges = pattern, dict(special), vocab, list(merges)
+        self._check_ids()
+        self.n_vocab = 1 + max([*vocab.values(), *special.values()])
+        self.eot = next((special[name] for name in EOT_NAMES if name in special), -1)
+        if self.eot < 0:
+            raise ValueError(f"no end-of-text token among the special tokens (one of {', '.join(EOT_NAMES)})")
+        self._bytes: list[bytes | None] = [None] * self.n_vocab
+        for token, id in vocab.items():
+            self._bytes[id] = token
+        for text, id in special.items():
+            self._bytes[id] = text.encode()
+        self._byte_ids = np.array([vocab[bytes([b])] for b in range(256)], np.int32)
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special_split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._make_encoder()
+
+    # ---- making one -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def bytes(cls) -> "Tokenizer":
+        """The 256 bytes, each its own id, and <|endoftext|> = 256.  Needs no file and no training."""
+        return cls({bytes([b]): b for b in range(256)}, [], {EOT: 256})
+
+    @classmethod
+    def gpt2(cls, vocab_bpe: str | os.PathLike, encoder_json: str | os.PathLike) -> "Tokenizer":
+        """GPT-2's vocabulary from its two files: merges, one "a b" a line, and {token: id}."""
+        lines = _read(vocab_bpe).split("\n")
+        if lines and lines[0].startswith("#version"):
+            lines = lines[1:]
+        merges = [line.rstrip("\r") for line in lines if line.strip("\r\n ")]
+        vocab = _json(encoder_json)
+        try:
+            special = {text: vocab.pop(text) for text in (EOT,) if text in vocab}
+            return _build(vocab, merges, special, GPT2_PATTERN)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{vocab_bpe} and {encoder_json} are not GPT-2's vocabulary: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """From a tokenizer.json, or a folder that holds one, or a folder with vocab.bpe and encoder.json."""
+        path = Path(path)
+        if path.is_dir():
+            if (path / "tokenizer.json").exists():
+                path = path / "tokenizer.json"
+            elif (path / "vocab.bpe").exists() and (path / "encoder.json").exists():
+                return cls.gpt2(path / "vocab.bpe", path / "encoder.json")
+            else:
+                raise FileNotFoundError(f"{path}: no tokenizer.json, nor vocab.bpe with encoder.json, in this folder")
+        try:
+            return _from_huggingface(_json(path))
+        except ValueError as error:
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `tokenizer.json` in the form that Hugging Face's `tokenizers` loads; returns its path."""
+        path = Path(folder) / "tokenizer.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(self.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        return path
+
+    # ---- using it -------------------------------------------------------------------------------------------------
+
+    def encode(self, text: "str | bytes", special: bool = False) -> list[int]:
+        """Ids of a text.  Special tokens in it are ordinary text, unless `special`.
+
+        Bytes that are not UTF-8 become the tokens of single bytes, so decode_bytes(encode(b)) == b for any b.
+        """
+        return self.encode_to_array(text, special).tolist()
+
+    def encode_to_array(self, text: "str | bytes", special: bool = False) -> np.ndarray:
+        """As encode, an int32 array (n)."""
+        data = _to_bytes(text)
+        if not special:
+            return self._ordinary(data)
+        parts = self._special_split.split(data.decode("utf-8", "surrogateescape"))
+        ids = [[self.special[part]] if i % 2 else self._ordinary(part.encode("utf-8", "surrogateescape"))
+               for i, part in enumerate(parts)]
+        return np.concatenate([np.asarray(part, np.int32) for part in ids])
+
+    def decode_bytes(self, ids: Iterable[int]) -> "bytes":
+        """The exact bytes of the ids.  ValueError: an id that no token has."""
+        return b"".join([self.token_bytes(id) for id in ids])
+
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
+        """The text of the ids; `errors` is what to do where the bytes are not UTF-8, as in bytes.decode."""
+        return self.decode_bytes(ids).decode("utf-8", errors)
+
+    def token_bytes(self, id: int) -> "bytes":
+        """The bytes of one token; of a special token, its name."""
+        token = self._bytes[id] if 0 <= id < self.n_vocab else None
+        if token is None:
+            raise ValueError(f"ids: no token has the id {id} (n_vocab is {self.n_vocab})")
+        return token
+
+    def token_lengths(self) -> np.ndarray:
+        """(n_vocab) int64: how many bytes of text each token stands for; 0 for special tokens."""
+        lengths = np.array([len(token or b"") for token in self._bytes], np.int64)
+        lengths[list(self.special.values())] = 0
+        return lengths
+
+    def to_json(self) -> str:
+        """What save() writes."""
+        return json.dumps(_to_huggingface(self), ensure_ascii=False, indent=1) + "\n"
+
+    def hash(self) -> str:
+        """sha256 of what save() writes: two tokenizers with one hash give the same ids."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer n_vocab={self.n_vocab} merges={len(self._merges)}>"
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _check_ids(self) -> None:
+        missing = [b for b in range(256) if bytes([b]) not in self._vocab]
+        if missing:
+            raise ValueError(f"the byte 0x{missing[0]:02x} has no token: not a byte-level vocabulary")
+        ids = [*self._vocab.values(), *self.special.values()]
+        for id in ids:
+            if type(id) is not int or not 0 <= id < MAX_ID:
+                raise ValueError(f"{id!r} is not a token id")
+        if len(set(ids)) < len(ids):
+            raise ValueError("two tokens have the same id")
+        if "" in self.special:
+            raise ValueError("a special token is empty")
+
+    def _make_encoder(self) -> None:
+        """tiktoken wants one number per token that is both its id and its rank; where a file has them apart, we map."""
+        ranks = {bytes([b]): rank for rank, b in enumerate(sorted(range(256), key=lambda b: self._vocab[bytes([b])]))}
+        last = None
+        for left, right in self._merges:
+            token = left + right
+            if left not in ranks or right not in ranks:
+                raise ValueError(f"the merge {left!r} + {right!r} comes before one of its parts is made")
+            if token not in self._vocab:
+                raise ValueError(f"the merge {left!r} + {right!r} makes a token that is not in the vocabulary")
+            if token in ranks and token != last:  # Llama-3's file lists every way to one token in a row: the same thing
+                raise ValueError(f"two merges far apart make {token!r}: not a vocabulary that ranks alone describe")
+            ranks.setdefault(token, len(ranks))
+            last = token
+        unreachable = next((token for token in self._vocab if token not in ranks), None)
+        if unreachable is not None:
+            raise ValueError(f"no merge makes the token {unreachable!r}")
+        ids = np.array([self._vocab[token] for token in ranks], np.int32)
+        self._rank_to_id = None if np.array_equal(ids, np.arange(len(ids))) else ids
+        self._encoder = None
+        if self._merges:
+            import tiktoken  # here: a byte vocabulary does without
+
+            self._encoder = tiktoken.Encoding("barelm", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def _ordinary(self, data: "bytes") -> np.ndarray:
+        """Ids of bytes in which nothing is special."""
+        if self._encoder is None or not data:
+            return self._byte_ids[np.frombuffer(data, np.uint8)] if data else np.zeros(0, np.int32)
+        try:
+            return self._text(data.decode("utf-8"))
+        except UnicodeDecodeError:
+            runs = re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))  # every second one is bad
+            return np.concatenate([self._single_bytes(run) if i % 2 else self._text(run) for i, run in enumerate(runs)])
+
+    def _single_bytes(self, escaped: str) -> np.ndarray:
+        return self._byte_ids[np.frombuffer(escaped.encode("utf-8", "surrogateescape"), np.uint8)]
+
+    def _text(self, text: str) -> np.ndarray:
+        cuts = [run.end() - 1 for run in LONG_SPACE.finditer(text)] if self.pattern == GPT2_PATTERN else []
+        parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        ranks = [self._encoder.encode_to_numpy(part, disallowed_special=()) for part in parts if part]
+        ranks = np.concatenate([np.zeros(0, np.uint32), *ranks])
+        return ranks.astype(np.int32) if self._rank_to_id is None else self._rank_to_id[ranks]
+
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+def _read(path: str | os.PathLike) -> str:
+    try:
+        size = os.stat(path).st_size
+        if size > MAX_FILE:
+            raise ValueError(f"{path}: {size} bytes is too much for a vocabulary")
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _json(path: str | os.PathLike) -> dict:
+    try:
+        value = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: JSON nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is expected, this is a {type(value).__name__}")
+    return value
+
+
+def _to_bytes(text: "str | bytes") -> "bytes":
+    if isinstance(text, bytes | bytearray | memoryview):
+        return bytes(text)
+    if not isinstance(text, str):
+        raise TypeError(f"text: a str or bytes is expected, this is a {type(text).__name__}")
+    try:
+        return text.encode("utf-8", "surrogateescape")  # Python writes a bad byte of the command line as U+DC80..U+DCFF
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text: character {error.start} is a lone surrogate, which no UTF-8 text can hold") from None
+
+
+def _from_chars(token: str) -> "bytes":
+    try:
+        return bytes([CHAR_TO_BYTE[char] for char in token])
+    except KeyError as error:
+        raise ValueError(f"the token {token!r} has the character {error}, which stands for no byte") from None
+
+
+def _to_chars(token: "bytes") -> str:
+    return "".join([BYTE_TO_CHAR[b] for b in token])
+
+
+def _build(vocab: dict, merges: list, special: dict, pattern: str) -> Tokenizer:
+    """A Tokenizer from the characters of a file; merges are "a b" or ["a", "b"]."""
+    pairs = []
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ValueError(f"{merge!r} is not a merge of two tokens")
+        pairs.append((_from_chars(pair[0]), _from_chars(pair[1])))
+    return Tokenizer({_from_chars(token): id for token, id in vocab.items()}, pairs, special, pattern)
+
+
+def _from_huggingface(file: dict) -> Tokenizer:
+    """A tokenizer.json.  What we would do differently from `tokenizers` is refused, never passed over."""
+    model = file.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ValueError("model: only a BPE model can be read")
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise ValueError("model: vocab (an object) and merges (a list) are expected")
+    for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(option):
+            raise ValueError(f"model.{option}: {model[option]!r} is not supported")
+    if file.get("normalizer"):
+        raise ValueError("normalizer: not supported, text is taken as it is")
+    added = file.get("added_tokens") or []
+    if not all(isinstance(a, dict) and isinstance(a.get("content"), str) for a in added):
+        raise ValueError("added_tokens: a list of objects with id and content is expected")
+    special = {a["content"]: a.get("id") for a in added}
+    vocab = {token: id for token, id in vocab.items() if token not in special}
+    return _build(vocab, merges, special, _read_pattern(file.get("pre_tokenizer")))
+
+
+def _read_pattern(pre: object) -> str:
+    """The regular expression of a pre_tokenizer: ByteLevel alone (GPT-2), or a Split before it (Llama-3)."""
+    steps = pre.get("pretokenizers") if isinstance(pre, dict) and pre.get("type") == "Sequence" else [pre]
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise ValueError("pre_tokenizer: ByteLevel, or Split and ByteLevel, is expected")
+    byte_level = steps[-1] if steps else {}
+    if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
+        raise ValueError("pre_tokenizer: must end in ByteLevel without add_prefix_space")
+    if len(steps) == 1 and byte_level.get("use_regex", True):
+        return GPT2_PATTERN
+    split = steps[0]
+    regex = split["pattern"].get("Regex") if isinstance(split.get("pattern"), dict) else None
+    plain = split.get("behavior") == "Isolated" and not split.get("invert") and not byte_level.get("use_regex", True)
+    if len(steps) != 2 or split.get("type") != "Split" or not isinstance(regex, str) or not plain:
+        raise ValueError("pre_tokenizer: this sequence of steps is not supported")
+    return regex
+
+
+def _to_huggingface(tok: Tokenizer) -> dict:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    pre = byte_level
+    if tok.pattern != GPT2_PATTERN:
+        split = {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False}
+        pre = {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
+    vocab = {_to_chars(token): id for token, id in tok._vocab.items()} | tok.special
+    added = [{"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": True} for text, id in sorted(tok.special.items(), key=lambda item: item[1])]
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+             "merges": [f"{_to_chars(left)} {_to_chars(right)}" for left, right in tok._merges]}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+            "pre_tokenizer": pre, "post_processor": byte_level, "decoder": byte_level, "model": model}
