@@ -1,0 +1,75 @@
+# make demo   build barelm into .venv, then train and sample a small GPT-2 (about two minutes on two cores)
+# make test   everything that needs nothing heavier than pytest
+# The rest is for those who work on barelm: see `make help`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc')
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Warnings are errors for those who work on barelm; a newer compiler's warning must not stop a user.
+WERROR ?= OFF
+
+.PHONY: demo test test-peers asan tsan faults bench lint format clean help
+
+demo: $(VENV)/.installed ## build, train a small GPT-2 on the standard library, sample from it
+	$(BIN)/barelm demo
+
+test: $(VENV)/.test ## all tests but those against torch and transformers
+	$(BIN)/python -m pytest -m "not peers"
+
+test-peers: $(VENV)/.peers ## the tests against torch, transformers and tokenizers
+	$(BIN)/python -m pytest -m peers
+
+asan: $(VENV)/.test ## quick tests under the address and undefined-behaviour sanitizers
+	sh tests/sanitize.sh asan $(BIN)/python
+
+tsan: $(VENV)/.test ## tests with several threads under the thread sanitizer
+	sh tests/sanitize.sh tsan $(BIN)/python
+
+faults: $(VENV)/.test ## plant faults in a copy of the source and see the tests catch each
+	$(BIN)/python tests/faults.py
+
+bench: $(VENV)/.peers ## machine peak, operators, whole steps against PyTorch
+	$(BIN)/python benchmarks/bench_ops.py
+	$(BIN)/python benchmarks/bench_model.py
+
+lint: $(VENV)/.lint ## ruff and clang-format, nothing is changed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h csrc/*.cpp
+
+format: $(VENV)/.lint ## let ruff and clang-format mend what they can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.c csrc/*.h csrc/*.cpp
+
+clean: ## remove what was built; runs/ stays
+	rm -rf $(VENV) build
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "barelm needs Python 3.11 or newer, this is %s: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python $(SOURCES)
+	$(PIP) -Ccmake.define.BARELM_WERROR=$(WERROR) .
+	@touch $@
+
+# The extras of pyproject.toml alone: `pip install '.[test]'` would build the extension a second time.
+extra = $(shell $(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'])")
+
+$(VENV)/.test: $(VENV)/.installed pyproject.toml
+	$(PIP) $(call extra,test)
+	@touch $@
+
+$(VENV)/.peers: $(VENV)/.test
+	$(PIP) $(call extra,peers)
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.python
+	$(PIP) ruff==0.17.6 clang-format==19.1.7
+	@touch $@

@@ -1,0 +1,37 @@
+#!/bin/sh
+# Build the extension with sanitizers beside the package and run the quick tests on that copy.
+#   sanitize.sh asan|tsan PYTHON [pytest arguments]
+# A sanitizer's run time must be in the process before Python starts, hence LD_PRELOAD.
+set -eu
+kind=$1 python=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
+shift 2
+cd "$(dirname "$0")/.."
+folder=build/$kind
+case $kind in
+asan)
+    option=-DBARELM_SANITIZE=ON
+    preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
+    # Python itself leaks by design; everything else stops the run.
+    export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+    selection="not slow and not peers and not no_sanitizer"
+    ;;
+tsan)
+    option=-DBARELM_TSAN=ON
+    preload=$(gcc -print-file-name=libtsan.so)
+    export TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:report_signal_unsafe=0
+    selection="threads and not no_sanitizer"
+    ;;
+*) echo "sanitize.sh: asan or tsan, not $kind" >&2 && exit 2 ;;
+esac
+"$python" -m pip install --quiet --disable-pip-version-check pybind11 cmake ninja
+bin=$(dirname "$python")
+"$bin/cmake" -S . -B "$folder" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$python" $option >/dev/null
+"$bin/cmake" --build "$folder"
+rm -rf "$folder/package"
+mkdir -p "$folder/package"
+cp -r python/barelm "$folder/package/"
+rm -f "$folder"/package/barelm/_core*
+cp "$folder"/_core*.so "$folder/package/barelm/"
+# Address space randomisation with many bits collides with the thread sanitizer's fixed map.
+run=$(command -v setarch >/dev/null && echo "setarch -R" || echo)
+PYTHONPATH=$folder/package BARELM_SANITIZED=$kind $run env LD_PRELOAD="$preload" "$python" -m pytest -q -m "$selection" "$@"
