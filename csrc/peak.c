@@ -57,7 +57,7 @@ static size_t bytes_beyond_cache(void) {
 #ifdef _SC_LEVEL3_CACHE_SIZE
     cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
-    size_t least = (size_t)256 << 20, bytes = cache > 0 ? 4 * (size_t)cache : 0;
+    size_t least = (size_t)64 << 20, bytes = cache > 0 ? 4 * (size_t)cache : 0;
     return bytes > least ? bytes : least;
 }
 
