@@ -196,14 +196,14 @@ class PyModel {
 
     double update(double lr, double beta1, double beta2, double eps, double weight_decay, double clip) {
         auto in = [](const char *name, double x, double low, double high) {
-            if (!(x >= low && x <= high) || std::isinf(x))
-                throw py::value_error(std::string(name) + ": is " + py::str(py::float_(x)).cast<std::string>() +
-                                      ", must be finite and in [" + py::str(py::float_(low)).cast<std::string>() +
-                                      ", " + py::str(py::float_(high)).cast<std::string>() + "]");
+            if (!(x >= low && x <= high))
+                throw py::value_error(std::string(name) + ": is " + py::repr(py::float_(x)).cast<std::string>() +
+                                      ", must be in [" + py::repr(py::float_(low)).cast<std::string>() + ", " +
+                                      py::repr(py::float_(high)).cast<std::string>() + "]");
         };
-        in("lr", lr, 0, INFINITY), in("betas[0]", beta1, 0, 0.9999999), in("betas[1]", beta2, 0, 0.9999999),
-            in("eps", eps, 0, INFINITY);
-        in("weight_decay", weight_decay, 0, INFINITY), in("clip", clip, 0, INFINITY);
+        // the kernel computes in fp32: eps = 0 would divide 0 by 0 wherever a gradient has always been 0
+        in("lr", lr, 0, 1e30), in("betas[0]", beta1, 0, 0.9999999), in("betas[1]", beta2, 0, 0.9999999);
+        in("eps", eps, 1e-30, 1e30), in("weight_decay", weight_decay, 0, 1e30), in("clip", clip, 0, 1e30);
         double norm = 0;
         run([&] {
             Status s = model_update(model_, &norm, (float)lr, (float)beta1, (float)beta2, (float)eps,

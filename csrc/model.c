@@ -335,19 +335,38 @@ int model_tensors(const Model *m, Tensor *out) {
     return n;
 }
 
-/* The name of the first tensor of the block that holds a value which is not finite; 0 where there is none. */
+/* Where the first value that is not finite lies between two offsets of a block; -1 where all are finite. */
+static int64_t first_not_finite(const Model *m, const float *block, int64_t begin, int64_t end) {
+    float x[1024];
+    for (int64_t at = begin; at < end; at += 1024) {
+        int n = end - at < 1024 ? (int)(end - at) : 1024;
+        m->ops->copy_out(x, block + at, (size_t)n * sizeof(float));
+        for (int i = 0; i < n; i++)
+            if (!isfinite(x[i])) return at + i;
+    }
+    return -1;
+}
+
+/* The name of the tensor that holds the float at this offset. */
+static void name_of(const Model *m, int64_t at, char name[64]) {
+    Tensor *all = malloc((size_t)model_tensors(m, NULL) * sizeof *all);
+    snprintf(name, 64, "value %" PRId64, at);
+    int n = all ? model_tensors(m, all) : 0;
+    for (int i = 0; i < n; i++)
+        if (at >= all[i].offset && at < all[i].offset + all[i].rows * (all[i].columns ? all[i].columns : 1))
+            snprintf(name, 64, "%s", all[i].name);
+    free(all);
+}
+
+/* Name the first tensor of the block that holds a value which is not finite; 0 where there is none. */
 static int find_not_finite(Model *m, const float *block, char name[64]) {
     m->ops->square_sums(m->sums, block, m->device_ranges, m->n_ranges);
-    double sums[1];
     for (int i = 0; i < m->n_ranges; i++) {
-        m->ops->copy_out(sums, m->sums + i, sizeof sums);
-        if (isfinite(sums[0])) continue;
-        int n = model_tensors(m, NULL);
-        Tensor *all = malloc((size_t)n * sizeof *all);
-        snprintf(name, 64, "tensor %d", i);
-        for (int j = 0; all && j < model_tensors(m, all); j++)
-            if (all[j].offset == m->ranges[i]) snprintf(name, 64, "%s", all[j].name);
-        free(all);
+        double sum;
+        m->ops->copy_out(&sum, m->sums + i, sizeof sum);
+        int64_t at = isfinite(sum) ? -1 : first_not_finite(m, block, m->ranges[i], m->ranges[i + 1]);
+        if (at < 0) continue;
+        name_of(m, at, name);
         return 1;
     }
     return 0;

@@ -3,7 +3,7 @@
     config.json             Hugging Face's description
     model.safetensors       weights under Hugging Face's names and shapes
     optimizer.safetensors   AdamW's moments as exp_avg.NAME and exp_avg_sq.NAME, if there are any
-    state.json              step, whatever the caller adds, and size and SHA-256 of every other file
+    state.json              step, whatever the caller adds, size and SHA-256 of every other file, SHA-256 of itself
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def _write(model: Model, part: Path, optimizer: bool, state: dict, files: dict[s
     for name, content in files.items():
         (part / name).write_bytes(content)
     state |= {"format": 1, "step": model.step, "files": {p.name: _digest(p) for p in sorted(part.iterdir())}}
+    state["sha256"] = _digest_of_state(state)
     (part / _STATE).write_text(json.dumps(state, indent=2) + "\n")
     for p in part.iterdir():
         _sync(p)
@@ -74,12 +75,20 @@ def _write(model: Model, part: Path, optimizer: bool, state: dict, files: dict[s
 
 
 def _save_tensors(tensors: dict[str, np.ndarray], path: Path):
-    save_file({name: np.ascontiguousarray(p) for name, p in tensors.items()}, path, metadata={"format": "pt"})
+    try:
+        save_file({name: np.ascontiguousarray(p) for name, p in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as e:
+        raise OSError(f"{path}: cannot be written: {e}") from None
 
 
 def _digest(path: Path) -> dict:
     with open(path, "rb") as f:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+
+
+def _digest_of_state(state: Mapping) -> str:
+    rest = {k: v for k, v in state.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path):
@@ -97,7 +106,11 @@ def _publish(part: Path, folder: Path):
     elif not _exchange(part, folder):
         old = part.with_suffix(".old")
         os.rename(folder, old)
-        os.rename(part, folder)
+        try:
+            os.rename(part, folder)
+        except OSError:
+            os.rename(old, folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     _sync(folder.parent)
 
@@ -132,9 +145,11 @@ def verify(folder) -> dict:
     if not (folder / _STATE).exists():
         return {}
     state = _read_json(folder / _STATE)
-    files = state.get("files")
-    if not isinstance(files, dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
+    files, step = state.get("files"), state.get("step")
+    if not isinstance(files, dict) or type(step) is not int or not 0 <= step < 2**63:
         raise CheckpointError(f"{folder / _STATE}: step or files are missing or damaged")
+    if state.get("sha256") != _digest_of_state(state):
+        raise CheckpointError(f"{folder / _STATE}: was altered after it was written (its checksum differs)")
     for name, want in files.items():
         path = folder / name
         if not path.is_file():

@@ -27,7 +27,11 @@ _PRESETS = {name: dict(n_layer=L, n_head=NH, n_embd=C) for name, (L, NH, C) in _
     "llama-3-8b": _LLAMA3 | dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, context=8192),
 }
 
-_SIZES = ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_inner", "vocab_size", "context")
+_CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "act": ("gelu_tanh", "gelu_erf", "swiglu"),
+    "pos": ("learned", "rope"),
+}
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -68,52 +72,57 @@ class Config:
     rope_scaling: Mapping | None = None
 
     def __post_init__(self):
-        def default(name, value):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-
-        def need(ok, field, says):
-            if not ok:
-                raise ValueError(f"{field}: is {getattr(self, field)!r}, {says}")
-
-        default("n_kv_head", self.n_head)
-        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "context"):
-            value = getattr(self, name)
-            need(isinstance(value, (int, np.integer)) and not isinstance(value, bool), name, "must be an int")
-            need(1 <= value < 2**31, name, "must be at least 1")
+        self._default("n_kv_head", lambda: self.n_head)
+        self._need_sizes("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "context")
         if self.head_size is None:
-            need(self.n_embd % self.n_head == 0, "n_embd", f"must be a multiple of n_head {self.n_head} or head_size be given")
-        default("head_size", self.n_embd // self.n_head)
-        default("n_inner", -(-8 * self.n_embd // 192) * 64 if self.act == "swiglu" else 4 * self.n_embd)
-        for name in ("head_size", "n_inner"):
-            value = getattr(self, name)
-            need(isinstance(value, (int, np.integer)) and 1 <= value < 2**31, name, "must be an int, at least 1")
-        for name in _SIZES:
-            object.__setattr__(self, name, int(getattr(self, name)))
-        need(self.n_head % self.n_kv_head == 0, "n_kv_head", f"must divide n_head {self.n_head}")
-        need((self.n_head + 2 * self.n_kv_head) * self.head_size < 2**31, "head_size", "is too large for n_head")
-        need(self.n_inner < 2**30, "n_inner", "is too large")
-        need(self.norm in ("layernorm", "rmsnorm"), "norm", "must be 'layernorm' or 'rmsnorm'")
-        need(self.act in ("gelu_tanh", "gelu_erf", "swiglu"), "act", "must be 'gelu_tanh', 'gelu_erf' or 'swiglu'")
-        need(self.pos in ("learned", "rope"), "pos", "must be 'learned' or 'rope'")
-        need(self.pos == "learned" or self.head_size % 2 == 0, "head_size", "must be even with pos='rope'")
+            by = f"must be a multiple of n_head {self.n_head}, or head_size be given"
+            self._need(self.n_embd % self.n_head == 0, "n_embd", by)
+        self._default("head_size", lambda: self.n_embd // self.n_head)
+        self._default("n_inner", lambda: -(-8 * self.n_embd // 192) * 64 if self.act == "swiglu" else 4 * self.n_embd)
+        self._need_sizes("head_size", "n_inner")
+        self._need(self.n_head % self.n_kv_head == 0, "n_kv_head", f"must divide n_head {self.n_head}")
+        self._need((self.n_head + 2 * self.n_kv_head) * self.head_size < 2**31, "head_size", "is too large for n_head")
+        self._need(self.n_inner < 2**30, "n_inner", "is too large")
+        for name, choices in _CHOICES.items():
+            self._need(getattr(self, name) in choices, name, f"must be one of {', '.join(map(repr, choices))}")
+        self._need(self.pos == "learned" or self.head_size % 2 == 0, "head_size", "must be even with pos='rope'")
         for name in ("bias", "tied"):
-            need(isinstance(getattr(self, name), bool), name, "must be True or False")
-        need(0 < self.norm_eps < 1, "norm_eps", "must be in (0, 1)")
-        need(0 < self.rope_theta < float("inf"), "rope_theta", "must be above 0 and finite")
+            self._need(isinstance(getattr(self, name), bool), name, "must be True or False")
+        self._need(_is_number(self.norm_eps) and 0 < self.norm_eps < 1, "norm_eps", "must be a number in (0, 1)")
+        self._need(_is_number(self.rope_theta) and self.rope_theta > 0, "rope_theta", "must be a number above 0")
         if self.rope_scaling is not None:
-            scaling = self.rope_scaling
-            missing = [name for name in _SCALING if name not in scaling]
-            need(not missing, "rope_scaling", f"lacks {', '.join(missing)}")
-            need(scaling.get("rope_type", "llama3") == "llama3", "rope_scaling", "only rope_type 'llama3' is known")
-            need(all(float(scaling[name]) > 0 for name in _SCALING), "rope_scaling", "must hold numbers above 0")
-            need(scaling["high_freq_factor"] > scaling["low_freq_factor"], "rope_scaling", "must have high above low")
-            object.__setattr__(self, "rope_scaling", MappingProxyType(dict(scaling)))
+            self._check_scaling()
+
+    def _default(self, name, value):
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value())
+
+    def _need(self, ok, field, says):
+        if not ok:
+            raise ValueError(f"{field}: is {getattr(self, field)!r}, {says}")
+
+    def _need_sizes(self, *names):
+        for name in names:
+            value = getattr(self, name)
+            self._need(_is_int(value), name, "must be an int")
+            self._need(1 <= value < 2**31, name, "must be at least 1 and below 2^31")
+            object.__setattr__(self, name, int(value))
+
+    def _check_scaling(self):
+        scaling = self.rope_scaling
+        self._need(isinstance(scaling, Mapping), "rope_scaling", "must be a mapping or None")
+        missing = [name for name in _SCALING if name not in scaling]
+        self._need(not missing, "rope_scaling", f"lacks {', '.join(missing)}")
+        self._need(scaling.get("rope_type", "llama3") == "llama3", "rope_scaling", "only rope_type 'llama3' is known")
+        good = all(_is_number(scaling[name]) and scaling[name] > 0 for name in _SCALING)
+        self._need(good, "rope_scaling", "must hold numbers above 0")
+        self._need(scaling["high_freq_factor"] > scaling["low_freq_factor"], "rope_scaling", "must have high above low")
+        object.__setattr__(self, "rope_scaling", MappingProxyType(dict(scaling)))
 
     @classmethod
     def preset(cls, name: str, **fields) -> Config:
         """A known model's config, e.g. "gpt2" (124M), "gpt2-xl" (1558M), "llama-3.2-1b"; `fields` override."""
-        if name not in _PRESETS:
+        if not isinstance(name, str) or name not in _PRESETS:
             raise ValueError(f"preset: is {name!r}, must be one of {', '.join(_PRESETS)}")
         unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
@@ -128,6 +137,9 @@ class Config:
 
     def memory(self, B: int = 1, T: int = 0, training: bool = True) -> dict[str, int]:
         """Bytes by purpose for batches of B x T (T = 0: the whole context), before anything is allocated."""
+        for letter, value, low in (("B", B, 1), ("T", T, 0)):
+            if not _is_int(value) or not low <= value < 2**31:
+                raise ValueError(f"{letter}: is {value!r}, must be an int, at least {low}")
         return _core.model_memory(self, B, T or self.context, training)
 
 
@@ -151,7 +163,7 @@ class Model:
             raise TypeError(f"config: is {type(config).__name__}, must be barelm.Config")
         if device != "cpu":
             raise ValueError(f"device: is {device!r}, this build has 'cpu' only")
-        if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
+        if not _is_int(seed) or not 0 <= seed < 2**64:
             raise ValueError(f"seed: is {seed!r}, must be an int in [0, 2^64)")
         self.config, self.precision, self.device = config, precision, device
         self._core = _core.Model(config, precision, int(seed))
@@ -193,7 +205,16 @@ class Model:
         Returns the norm before clipping.  A gradient that is not finite raises FloatingPointError naming the first
         such tensor; weights and moments keep their bits.
         """
-        return self._core.update(lr, betas[0], betas[1], eps, weight_decay, clip or 0.0)
+        try:
+            beta1, beta2 = betas
+        except (TypeError, ValueError):
+            raise ValueError(f"betas: is {betas!r}, must be two numbers") from None
+        numbers = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "eps": eps, "weight_decay": weight_decay}
+        numbers["clip"] = 0.0 if clip is None else clip
+        for name, value in numbers.items():
+            if not _is_number(value, finite=False):
+                raise TypeError(f"{name}: is {value!r}, must be a number")
+        return self._core.update(*numbers.values())
 
     def logits(self, tokens, last=True, starts=None):
         """Logits (B, V) float32 after the last token of each row, or (B, T, V).  Keeps nothing for `backward`."""
@@ -233,7 +254,9 @@ class Model:
 
     @step.setter
     def step(self, value: int):
-        self._core.step = value
+        if not _is_int(value) or not 0 <= value < 2**63:
+            raise ValueError(f"step: is {value!r}, must be an int in [0, 2^63)")
+        self._core.step = int(value)
 
     @property
     def decayed(self) -> frozenset[str]:
@@ -272,3 +295,12 @@ class Model:
 
 def _maybe(a):
     return None if a is None else np.asarray(a)
+
+
+def _is_int(x) -> bool:
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
+def _is_number(x, finite: bool = True) -> bool:
+    good = isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
+    return good and (not finite or bool(np.isfinite(x)))

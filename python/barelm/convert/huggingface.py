@@ -97,7 +97,11 @@ def _act(name: str) -> str:
 def _rope(h: Mapping) -> dict:
     """rope_theta and rope_scaling, in the older form (two fields) or the newer (rope_parameters)."""
     p = h.get("rope_parameters") or {}
-    scaling = dict(h.get("rope_scaling") or p)
+    scaling = h.get("rope_scaling") or p
+    for name, value in (("rope_parameters", p), ("rope_scaling", scaling)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}: is {value!r}, must be an object")
+    scaling = dict(scaling)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = p.get("rope_theta", h.get("rope_theta", scaling.get("rope_theta", 10000.0)))
     scaling.pop("rope_theta", None)

@@ -1,0 +1,259 @@
+"""python benchmarks/bench_model.py  -- whole training steps beside PyTorch: same model, weights, batches and update.
+
+Each peer is a process of its own that waits for its turn, so that threads of one never spin while another is timed; the
+turns go round and round, so that all share what else the machine does.  A step is forward, backward, clipping to norm 1
+and AdamW.  Peers that do not compute the same loss are an error, not a row of the table.
+"""
+import argparse
+import itertools
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
+import machine  # noqa: E402
+from barelm import Config, Model, _core  # noqa: E402
+from barelm.loop import flops_per_token, step  # noqa: E402
+
+LR, CLIP = 1e-4, 1.0
+ADAMW = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+PEERS = ("barelm fp32", "barelm bf16", "torch eager fp32", "torch compile fp32", "torch eager bf16",
+         "torch compile bf16")
+HEADER = ("model", "B, T", "peer", "ms a step", "tokens/s", "% of peak", "x best PyTorch", "spread %", "rounds", "GiB",
+          "loss")
+PAUSE = 0.2  # seconds between turns: threads that wait for work by spinning have gone to sleep by then
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    sizes: dict
+    B: int
+    T: int
+
+    @property
+    def config(self):
+        return Config(**self.sizes)
+
+    def batches(self):
+        """tokens, targets (B, T) int32: four batches, round and round, so that updates that work show in the loss."""
+        rng, V = np.random.default_rng(0), self.config.vocab_size
+        return itertools.cycle([tuple(rng.integers(0, V, (2, self.B, self.T), dtype=np.int32)) for _ in range(4)])
+
+
+GPT2 = dict(vocab_size=50304)  # 124M; the vocabulary that PyTorch is fastest with
+SMALL = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=4096, context=256)
+RECIPE = dict(n_layer=4, n_head=4, n_embd=128, vocab_size=65, context=64, bias=False)
+WORKLOADS = (
+    Workload("gpt2", GPT2, 4, 64), Workload("gpt2", GPT2, 4, 256), Workload("gpt2", GPT2, 1, 1024),
+    Workload("small", SMALL, 16, 256), Workload("nanogpt", RECIPE, 12, 64),
+)
+
+
+# ---- in the process of a peer
+
+
+def barelm_step(workload, precision, folder):
+    """A function that takes one step and returns its loss."""
+    model = Model.load(folder, precision=precision)
+    return lambda batch: step(model, [batch], LR, clip=CLIP, **ADAMW).loss
+
+
+def torch_step(workload, precision, folder, compiled):
+    import torch
+    import torch_gpt2
+    from barelm.convert.huggingface import from_file_name
+    from safetensors.numpy import load_file
+
+    torch.set_num_threads(_core.threads_get())
+    weights = load_file(folder / "model.safetensors")
+    model = torch_gpt2.GPT2(workload.config).load({from_file_name(workload.config, n): p for n, p in weights.items()})
+    optimizer = torch_gpt2.adamw(model, LR, **ADAMW, fused=True)
+    loss_of = torch.compile(model) if compiled else model
+
+    def take(batch):
+        tokens, targets = (torch.from_numpy(a).long() for a in batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return take
+
+
+def serve(pipe, peer, workload, folder):
+    """Answer each number n with (the seconds that n steps took, the loss of the last one).  Where steps are short, one
+    that is not timed goes before: it brings back what the others drove out of the caches."""
+    library, *mode, precision = peer.split()
+    if library == "barelm":
+        take = barelm_step(workload, precision, folder)
+    else:
+        take = torch_step(workload, precision, folder, mode == ["compile"])
+    batches = workload.batches()
+    while n := pipe.recv():
+        if n > 1:
+            take(next(batches))
+        ready, loss = [next(batches) for _ in range(n)], 0.0
+        start = time.perf_counter()
+        for batch in ready:
+            loss = take(batch)
+        pipe.send((time.perf_counter() - start, loss))
+    pipe.send(peak_memory())
+
+
+def peak_memory():
+    """The most memory that this process ever had, in GiB; None where the system does not say.  Not getrusage: what it
+    says begins with the parent's."""
+    lines = [line.split() for line in machine.read("/proc/self/status").splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0][1]) / 2**20 if lines else None
+
+
+# ---- in this process
+
+
+class Peer:
+    """A running peer, warmed up: the first of its steps compiles where something is to be compiled."""
+
+    def __init__(self, name, workload, folder):
+        context = multiprocessing.get_context("spawn")
+        self.name, self.seconds = name, []
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, workload, folder), daemon=False)
+        self.process.start()
+        theirs.close()
+        self.losses = [self.turn(1)[1] for _ in range(2)]
+        self.turn(1)
+        self.warm = self.turn(1)[0]
+
+    def turn(self, n):
+        """(seconds, loss) of n steps, while every other peer sleeps."""
+        try:
+            self.pipe.send(n)
+            answer = self.pipe.recv()
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError(f"{self.name}: the peer died; what it said is above") from None
+        time.sleep(PAUSE)
+        return answer
+
+    def end(self):
+        """Peak memory of the process in GiB."""
+        memory = self.turn(0)
+        self.process.join()
+        return memory
+
+    def stop(self):
+        self.pipe.close()
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.terminate()
+            self.process.join()
+
+
+def check_losses(peers):
+    """The first loss is that of the same weights and batch; later ones show that the updates were the same."""
+    first = peers[0]
+    for peer in peers:
+        tolerance = 1e-2 if "bf16" in peer.name + first.name else 1e-3  # of the loss; bf16 has 8 bits
+        if not np.allclose(peer.losses, first.losses, rtol=tolerance, atol=0):
+            raise RuntimeError(f"{peer.name} computes the losses {peer.losses}, {first.name} {first.losses}")
+
+
+def race(workload, names, rounds, seconds):
+    """Run all peers on one workload; each round gives every peer one turn of some steps."""
+    peers = []
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "start"
+        Model(workload.config, seed=1).save(weights, optimizer=False)
+        try:
+            for name in names:
+                print(f"{workload.name} ({workload.B}, {workload.T}): {name} warms up", file=sys.stderr, flush=True)
+                peers.append(Peer(name, workload, weights))
+            check_losses(peers)
+            steps = max(1, round(seconds / float(np.median([peer.warm for peer in peers]))))
+            for _, peer in itertools.product(range(rounds), peers):
+                spent, loss = peer.turn(steps)
+                peer.seconds.append(spent / steps)
+                peer.losses.append(loss)
+            check_losses(peers)
+            memory = {peer.name: peer.end() for peer in peers}
+        finally:
+            for peer in peers:
+                peer.stop()
+    return [{"workload": asdict(workload), "peer": p.name, "seconds": p.seconds, "steps_a_turn": steps,
+             "losses": p.losses, "gib": memory[p.name]} for p in peers]
+
+
+def summarize(results, peak):
+    """Add to each result its median, spread, tokens/s, share of peak and ratio to PyTorch."""
+    for r in results:
+        workload, precision = Workload(**r["workload"]), r["peer"].split()[-1]
+        seconds, tokens = np.array(r["seconds"]), workload.B * workload.T
+        low, r["median"], high = (float(q) for q in np.quantile(seconds, [0.25, 0.5, 0.75]))
+        r["spread"], r["tokens_per_second"] = (high - low) / r["median"], tokens / r["median"]
+        r["share_of_peak"] = flops_per_token(workload.config, workload.T) * r["tokens_per_second"] / peak[precision]
+        rivals = [np.array(t["seconds"]) for t in results
+                  if t["peer"].startswith("torch") and t["peer"].endswith(precision)]
+        r["ratio"] = None
+        if rivals:  # the one with the better median; its time over ours in each round, both having met the same noise
+            best = min(rivals, key=np.median)
+            r["ratio"] = float(np.median(best / seconds))
+    return results
+
+
+def row(r):
+    workload = Workload(**r["workload"])
+    ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
+    memory = "" if r["gib"] is None else f"{r['gib']:.2f}"
+    return (workload.name, f"{workload.B}, {workload.T}", r["peer"], f"{r['median'] * 1e3:.1f}",
+            f"{r['tokens_per_second']:.0f}", f"{100 * r['share_of_peak']:.0f}", ratio, f"{100 * r['spread']:.0f}",
+            str(len(r["seconds"])), memory, f"{r['losses'][-1]:.4f}")
+
+
+def selected(options):
+    names = [name for name in PEERS if any(word in name for word in options.peers or [""])]
+    workloads = [w for w in WORKLOADS if any(word in f"{w.name} {w.B},{w.T}" for word in options.only or [""])]
+    if not names or not workloads:
+        raise SystemExit("nothing to run: --only and --peers leave no workload or no peer")
+    return workloads, names
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("  -- ")[2])
+    parser.add_argument("--only", action="append", metavar="WORD",
+                        help="workloads with this in their name, as in 'gpt2 4,64' (may be repeated)")
+    parser.add_argument("--peers", action="append", metavar="WORD", help=f"of {', '.join(PEERS)} (may be repeated)")
+    parser.add_argument("--rounds", type=int, help="turns of each peer (default 9)")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of short turns")
+    parser.add_argument("--json", metavar="FILE", help="write everything as JSON, every turn's time included")
+    options = parser.parse_args()
+    workloads, names = selected(options)
+    about = machine.describe()
+    machine.show(about)
+    ceilings = machine.ceilings([about["backend"]])
+    machine.show_ceilings(ceilings)
+    print("\n| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER), flush=True)
+    results = []
+    for workload in workloads:
+        found = race(workload, names, options.rounds or (3 if options.quick else 9), 0.3 if options.quick else 1.5)
+        for r in summarize(found, ceilings[about["backend"]]):
+            print("| " + " | ".join(row(r)) + " |", flush=True)
+        results += found
+    after = machine.load_average()
+    print(f"\nLoad average {about['load_average']} before, {after} after (this run keeps every core busy by itself).")
+    if options.json:
+        about |= {"load_average_after": after}
+        everything = {"machine": about, "ceilings": ceilings, "results": results}
+        Path(options.json).write_text(json.dumps(everything, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

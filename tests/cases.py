@@ -1,0 +1,245 @@
+"""The shapes every operator is tested and timed on, their arithmetic and their memory traffic.
+
+tests/ and benchmarks/ both import this file.  CASES maps the name of an operator to its cases; a case has the letters
+of csrc/ops.def as attributes, its options, `why` it is there, and `big`: GPT-2's own size, for benchmarks;
+tests cut what only repeats in it and leave out the plain backend.
+"""
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+
+
+@dataclass
+class Case:
+    why: str
+    big: bool = False
+    sizes: dict = field(default_factory=dict)
+
+    def __getattr__(self, name):  # only asked where the attribute is not a field
+        if name == "sizes" or name not in self.sizes:
+            raise AttributeError(name)
+        return self.sizes[name]
+
+    def __str__(self):
+        shown = [f"{k}={v}" if v is not True else k for k, v in self.sizes.items() if v not in (None, False)]
+        return f"{self.why}: {' '.join(shown)}"
+
+
+def case(why, big=False, **sizes):
+    return Case(why, big, sizes)
+
+
+def make_starts(kind, B, T):
+    """starts (B, T) int32, or None.
+
+    packed    documents of several lengths, other ones in each row; some are one token long, some longer than a block
+    ragged    left-padded rows: the padding sees only itself, the text only the text
+    window    each query sees the last few keys, itself included
+    """
+    if kind is None:
+        return None
+    t, starts = np.arange(T), np.zeros((B, T), np.int32)
+    for b in range(B):
+        if kind == "packed":
+            lengths = np.roll([4, 1, 3, 67, 2, 130, 16], -3 * b)
+            borders = np.cumsum(np.tile(lengths, T // lengths.sum() + 1))
+            first = np.concatenate([[0], borders])
+            starts[b] = first[np.searchsorted(borders, t, side="right")]
+        elif kind == "ragged":
+            starts[b] = np.minimum(t, (3 + 13 * b) % T)
+        elif kind == "window":
+            starts[b] = np.maximum(0, t - (4 if T < 100 else 69))
+        else:
+            raise ValueError(f"starts: {kind!r} is not None, 'packed', 'ragged' or 'window'")
+    return starts
+
+
+STARTS = (None, "packed", "ragged", "window")
+
+EMBEDDING = [
+    case("smallest", B=1, T=1, C=1, V=1, P=1, wpe=True, starts=None),
+    case("no positions", B=2, T=5, C=9, V=7, P=5, wpe=False, starts=None),
+    *(case("one past a vector", B=3, T=23, C=17, V=5, P=31, wpe=True, starts=kind) for kind in STARTS),
+    case("many tokens of few kinds", B=4, T=100, C=33, V=3, P=100, wpe=True, starts="packed"),
+    case("more rows than tokens", B=1, T=3, C=8, V=1000, P=64, wpe=True, starts=None),
+    case("GPT-2", big=True, B=4, T=1024, C=768, V=50304, P=1024, wpe=True, starts=None),
+]
+
+NORM = [
+    case("smallest", N=1, C=1, options=True, offset=0),
+    case("odd", N=3, C=7, options=False, offset=0),
+    case("one past a vector of 8", N=5, C=9, options=True, offset=0),
+    case("exactly a vector of 16", N=4, C=16, options=False, offset=0),
+    case("one past a vector of 16", N=17, C=17, options=True, offset=0),
+    case("mean far from 0", N=6, C=100, options=True, offset=100),
+    case("many rows, odd", N=301, C=131, options=True, offset=0),
+    case("wide, few rows", N=2, C=1601, options=False, offset=0),
+    case("GPT-2", big=True, N=1024, C=768, options=True, offset=0),
+]
+
+
+def linear_cases():
+    on = dict(bias=True, residual=True, pre=True, accumulate=True)
+    off = dict(bias=False, residual=False, pre=False, accumulate=False)
+    for prec in ("fp32", "bf16"):
+        yield case("smallest", N=1, C=1, OC=1, fn="gelu_tanh", prec=prec, **on)
+        yield case("odd", N=3, C=5, OC=7, fn="none", prec=prec, **off)
+        yield case("one past a vector of 8", N=9, C=9, OC=9, fn="gelu_erf", prec=prec, **on)
+        yield case("one past a vector of 16", N=2, C=17, OC=17, fn="none", prec=prec, **(on | dict(residual=False)))
+        yield case("one past two tiles", N=17, C=33, OC=97, fn="gelu_tanh", prec=prec, **(on | dict(pre=False)))
+        yield case("one past a K block of C", N=4, C=257, OC=20, fn="none", prec=prec, **on)
+        yield case("one past two K blocks of C", N=7, C=513, OC=35, fn="gelu_erf", prec=prec, **off)
+        yield case("several K blocks of C", N=5, C=1100, OC=6, fn="none", prec=prec, **(off | dict(bias=True)))
+        yield case("several K blocks of OC", N=6, C=19, OC=1025, fn="gelu_tanh", prec=prec, **on)
+        yield case("several K blocks of N", N=1031, C=13, OC=21, fn="gelu_tanh", prec=prec, **on)
+        yield case("decode: one row", N=1, C=600, OC=131, fn="gelu_erf", prec=prec, **on)
+        yield case("all edges", N=70, C=300, OC=203, fn="gelu_tanh", prec=prec, **on)
+        plain = off | dict(bias=True, accumulate=True)
+        yield case("GPT-2 qkv", big=True, N=1024, C=768, OC=2304, fn="none", prec=prec, **plain)
+        yield case("GPT-2 attention out", big=True, N=1024, C=768, OC=768, fn="none", prec=prec,
+                   **(plain | dict(residual=True)))
+        yield case("GPT-2 MLP in", big=True, N=1024, C=768, OC=3072, fn="gelu_tanh", prec=prec,
+                   **(plain | dict(pre=True)))
+        yield case("GPT-2 MLP out", big=True, N=1024, C=3072, OC=768, fn="none", prec=prec,
+                   **(plain | dict(residual=True)))
+        yield case("GPT-2 head", big=True, N=16, C=768, OC=50304, fn="none", prec=prec, **off)
+        yield case("GPT-2 decode", big=True, N=1, C=768, OC=3072, fn="gelu_tanh", prec=prec, **plain)
+
+
+LINEAR = list(linear_cases())
+
+SWIGLU = [
+    case("smallest", N=1, F=1),
+    case("odd", N=3, F=7),
+    case("one past a vector of 8", N=2, F=9),
+    case("one past a vector of 16", N=5, F=17),
+    case("many rows", N=200, F=33),
+    case("GPT-2's size", big=True, N=1024, F=2048),
+]
+
+ROPE = [
+    case("smallest", B=1, T=1, NH=1, NKV=1, HS=2, starts=None),
+    *(case("odd half head", B=2, T=19, NH=3, NKV=3, HS=6, starts=kind) for kind in STARTS),
+    case("one past a vector of 8, grouped", B=2, T=5, NH=4, NKV=2, HS=18, starts=None),
+    case("one past a vector of 16, grouped", B=1, T=70, NH=4, NKV=1, HS=34, starts="packed"),
+    case("GPT-2's size", big=True, B=1, T=1024, NH=12, NKV=12, HS=64, starts=None),
+]
+
+
+def attention_cases():
+    for prec in ("fp32", "bf16"):
+        one = dict(prec=prec, starts=None, scale=1)
+        yield case("smallest", B=1, T=1, NH=1, NKV=1, HS=1, **one)
+        yield case("odd", B=2, T=5, NH=3, NKV=3, HS=7, **one)
+        yield case("one past a vector of 8", B=1, T=9, NH=2, NKV=2, HS=9, **one)
+        yield case("one past a vector of 16", B=1, T=17, NH=2, NKV=1, HS=17, **one)
+        yield case("exactly a key block", B=1, T=64, NH=2, NKV=2, HS=16, **one)
+        yield case("one past a key block, grouped", B=2, T=65, NH=4, NKV=2, HS=20, **one)
+        yield case("wide head", B=1, T=70, NH=1, NKV=1, HS=129, **one)
+        yield case("scores far apart", B=1, T=150, NH=2, NKV=2, HS=32, **(one | dict(scale=4)))
+        yield case("huge scores", B=1, T=66, NH=1, NKV=1, HS=16, **(one | dict(scale=40)))
+        for kind in STARTS:
+            yield case("short", B=3, T=11, NH=2, NKV=1, HS=8, **(one | dict(starts=kind)))
+            yield case("several key blocks", B=2, T=203, NH=4, NKV=2, HS=24, **(one | dict(starts=kind)))
+        yield case("GPT-2", big=True, B=1, T=1024, NH=12, NKV=12, HS=64, **one)
+        yield case("Llama, grouped, packed", big=True, B=1, T=1000, NH=8, NKV=2, HS=64, **(one | dict(starts="packed")))
+
+
+ATTENTION = list(attention_cases())
+
+LOGPROB = [
+    case("smallest", N=1, V=1, Vp=1, invtemp=1.0, entropy=True),
+    case("less than a vector, padded", N=3, V=7, Vp=8, invtemp=1.0, entropy=False),
+    case("exactly a vector of 16", N=5, V=16, Vp=16, invtemp=1.7, entropy=True),
+    case("one past two vectors of 16", N=4, V=33, Vp=40, invtemp=0.6, entropy=True),
+    case("one past a vector of 8", N=2, V=9, Vp=64, invtemp=1.0, entropy=True),
+    case("many rows", N=131, V=100, Vp=128, invtemp=1.3, entropy=True),
+    case("GPT-2", big=True, N=16, V=50257, Vp=50304, invtemp=1.0, entropy=True),
+]
+
+SQUARE_SUMS = [
+    case("no tensor", lengths=()),
+    case("smallest", lengths=(1,)),
+    case("empty ones between", lengths=(0, 5, 0, 17, 1, 0)),
+    case("odd", lengths=(7, 9, 16, 33, 1000, 3)),
+    case("one long", lengths=(300001,)),
+    case("GPT-2 block", big=True, lengths=(768 * 2304, 768 * 768, 768 * 3072, 3072 * 768) + (768,) * 6),
+]
+
+CLIP_SCALE = [
+    case("nothing", n=0, max_norm=1.0),
+    case("one", n=1, max_norm=1.0),
+    case("off", n=3, max_norm=0.0),
+    case("below", n=5, max_norm=1e4),
+    case("many", n=149, max_norm=0.7),
+]
+
+ADAMW = [
+    case("smallest", n=1, step=1, weight_decay=0.1),
+    case("odd", n=7, step=1, weight_decay=0.0),
+    case("one past a vector of 8", n=9, step=3, weight_decay=0.1),
+    case("one past a vector of 16", n=17, step=100, weight_decay=0.1),
+    case("several threads", n=100003, step=7, weight_decay=0.1),
+    case("GPT-2 block", big=True, n=7_087_872, step=7, weight_decay=0.1),
+]
+
+CASES = {
+    "embedding_forward": EMBEDDING, "embedding_backward": EMBEDDING,
+    "layernorm_forward": NORM, "layernorm_backward": NORM, "rmsnorm_forward": NORM, "rmsnorm_backward": NORM,
+    "linear_forward": LINEAR, "linear_backward_input": LINEAR, "linear_backward_weight": LINEAR,
+    "swiglu_forward": SWIGLU, "swiglu_backward": SWIGLU, "rope_forward": ROPE, "rope_backward": ROPE,
+    "attention_forward": ATTENTION, "attention_backward": ATTENTION,
+    "logprob_forward": LOGPROB, "logprob_backward": LOGPROB,
+    "square_sums": SQUARE_SUMS, "clip_scale": CLIP_SCALE, "adamw": ADAMW,
+}
+
+
+def pairs_seen(c):
+    """Pairs of a query and a key it sees, over all rows and one head."""
+    starts = make_starts(c.starts, c.B, c.T)
+    return c.B * c.T * (c.T + 1) // 2 - (0 if starts is None else int(starts.sum()))
+
+
+def flops(op, c):
+    """Multiplications and additions of the matrix products of one call; 0 where memory bounds the operator."""
+    if op.startswith("linear"):
+        return 2 * c.N * c.C * c.OC
+    if op.startswith("attention"):  # forward QK, PV; backward QK again, dout V, and the three gradients
+        return (4 if op.endswith("forward") else 10) * c.NH * c.HS * pairs_seen(c)
+    return 0
+
+
+def bytes(op, c):
+    """Bytes of the arrays of one call, each read or written once (a "+=" output both)."""
+    s = SimpleNamespace(**c.sizes)
+    if op.startswith("embedding"):
+        rows = s.B * s.T * s.C
+        return 4 * rows * (2 + s.wpe) if op.endswith("forward") else 4 * rows * (3 + 2 * s.wpe)
+    if op in ("layernorm_forward", "rmsnorm_forward"):
+        return 4 * 2 * s.N * s.C
+    if op in ("layernorm_backward", "rmsnorm_backward"):
+        return 4 * (4 if s.options else 3) * s.N * s.C
+    if op == "linear_forward":
+        return 4 * (s.N * s.C + s.OC * s.C + s.N * s.OC * (1 + s.pre + s.residual))
+    if op == "linear_backward_input":
+        return 4 * (s.N * s.C * (1 if s.fn == "none" else 2) + s.OC * s.C + s.N * s.OC)
+    if op == "linear_backward_weight":
+        return 4 * (s.N * s.C + s.OC * s.C * (1 + s.accumulate) + s.N * s.OC)
+    if op.startswith("swiglu"):
+        return 4 * s.N * s.F * (3 if op.endswith("forward") else 5)
+    if op.startswith("rope"):
+        return 4 * 2 * s.B * s.T * (s.NH + s.NKV) * s.HS
+    if op.startswith("attention"):
+        rows = s.B * s.T * s.HS
+        qkv, out = rows * (s.NH + 2 * s.NKV), rows * s.NH
+        return 4 * (qkv + out if op.endswith("forward") else 2 * qkv + 2 * out)
+    if op.startswith("logprob"):
+        return 4 * s.N * (s.V if op.endswith("forward") else s.V + s.Vp)
+    if op == "square_sums":
+        return 4 * sum(s.lengths)
+    if op == "clip_scale":
+        return 8 * s.n
+    if op == "adamw":
+        return 4 * 7 * s.n
+    raise KeyError(op)
