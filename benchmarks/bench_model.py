@@ -159,11 +159,14 @@ class Peer:
 
 
 def check_losses(peers):
-    """The first loss is that of the same weights and batch; later ones show that the updates were the same."""
+    """The first loss is that of the same weights and batch, the second has one update in it: these agree up to rounding
+    (of which bf16 does more).  Later ones drift apart: PyTorch adds up the norm of 124M gradients in fp32, 1e-4 off.
+    """
     first = peers[0]
     for peer in peers:
-        tolerance = 1e-2 if "bf16" in peer.name + first.name else 1e-3  # of the loss; bf16 has 8 bits
-        if not np.allclose(peer.losses, first.losses, rtol=tolerance, atol=0):
+        start = 2e-3 if "bf16" in peer.name + first.name else 1e-4
+        tolerance = np.array([start] * 2 + [2e-2] * (len(first.losses) - 2)) * np.abs(first.losses)
+        if not (np.abs(np.subtract(peer.losses, first.losses)) <= tolerance).all():
             raise RuntimeError(f"{peer.name} computes the losses {peer.losses}, {first.name} {first.losses}")
 
 

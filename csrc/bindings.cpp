@@ -2,6 +2,7 @@
 //   Model   what python/barelm/model.py stands on: every argument is checked here, once, before a kernel runs
 //   ops     every operator of every backend straight from ops.def, for tests and benchmarks: types and contiguity are
 //           checked, sizes are the caller's word
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include <pybind11/stl.h>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 extern "C" {
@@ -315,17 +317,23 @@ class PyModel {
         return b;
     }
 
-    // Run a computation without the interpreter's lock, one at a time, and turn its status into an exception.
+    // Run a computation without the interpreter's lock, one at a time, and turn its status into an exception.  A signal
+    // handler runs inside the call that it interrupts, on the same thread: it is refused, since it would wait for
+    // itself.
     template <class F>
     void run(F f) {
         ready();
+        if (owner_ == std::this_thread::get_id())
+            throw std::runtime_error("the model is computing: a signal handler cannot use it");
         Status s;
         std::string error;
         {
             py::gil_scoped_release nogil;
             std::lock_guard<std::mutex> one(lock_);
+            owner_ = std::this_thread::get_id();
             s = f();
             if (s) error = model_error(model_);
+            owner_ = std::thread::id();
         }
         if (s) raise(s, error);
     }
@@ -341,6 +349,7 @@ class PyModel {
 
     Model *model_ = nullptr;
     std::mutex lock_;
+    std::atomic<std::thread::id> owner_;  // who computes
     std::vector<Tensor> tensors_;
     int64_t B_ = 0, T_ = 0;
     bool grads_seen_ = false;

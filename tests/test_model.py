@@ -7,6 +7,7 @@ import gc
 import itertools
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import reference
-from barelm import Config, Model
+from barelm import Config, Model, _core
 from cases import make_starts
 from conftest import GPT2, LLAMA, tiny_configs
 from hypothesis import HealthCheck, given, settings
@@ -369,6 +370,39 @@ def test_the_joint_path_equals_the_two_doors(family, kind, B, T, precision):
     assert_all_same_bits(*results)
 
 
+# The order of summation, part of the contract, can be seen where it counts most: 1 added to 2^24 is lost, a finished
+# block of ones is not.
+
+
+@pytest.mark.parametrize("op", ["linear_forward", "linear_backward_input", "linear_backward_weight"])
+def test_a_product_adds_blocks_of_256_units(isa, op, precision):
+    block = {"fp32": 256, "bf16": 512}[precision]
+    K = 2 * block + 88
+    a, b, out = np.ones(K, np.float32), np.ones(K, np.float32), np.empty((1, 1), np.float32)
+    a[0], prec = 2.0**24, ("fp32", "bf16").index(precision)
+    row, column = (a[None].copy(), b[None].copy()), (a[:, None].copy(), b[:, None].copy())
+    if op == "linear_forward":
+        _core.ops.linear_forward(isa, out, None, *row, None, None, 0, prec, 1, K, 1)
+    elif op == "linear_backward_input":
+        _core.ops.linear_backward_input(isa, out, row[0], None, column[1], None, 0, prec, 1, 1, K)
+    else:
+        _core.ops.linear_backward_weight(isa, out, None, *column, 0, prec, K, 1, 1)
+    assert out[0, 0] == 2.0**24 + block + 88
+
+
+@pytest.mark.parametrize("start", [0, 10, 64, 70])
+def test_attention_adds_blocks_of_64_keys_counted_from_the_start(isa, start, precision):
+    """Equal scores, so that each of the 128 keys weighs exactly 1/128."""
+    HS, T = 2, start + 128
+    qkv = np.zeros((1, T, 3 * HS), np.float32)
+    qkv[0, :, 2 * HS :] = 1
+    qkv[0, start, 2 * HS :] = 2.0**24
+    starts = np.minimum(np.arange(T), start).astype(np.int32)[None]
+    out, lse = np.empty((1, T, HS), np.float32), np.empty((1, 1, T), np.float32)
+    _core.ops.attention_forward(isa, out, lse, qkv, starts, ("fp32", "bf16").index(precision), 1, T, 1, 1, HS)
+    assert (out[0, -1] == (2.0**24 + 64) / 128).all()
+
+
 # ---- gradients add up, and are forgotten
 
 
@@ -653,6 +687,27 @@ def test_a_model_beyond_memory_is_refused_quickly():
     huge = Config(n_layer=1000, n_head=128, n_embd=128 * 256, vocab_size=10**6)
     assert sum(huge.memory().values()) > 2**40
     refuses_quickly(lambda: Model(huge), "weights")
+
+
+def test_memory_is_looked_at_before_it_is_taken():
+    """A little more than is free while this test holds 1 GB, so less than the machine has: many a system grants that,
+    and ends the process once it is used."""
+    config, T = MID | dict(n_layer=200), 300
+    model, B, held = random_model(config), 1, np.ones(1 << 30, np.uint8)
+    while model.memory(B, T)["activations"] < _core.memory_available() + held.nbytes // 3:
+        B += 1
+    tokens = np.zeros((B, T), np.int32)
+
+    def too_late(*_):
+        raise TimeoutError("it computes")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        refuses_quickly(lambda: model.forward(tokens, tokens), f"activations of B = {B}, T = 300")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_batch_beyond_memory_is_refused_quickly():

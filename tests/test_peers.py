@@ -238,5 +238,5 @@ def test_pytorch_and_barelm_learn_the_same(test_data, two_torch_threads):
     for n in range(recipe.STEPS):
         step(model, [text.batch(rng)], recipe.learning_rate(n), clip=recipe.CLIP, **recipe.ADAMW)
     ours = recipe.validation_loss(model.forward, text)
-    # Rounding errors of 2,000 steps have come to 3e-7; on other machines they may grow otherwise.  Another seed makes 3e-3.
+    # Rounding errors of 2,000 steps have come to 3e-7, and may grow otherwise elsewhere; another seed makes 3e-3.
     assert abs(ours - theirs) < 1e-3

@@ -229,6 +229,7 @@ import numpy as np
 from barelm import _core
 from models import random_batch, random_floats, random_model
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts behind "&" ignore Ctrl-C
 _core.threads_set(1)  # one: then processor time says how long a call went on, however busy the machine is
 config = dict(n_layer=30, n_head=2, n_embd=128, vocab_size=70, context=256, norm="rmsnorm", pos="rope", bias=False)
 model, (tokens, targets) = random_model(config), random_batch(config, 4, 256)
@@ -302,7 +303,6 @@ print(len(seen))
 """
 
 
-@pytest.mark.xfail(strict=True, reason="hangs: the handler waits for the call that waits for the handler")
 def test_a_handler_may_ask_the_model_that_computes():
     """A handler runs within the call, on its thread: it is answered or refused, but never waits for what it stops."""
     try:
@@ -363,6 +363,7 @@ def test_workers_take_no_signals():
     before = blocked()
     _core.threads_set(5)
     run()
+    time.sleep(0.3)  # until a thread really runs, the system shows everything as blocked
     after = blocked()
     workers = [mask for task, mask in after.items() if task not in before]
     assert len(workers) == 4
