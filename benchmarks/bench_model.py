@@ -4,6 +4,7 @@ Each peer is a process of its own that waits for its turn, so that threads of on
 turns go round and round, so that all share what else the machine does.  A step is forward, backward, clipping to norm 1
 and AdamW.  Peers that do not compute the same loss are an error, not a row of the table.
 """
+
 import argparse
 import itertools
 import json
@@ -23,10 +24,27 @@ from barelm.loop import flops_per_token, step  # noqa: E402
 
 LR, CLIP = 1e-4, 1.0
 ADAMW = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-PEERS = ("barelm fp32", "barelm bf16", "torch eager fp32", "torch compile fp32", "torch eager bf16",
-         "torch compile bf16")
-HEADER = ("model", "B, T", "peer", "ms a step", "tokens/s", "% of peak", "x best PyTorch", "spread %", "rounds", "GiB",
-          "loss")
+PEERS = (
+    "barelm fp32",
+    "barelm bf16",
+    "torch eager fp32",
+    "torch compile fp32",
+    "torch eager bf16",
+    "torch compile bf16",
+)
+HEADER = (
+    "model",
+    "B, T",
+    "peer",
+    "ms a step",
+    "tokens/s",
+    "% of peak",
+    "x best PyTorch",
+    "spread %",
+    "rounds",
+    "GiB",
+    "loss",
+)
 PAUSE = 0.2  # seconds between turns: threads that wait for work by spinning have gone to sleep by then
 
 
@@ -51,8 +69,11 @@ GPT2 = dict(vocab_size=50304)  # 124M; the vocabulary that PyTorch is fastest wi
 SMALL = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=4096, context=256)
 RECIPE = dict(n_layer=4, n_head=4, n_embd=128, vocab_size=65, context=64, bias=False)
 WORKLOADS = (
-    Workload("gpt2", GPT2, 4, 64), Workload("gpt2", GPT2, 4, 256), Workload("gpt2", GPT2, 1, 1024),
-    Workload("small", SMALL, 16, 256), Workload("nanogpt", RECIPE, 12, 64),
+    Workload("gpt2", GPT2, 4, 64),
+    Workload("gpt2", GPT2, 4, 256),
+    Workload("gpt2", GPT2, 1, 1024),
+    Workload("small", SMALL, 16, 256),
+    Workload("nanogpt", RECIPE, 12, 64),
 )
 
 
@@ -191,8 +212,17 @@ def race(workload, names, rounds, seconds):
         finally:
             for peer in peers:
                 peer.stop()
-    return [{"workload": asdict(workload), "peer": p.name, "seconds": p.seconds, "steps_a_turn": steps,
-             "losses": p.losses, "gib": memory[p.name]} for p in peers]
+    return [
+        {
+            "workload": asdict(workload),
+            "peer": p.name,
+            "seconds": p.seconds,
+            "steps_a_turn": steps,
+            "losses": p.losses,
+            "gib": memory[p.name],
+        }
+        for p in peers
+    ]
 
 
 def summarize(results, peak):
@@ -203,8 +233,9 @@ def summarize(results, peak):
         low, r["median"], high = (float(q) for q in np.quantile(seconds, [0.25, 0.5, 0.75]))
         r["spread"], r["tokens_per_second"] = (high - low) / r["median"], tokens / r["median"]
         r["share_of_peak"] = flops_per_token(workload.config, workload.T) * r["tokens_per_second"] / peak[precision]
-        rivals = [np.array(t["seconds"]) for t in results
-                  if t["peer"].startswith("torch") and t["peer"].endswith(precision)]
+        rivals = [
+            np.array(t["seconds"]) for t in results if t["peer"].startswith("torch") and t["peer"].endswith(precision)
+        ]
         r["ratio"] = None
         if rivals:  # the one with the better median; its time over ours in each round, both having met the same noise
             best = min(rivals, key=np.median)
@@ -216,9 +247,19 @@ def row(r):
     workload = Workload(**r["workload"])
     ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
     memory = "" if r["gib"] is None else f"{r['gib']:.2f}"
-    return (workload.name, f"{workload.B}, {workload.T}", r["peer"], f"{r['median'] * 1e3:.1f}",
-            f"{r['tokens_per_second']:.0f}", f"{100 * r['share_of_peak']:.0f}", ratio, f"{100 * r['spread']:.0f}",
-            str(len(r["seconds"])), memory, f"{r['losses'][-1]:.4f}")
+    return (
+        workload.name,
+        f"{workload.B}, {workload.T}",
+        r["peer"],
+        f"{r['median'] * 1e3:.1f}",
+        f"{r['tokens_per_second']:.0f}",
+        f"{100 * r['share_of_peak']:.0f}",
+        ratio,
+        f"{100 * r['spread']:.0f}",
+        str(len(r["seconds"])),
+        memory,
+        f"{r['losses'][-1]:.4f}",
+    )
 
 
 def selected(options):
@@ -231,8 +272,12 @@ def selected(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("  -- ")[2])
-    parser.add_argument("--only", action="append", metavar="WORD",
-                        help="workloads with this in their name, as in 'gpt2 4,64' (may be repeated)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="WORD",
+        help="workloads with this in their name, as in 'gpt2 4,64' (may be repeated)",
+    )
     parser.add_argument("--peers", action="append", metavar="WORD", help=f"of {', '.join(PEERS)} (may be repeated)")
     parser.add_argument("--rounds", type=int, help="turns of each peer (default 9)")
     parser.add_argument("--quick", action="store_true", help="3 rounds of short turns")

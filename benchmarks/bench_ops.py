@@ -3,6 +3,7 @@
 The cases are those that the tests mark `big`, and for what memory bounds one more, too large for any cache.  Arguments
 come from the tests too, so what is timed is what is tested.
 """
+
 import argparse
 import json
 import sys
@@ -28,12 +29,16 @@ def large_cases():
     norm = c("large", big=True, N=45_000, C=768, options=True, offset=0)
     rope = c("large", big=True, B=22, T=1024, NH=12, NKV=12, HS=64, starts=None)
     return {
-        "embedding_forward": [embedding], "embedding_backward": [embedding],
-        "layernorm_forward": [norm], "layernorm_backward": [norm],
-        "rmsnorm_forward": [norm], "rmsnorm_backward": [norm],
+        "embedding_forward": [embedding],
+        "embedding_backward": [embedding],
+        "layernorm_forward": [norm],
+        "layernorm_backward": [norm],
+        "rmsnorm_forward": [norm],
+        "rmsnorm_backward": [norm],
         "swiglu_forward": [c("large", big=True, N=11_000, F=2048)],
         "swiglu_backward": [c("large", big=True, N=7_000, F=2048)],
-        "rope_forward": [rope], "rope_backward": [rope],
+        "rope_forward": [rope],
+        "rope_backward": [rope],
         "logprob_forward": [c("large", big=True, N=1_400, V=50257, Vp=50304, invtemp=1.0, entropy=True)],
         "logprob_backward": [c("large", big=True, N=700, V=50257, Vp=50304, invtemp=1.0, entropy=True)],
         "square_sums": [c("large", big=True, lengths=(68_000_000,))],
@@ -47,8 +52,11 @@ def shown(c):
     sizes = {name: value for name, value in c.sizes.items() if name not in hidden}
     if "lengths" in sizes:
         sizes = {"tensors": len(c.lengths), "n": sum(c.lengths)}
-    words = [name if value is True else f"{name}={value}" for name, value in sizes.items()
-             if value not in (None, False, "none")]
+    words = [
+        name if value is True else f"{name}={value}"
+        for name, value in sizes.items()
+        if value not in (None, False, "none")
+    ]
     return " ".join(words)
 
 
@@ -101,14 +109,35 @@ def result(op, backend, c, times, rates):
     work, unit, best = ceiling(op, c, precision, rates)
     median = float(np.median(times))
     low, high = np.quantile(times, [0.25, 0.75])
-    return {"op": op, "backend": backend, "precision": precision, "why": c.why, "shape": shown(c), "seconds": median,
-            "rate": work / median, "unit": unit, "ceiling": best, "share": work / median / best,
-            "spread": float((high - low) / median), "runs": len(times), "bytes": cases.bytes(op, c)}
+    return {
+        "op": op,
+        "backend": backend,
+        "precision": precision,
+        "why": c.why,
+        "shape": shown(c),
+        "seconds": median,
+        "rate": work / median,
+        "unit": unit,
+        "ceiling": best,
+        "share": work / median / best,
+        "spread": float((high - low) / median),
+        "runs": len(times),
+        "bytes": cases.bytes(op, c),
+    }
 
 
 def row(r):
-    return (r["op"], r["backend"], r["precision"], r["shape"], f"{r['seconds'] * 1e3:.3f}",
-            f"{r['rate'] / 1e9:.1f} {r['unit']}", f"{100 * r['share']:.0f}", f"{100 * r['spread']:.0f}", str(r["runs"]))
+    return (
+        r["op"],
+        r["backend"],
+        r["precision"],
+        r["shape"],
+        f"{r['seconds'] * 1e3:.3f}",
+        f"{r['rate'] / 1e9:.1f} {r['unit']}",
+        f"{100 * r['share']:.0f}",
+        f"{100 * r['spread']:.0f}",
+        str(r["runs"]),
+    )
 
 
 def selected(options):

@@ -1,5 +1,6 @@
 """python benchmarks/machine.py  -- what a number was measured on: processor, caches, threads, versions, and the
 ceilings that speeds are a share of."""
+
 import argparse
 import json
 import os
@@ -49,6 +50,7 @@ def version(package):
 
 def commit():
     """The commit of this tree, with a plus sign where it has been changed since; None outside a repository."""
+
     def git(*words):
         run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
         return run.stdout.strip() if run.returncode == 0 else None
@@ -99,11 +101,14 @@ def describe():
 def show(about):
     """The description as lines of Markdown."""
     sizes = ", ".join(f"{name} {size}" for name, size in about["caches"].items()) or "caches unknown"
-    print(f"- {about['cpu']}, {about['cpus']} CPUs, {sizes}, {about['memory_gib']} GiB; huge pages "
-          f"{about['huge_pages']}")
+    print(
+        f"- {about['cpu']}, {about['cpus']} CPUs, {sizes}, {about['memory_gib']} GiB; huge pages {about['huge_pages']}"
+    )
     print(f"- {about['system']}; Python {about['python']}, NumPy {about['numpy']}, PyTorch {about['torch']}")
-    print(f"- barelm {about['barelm']} ({about['commit']}), compiler {about['compiler']}, {about['backend']}, "
-          f"{about['threads']} threads; load average {about['load_average']}")
+    print(
+        f"- barelm {about['barelm']} ({about['commit']}), compiler {about['compiler']}, {about['backend']}, "
+        f"{about['threads']} threads; load average {about['load_average']}"
+    )
 
 
 def show_ceilings(ceilings):

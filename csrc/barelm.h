@@ -19,7 +19,7 @@ typedef struct {
     double rope_factor, rope_low_freq, rope_high_freq, rope_original_context;
 } Config;
 
-typedef enum { OK, NO_MEMORY, NO_FORWARD, INTERRUPTED, NOT_FINITE } Status;
+typedef enum { OK, NO_MEMORY, NO_FORWARD, BAD_SHAPE, INTERRUPTED, NOT_FINITE } Status;
 typedef struct Model Model;
 
 /* ---- memory ---- */
@@ -65,9 +65,9 @@ void model_set_step(Model *m, int64_t step);
 /* tokens, targets (B, T); starts (B, T) or NULL.  logprobs (B, T), hidden (B, T, C) or NULL, entropy (B, T) or NULL. */
 Status model_forward(Model *m, float *logprobs, float *hidden, float *entropy, const int32_t *tokens,
                      const int32_t *targets, const int32_t *starts, float temperature, int B, int T);
-/* Gradients of the last forward are added; dlogprobs (B, T), dhidden (B, T, C), each may be NULL.  After INTERRUPTED
- * the gradients read as zero. */
-Status model_backward(Model *m, const float *dlogprobs, const float *dhidden);
+/* Gradients of the last forward are added; dlogprobs (B, T), dhidden (B, T, C), each may be NULL.  BAD_SHAPE where B or
+ * T is not that of the last forward.  After INTERRUPTED the gradients read as zero. */
+Status model_backward(Model *m, const float *dlogprobs, const float *dhidden, int64_t B, int64_t T);
 /* Both at once, for dlogprobs that are known before: the head's work is done once.  The same bits as the two calls. */
 Status model_forward_backward(Model *m, float *logprobs, const float *dlogprobs, const int32_t *tokens,
                               const int32_t *targets, const int32_t *starts, float temperature, int B, int T);

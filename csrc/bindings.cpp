@@ -158,7 +158,6 @@ class PyModel {
             return model_forward(model_, lp, hp, ep, b.tokens, b.targets, b.starts, (float)temperature, (int)b.B,
                                  (int)b.T);
         });
-        B_ = b.B, T_ = b.T;
         if (!hidden && !entropy) return logprobs;
         py::list out;
         out.append(logprobs);
@@ -167,15 +166,17 @@ class PyModel {
         return py::tuple(out);
     }
 
+    // Their B and T are held against the last forward in model_backward, under the lock.
     void backward(const std::optional<py::array> &dlogprobs, const std::optional<py::array> &dhidden) {
         if (!dlogprobs && !dhidden) throw py::value_error("dlogprobs and dhidden: one of them must be given");
-        if (!B_) throw std::runtime_error("backward: no forward pass is kept (forward comes first)");
+        const py::array &first = dlogprobs ? *dlogprobs : *dhidden;
+        int64_t B = first.ndim() > 0 ? first.shape(0) : 0, T = first.ndim() > 1 ? first.shape(1) : 0;
         const float *dl = nullptr, *dh = nullptr;
-        if (dlogprobs) dl = checked<float>(*dlogprobs, "dlogprobs", "B, T", {B_, T_}, "the last forward");
+        if (dlogprobs) dl = checked<float>(*dlogprobs, "dlogprobs", "B, T", {B, T}, "");
         if (dhidden)
-            dh = checked<float>(*dhidden, "dhidden", "B, T, C", {B_, T_, model_config(model_)->n_embd},
+            dh = checked<float>(*dhidden, "dhidden", "B, T, C", {B, T, model_config(model_)->n_embd},
                                 "the last forward");
-        run([&] { return model_backward(model_, dl, dh); });
+        run([&] { return model_backward(model_, dl, dh, B, T); });
     }
 
     py::tuple forward_backward(const py::array &tokens, const py::array &targets, const py::array &weights,
@@ -190,7 +191,6 @@ class PyModel {
             return model_forward_backward(model_, lp, d.data(), b.tokens, b.targets, b.starts, (float)temperature,
                                           (int)b.B, (int)b.T);
         });
-        B_ = b.B, T_ = b.T;
         double loss = 0;
         for (size_t i = 0; i < d.size(); i++) loss += (double)d[i] * lp[i];
         return py::make_tuple(loss, logprobs);
@@ -206,6 +206,7 @@ class PyModel {
         // the kernel computes in fp32: eps = 0 would divide 0 by 0 wherever a gradient has always been 0
         in("lr", lr, 0, 1e30), in("betas[0]", beta1, 0, 0.9999999), in("betas[1]", beta2, 0, 0.9999999);
         in("eps", eps, 1e-30, 1e30), in("weight_decay", weight_decay, 0, 1e30), in("clip", clip, 0, 1e30);
+        if (clip > 0) in("clip", clip, 1e-30, 1e30);  // not 0 in fp32: that would turn clipping off
         double norm = 0;
         run([&] {
             Status s = model_update(model_, &norm, (float)lr, (float)beta1, (float)beta2, (float)eps,
@@ -223,22 +224,36 @@ class PyModel {
         Floats out = last ? Floats({b.B, V}) : Floats({b.B, b.T, V});
         float *p = out.mutable_data();
         run([&] { return model_logits(model_, p, b.tokens, b.starts, last, (int)b.B, (int)b.T); });
-        B_ = 0;
         return out;
     }
 
-    py::list trace() {
+    // The forward pass and the copies are one computation: no other thread's forward comes between.
+    py::list trace(const py::array &tokens, const std::optional<py::array> &starts) {
+        Batch b = batch(tokens, nullptr, 1, starts);
         std::vector<TraceEntry> all((size_t)model_trace_entries(model_, nullptr));
         model_trace_entries(model_, all.data());
+        struct Copy {
+            int entry, layer;
+            float *p;
+        };
+        std::vector<Copy> copies;
         py::list out;
         for (size_t i = 0; i < all.size(); i++)
             for (int l = 0; all[i].columns && l < (all[i].layered ? model_config(model_)->n_layer : 1); l++) {
-                Floats a({B_, T_, (int64_t)all[i].columns});
-                float *p = a.mutable_data();
-                run([&] { return model_trace(model_, p, (int)i, l); });
-                out.append(
-                    py::make_tuple(all[i].name, all[i].layered ? py::object(py::int_(l)) : py::object(py::none()), a));
+                Floats a({b.B, b.T, (int64_t)all[i].columns});
+                copies.push_back({(int)i, l, a.mutable_data()});
+                py::object layer = all[i].layered ? py::object(py::int_(l)) : py::object(py::none());
+                out.append(py::make_tuple(all[i].name, layer, a));
             }
+        std::vector<float> logprobs((size_t)(b.B * b.T));
+        std::vector<int32_t> targets(logprobs.size(), -1);
+        run([&] {
+            Status s = model_forward(model_, logprobs.data(), nullptr, nullptr, b.tokens, targets.data(), b.starts, 1,
+                                     (int)b.B, (int)b.T);
+            for (size_t i = 0; i < copies.size() && !s; i++)
+                s = model_trace(model_, copies[i].p, copies[i].entry, copies[i].layer);
+            return s;
+        });
         return out;
     }
 
@@ -340,7 +355,8 @@ class PyModel {
 
     [[noreturn]] static void raise(Status s, const std::string &error) {
         if (s == INTERRUPTED) throw py::error_already_set();  // the signal handler's exception
-        PyObject *type = s == NO_MEMORY    ? PyExc_MemoryError
+        PyObject *type = s == BAD_SHAPE    ? PyExc_ValueError
+                         : s == NO_MEMORY  ? PyExc_MemoryError
                          : s == NOT_FINITE ? PyExc_FloatingPointError
                                            : PyExc_RuntimeError;
         PyErr_SetString(type, error.c_str());
@@ -351,7 +367,6 @@ class PyModel {
     std::mutex lock_;
     std::atomic<std::thread::id> owner_;  // who computes
     std::vector<Tensor> tensors_;
-    int64_t B_ = 0, T_ = 0;
     bool grads_seen_ = false;
 };
 
@@ -461,7 +476,7 @@ PYBIND11_MODULE(_core, m) {
         .def("update", &PyModel::update, py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
              py::arg("weight_decay"), py::arg("clip"))
         .def("logits", &PyModel::logits, py::arg("tokens"), py::arg("last"), py::arg("starts"))
-        .def("trace", &PyModel::trace)
+        .def("trace", &PyModel::trace, py::arg("tokens"), py::arg("starts"))
         .def_property_readonly("params", [](const py::object &self) { return PyModel::params(self); })
         .def_property_readonly("grads", [](const py::object &self) { return PyModel::grads(self); })
         .def_property_readonly("moments", [](const py::object &self) { return PyModel::moments(self); })

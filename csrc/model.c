@@ -657,10 +657,12 @@ static Status end_backward(Model *m, Status s) {
     return s;
 }
 
-Status model_backward(Model *m, const float *dlogprobs, const float *dhidden) {
+Status model_backward(Model *m, const float *dlogprobs, const float *dhidden, int64_t B, int64_t T) {
+    const char *name = dlogprobs ? "dlogprobs" : "dhidden";
     if (!m->kept)
-        return fail(m, NO_FORWARD,
-                    "backward: no forward pass is kept (forward comes first; logits and changed weights drop it)");
+        return fail(m, NO_FORWARD, "backward: no forward pass is kept (forward comes first, logits drops it)");
+    if (B != m->B) return fail(m, BAD_SHAPE, "%s: B is %" PRId64 ", the last forward has %d", name, B, m->B);
+    if (T != m->T) return fail(m, BAD_SHAPE, "%s: T is %" PRId64 ", the last forward has %d", name, T, m->T);
     const int l = 0;
     size_t N = (size_t)m->B * (size_t)m->T;
     Status s = begin_grads(m, dlogprobs != NULL);

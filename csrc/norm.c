@@ -78,7 +78,7 @@ void CAT(rmsnorm_forward, ISA)(float *out, float *rstd, const float *in, const f
 
 /* ---- backward ---- */
 
-enum { MAX_CHUNKS = 64, MIN_ROWS = 16, STRIP = 256 };
+enum { MAX_CHUNKS = 64, MIN_ROWS = 16, STRIP = 64 };
 enum { DWEIGHT, DBIAS, DBIAS_IN, SUMS };
 
 typedef struct {
@@ -127,17 +127,17 @@ static void backward_chunk(void *context, int chunk) {
     }
 }
 
-/* Add the chunks of one strip of channels, and the finished sums to the gradients. */
+/* Add the chunks of one strip of channels, and the finished sums to the gradients.  In double: two micro-batches then
+ * differ from one batch of the same chunks by the rounding of their sums alone. */
 static void add_chunks(void *context, int strip) {
     const Backward *b = context;
     const int end = min_int(b->C, (strip + 1) * STRIP);
     for (int i = 0; i < SUMS; i++)
-        for (int c = strip * STRIP; b->grads[i] && c < end; c += W) {
-            int k = min_int(W, end - c);
-            vf sum = vset(0.0f);
+        for (int c = strip * STRIP; b->grads[i] && c < end; c++) {
+            double sum = 0.0;
             for (int chunk = 0; chunk < b->chunks; chunk++)
-                sum = sum + vload(b->partial + ((int64_t)chunk * SUMS + i) * b->C + c, k);
-            vstore(b->grads[i] + c, vload(b->grads[i] + c, k) + sum, k);
+                sum += (double)b->partial[((int64_t)chunk * SUMS + i) * b->C + c];
+            b->grads[i][c] += (float)sum;
         }
 }
 

@@ -38,10 +38,10 @@ static void column_sums(float *sums, const float *x, int N, int C) {
     enum { STRIP = 16 }; /* columns at a time: one pass over memory, and the sums stay out of `sums` until finished */
     for (int c0 = 0; c0 < C; c0 += STRIP) {
         int columns = min_int(STRIP, C - c0);
-        float sum[STRIP] = {0};
+        double sum[STRIP] = {0};
         for (int n = 0; n < N; n++)
-            for (int c = 0; c < columns; c++) sum[c] += x[(int64_t)n * C + c0 + c];
-        for (int c = 0; c < columns; c++) sums[c0 + c] += sum[c];
+            for (int c = 0; c < columns; c++) sum[c] += (double)x[(int64_t)n * C + c0 + c];
+        for (int c = 0; c < columns; c++) sums[c0 + c] += (float)sum[c];
     }
 }
 
@@ -125,7 +125,7 @@ static void rmsnorm_forward(float *out, float *rstd, const float *in, const floa
 static void norm_backward(float *din, float *dweight, float *dbias, float *dbias_in, const float *dout,
                           const float *dres, const float *in, const float *weight, const float *mean, const float *rstd,
                           int N, int C) {
-    float *sum = scratch(SCRATCH_CALL);
+    double *sum = scratch(SCRATCH_CALL);
     memset(sum, 0, (size_t)C * sizeof *sum);
     for (int n = 0; n < N; n++) {
         int64_t row = (int64_t)n * C;
@@ -134,7 +134,7 @@ static void norm_backward(float *din, float *dweight, float *dbias, float *dbias
         double dnorm_sum = 0.0, dnorm_norm = 0.0;
         for (int c = 0; c < C; c++) {
             float norm = (x[c] - m) * r, dnorm = dy[c] * weight[c];
-            sum[c] += dy[c] * norm;
+            sum[c] += (double)(dy[c] * norm);
             dnorm_sum += dnorm;
             dnorm_norm += dnorm * norm;
         }
@@ -145,7 +145,7 @@ static void norm_backward(float *din, float *dweight, float *dbias, float *dbias
             din[row + c] = dres ? dres[row + c] + d : d;
         }
     }
-    for (int c = 0; c < C; c++) dweight[c] += sum[c];
+    for (int c = 0; c < C; c++) dweight[c] += (float)sum[c];
     if (dbias) column_sums(dbias, dout, N, C);
     if (dbias_in) column_sums(dbias_in, din, N, C);
 }

@@ -13,6 +13,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include "clock.h"
 #include "system.h"
@@ -37,7 +38,8 @@ static struct {
 
     pthread_mutex_t park;
     pthread_cond_t wake;
-    atomic_int parked;
+    atomic_int parked;        /* how many sleep */
+    char sleeps[MAX_THREADS]; /* and which, under the lock `park` */
     atomic_int stop;
 #if defined(__linux__)
     cpu_set_t cpus; /* that the last caller who woke workers may use */
@@ -89,7 +91,8 @@ static void run_tasks(void) {
 
 /* Linux may wake a worker on the very CPU of the thread that woke it, though others idle; then it waits for a time
  * slice (2.7 ms measured) behind the caller, which has not got the help it wants.  So the caller forbids its own CPU to
- * those it wakes, and they lift the ban as soon as they run.  Both under the lock `park`. */
+ * those it wakes, and they lift the ban as soon as they run.  Both under the lock `park`, and only for those that
+ * sleep: the handle of a thread that has ended would mean the caller itself. */
 #if defined(__linux__)
 static void wake_elsewhere(void) {
     cpu_set_t elsewhere;
@@ -98,7 +101,8 @@ static void wake_elsewhere(void) {
     elsewhere = pool.cpus;
     CPU_CLR(here, &elsewhere);
     if (!CPU_COUNT(&elsewhere)) return;
-    for (int i = 0; i < pool.workers; i++) pthread_setaffinity_np(pool.thread[i], sizeof elsewhere, &elsewhere);
+    for (int i = 0; i < pool.workers; i++)
+        if (pool.sleeps[i]) pthread_setaffinity_np(pool.thread[i], sizeof elsewhere, &elsewhere);
 }
 static void may_run_everywhere(void) {
     if (CPU_COUNT(&pool.cpus)) pthread_setaffinity_np(pthread_self(), sizeof pool.cpus, &pool.cpus);
@@ -109,7 +113,7 @@ static void may_run_everywhere(void) {}
 #endif
 
 /* Wait until a job with another number than `seen` is there; 0 when the pool stops. */
-static int wait_for_job(uint64_t seen) {
+static int wait_for_job(int me, uint64_t seen) {
     for (double end = now() + SPIN_SECONDS; now() < end;)
         for (int i = 0; i < SPINS_A_LOOK; i++) {
             if (atomic_load_explicit(&pool.stop, memory_order_acquire)) return 0;
@@ -120,18 +124,21 @@ static int wait_for_job(uint64_t seen) {
      * two sees the other, so no job is slept through. */
     pthread_mutex_lock(&pool.park);
     atomic_fetch_add(&pool.parked, 1);
+    pool.sleeps[me] = 1;
     while (!atomic_load(&pool.stop) && atomic_load(&pool.ticket) >> 32 == seen)
         pthread_cond_wait(&pool.wake, &pool.park);
     atomic_fetch_sub(&pool.parked, 1);
+    pool.sleeps[me] = 0;
     may_run_everywhere();
     pthread_mutex_unlock(&pool.park);
     return !atomic_load(&pool.stop);
 }
 
-static void *worker(void *memory) {
-    my_scratch = memory;
+static void *worker(void *index) {
+    const int me = (int)(intptr_t)index;
+    my_scratch = pool.scratch[me];
     uint64_t seen = atomic_load(&pool.ticket) >> 32;
-    while (wait_for_job(seen)) {
+    while (wait_for_job(me, seen)) {
         uint64_t t = atomic_load_explicit(&pool.ticket, memory_order_acquire);
         seen = t >> 32;
         while (t & OPEN && t >> 32 == seen) {
@@ -173,7 +180,7 @@ static void start_workers(int n) {
     for (; pool.workers < n; pool.workers++) {
         int i = pool.workers;
         if (!(pool.scratch[i] = scratch_new())) break; /* fewer threads: same bits, only slower */
-        if (pthread_create(&pool.thread[i], NULL, worker, pool.scratch[i])) {
+        if (pthread_create(&pool.thread[i], NULL, worker, (void *)(intptr_t)i)) {
             scratch_free(pool.scratch[i]);
             break;
         }
@@ -188,6 +195,7 @@ static void forget_workers(void) {
     pthread_mutex_init(&pool.park, NULL);
     pthread_cond_init(&pool.wake, NULL);
     atomic_store(&pool.parked, 0);
+    memset(pool.sleeps, 0, sizeof pool.sleeps);
     atomic_store(&pool.stop, 0);
     atomic_store(&pool.ticket, 0);
     in_task = 0;

@@ -4,6 +4,7 @@ tests/ and benchmarks/ both import this file.  CASES maps the name of an operato
 of csrc/ops.def as attributes, its options, `why` it is there, and `big`: GPT-2's own size, for benchmarks;
 tests cut what only repeats in it and leave out the plain backend.
 """
+
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -97,12 +98,22 @@ def linear_cases():
         yield case("all edges", N=70, C=300, OC=203, fn="gelu_tanh", prec=prec, **on)
         plain = off | dict(bias=True, accumulate=True)
         yield case("GPT-2 qkv", big=True, N=1024, C=768, OC=2304, fn="none", prec=prec, **plain)
-        yield case("GPT-2 attention out", big=True, N=1024, C=768, OC=768, fn="none", prec=prec,
-                   **(plain | dict(residual=True)))
-        yield case("GPT-2 MLP in", big=True, N=1024, C=768, OC=3072, fn="gelu_tanh", prec=prec,
-                   **(plain | dict(pre=True)))
-        yield case("GPT-2 MLP out", big=True, N=1024, C=3072, OC=768, fn="none", prec=prec,
-                   **(plain | dict(residual=True)))
+        yield case(
+            "GPT-2 attention out",
+            big=True,
+            N=1024,
+            C=768,
+            OC=768,
+            fn="none",
+            prec=prec,
+            **(plain | dict(residual=True)),
+        )
+        yield case(
+            "GPT-2 MLP in", big=True, N=1024, C=768, OC=3072, fn="gelu_tanh", prec=prec, **(plain | dict(pre=True))
+        )
+        yield case(
+            "GPT-2 MLP out", big=True, N=1024, C=3072, OC=768, fn="none", prec=prec, **(plain | dict(residual=True))
+        )
         yield case("GPT-2 head", big=True, N=16, C=768, OC=50304, fn="none", prec=prec, **off)
         yield case("GPT-2 decode", big=True, N=1, C=768, OC=3072, fn="gelu_tanh", prec=prec, **plain)
 
@@ -185,13 +196,26 @@ ADAMW = [
 ]
 
 CASES = {
-    "embedding_forward": EMBEDDING, "embedding_backward": EMBEDDING,
-    "layernorm_forward": NORM, "layernorm_backward": NORM, "rmsnorm_forward": NORM, "rmsnorm_backward": NORM,
-    "linear_forward": LINEAR, "linear_backward_input": LINEAR, "linear_backward_weight": LINEAR,
-    "swiglu_forward": SWIGLU, "swiglu_backward": SWIGLU, "rope_forward": ROPE, "rope_backward": ROPE,
-    "attention_forward": ATTENTION, "attention_backward": ATTENTION,
-    "logprob_forward": LOGPROB, "logprob_backward": LOGPROB,
-    "square_sums": SQUARE_SUMS, "clip_scale": CLIP_SCALE, "adamw": ADAMW,
+    "embedding_forward": EMBEDDING,
+    "embedding_backward": EMBEDDING,
+    "layernorm_forward": NORM,
+    "layernorm_backward": NORM,
+    "rmsnorm_forward": NORM,
+    "rmsnorm_backward": NORM,
+    "linear_forward": LINEAR,
+    "linear_backward_input": LINEAR,
+    "linear_backward_weight": LINEAR,
+    "swiglu_forward": SWIGLU,
+    "swiglu_backward": SWIGLU,
+    "rope_forward": ROPE,
+    "rope_backward": ROPE,
+    "attention_forward": ATTENTION,
+    "attention_backward": ATTENTION,
+    "logprob_forward": LOGPROB,
+    "logprob_backward": LOGPROB,
+    "square_sums": SQUARE_SUMS,
+    "clip_scale": CLIP_SCALE,
+    "adamw": ADAMW,
 }
 
 

@@ -1,5 +1,6 @@
 """What the tests share: the backends of this machine, arrays that end at an unreadable page, outputs filled beforehand,
 tiny models of both families, and the folder of outside test data."""
+
 import ctypes
 import mmap
 import os
@@ -73,6 +74,7 @@ def prefilled(run, **outputs):
                   finished before it was added
       "in place"  holds the array that stands in place of the shape, both times
     """
+
     def fill(shape, mode, number, second, dtype=np.float32):
         if mode == "in place":
             return guarded(shape)
@@ -81,8 +83,9 @@ def prefilled(run, **outputs):
             old[...] = np.random.default_rng(number).normal(0, 3, shape)
         return guarded(old)
 
-    first, second = ({name: fill(*spec[:2], i, n, *spec[2:]) for i, (name, spec) in enumerate(outputs.items())}
-                     for n in (0, 1))
+    first, second = (
+        {name: fill(*spec[:2], i, n, *spec[2:]) for i, (name, spec) in enumerate(outputs.items())} for n in (0, 1)
+    )
     old = {name: a.copy() for name, a in second.items()}
     run(**first)
     run(**second)
@@ -101,10 +104,37 @@ def test_data():
     return path
 
 
-GPT2 = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_inner=64, vocab_size=37, context=24, norm="layernorm",
-            act="gelu_tanh", pos="learned", bias=True, tied=True, norm_eps=1e-5)
-LLAMA = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_inner=40, vocab_size=37, context=24, norm="rmsnorm",
-             act="swiglu", pos="rope", bias=False, tied=False, norm_eps=1e-5, rope_theta=10000.0)
+GPT2 = dict(
+    n_layer=2,
+    n_head=2,
+    n_kv_head=2,
+    n_embd=16,
+    n_inner=64,
+    vocab_size=37,
+    context=24,
+    norm="layernorm",
+    act="gelu_tanh",
+    pos="learned",
+    bias=True,
+    tied=True,
+    norm_eps=1e-5,
+)
+LLAMA = dict(
+    n_layer=2,
+    n_head=4,
+    n_kv_head=2,
+    n_embd=16,
+    n_inner=40,
+    vocab_size=37,
+    context=24,
+    norm="rmsnorm",
+    act="swiglu",
+    pos="rope",
+    bias=False,
+    tied=False,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+)
 
 # Keyword arguments of barelm.Config: both families, and the options that cross them.
 tiny_configs = {

@@ -1,4 +1,5 @@
 """What the tests of whole models share: models whose every path counts, batches for them, and comparison to the bit."""
+
 import contextlib
 
 import numpy as np

@@ -2,6 +2,7 @@
 characters in 2,000 steps (config/train_shakespeare_char.py of github.com/karpathy/nanoGPT, with the smaller sizes that
 its README gives for a CPU).  Who takes the step is the caller's choice: barelm alone, or PyTorch beside it.
 """
+
 import math
 from dataclasses import dataclass
 

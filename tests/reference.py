@@ -6,6 +6,7 @@ holds every backend against the operators, and the tests of the model use the tr
 Letters as in ops.def: B batch, T time, N rows, C channels in, OC channels out, F width of the MLP, V vocabulary, NH
 query heads, NKV key/value heads, HS head size, P positions.  `starts` (B, T) or None: the first key a query may see.
 """
+
 import math
 
 import numpy as np
@@ -386,8 +387,10 @@ def transformer_backward(params, config, tokens, targets, dlogprobs, dhidden=Non
     d = dlogits @ p["wte" if c.tied else "head"] + (0 if dhidden is None else dhidden)
     d = norm_backward(d, f["residual_final"], p, g, "lnf", c)
     for n in reversed(range(c.n_layer)):
-        b = {name: f[block_name(c, n) + name] for name in ("residual", "ln_1", "attn.qkv", "attn.heads", "residual_mid",
-                                                           "ln_2", "mlp.fc", "mlp.act")}
+        b = {
+            name: f[block_name(c, n) + name]
+            for name in ("residual", "ln_1", "attn.qkv", "attn.heads", "residual_mid", "ln_2", "mlp.fc", "mlp.act")
+        }
         dact = linear_backward(d, b["mlp.act"], p, g, f"down_{n}")
         dfc = swiglu_backward(dact, b["mlp.fc"]) if c.act == "swiglu" else dact * DERIVATIVES[c.act](b["mlp.fc"])
         dln2 = linear_backward(dfc, b["ln_2"], p, g, f"fc_{n}")

@@ -21,7 +21,7 @@ tsan)
     export TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:report_signal_unsafe=0
     # what runs on several threads; avx2 stands for all, for the threads are the same
     export BARELM_ISA=avx2
-    set -- -m "not slow and not peers" -k "thread or fork or same_bits or ctrl_c" tests/test_threads.py tests/test_model.py \
+    set -- -m "not slow and not peers" -k "thread or fork or same_bits" tests/test_threads.py tests/test_model.py \
         tests/test_ops.py "$@"
     ;;
 *) echo "sanitize.sh: asan or tsan, not $kind" >&2 && exit 2 ;;

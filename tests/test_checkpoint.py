@@ -1,5 +1,6 @@
 """Checkpoints: what is read is what was written, to the bit; what was altered, torn or cut off is refused by name; and
 whatever happens during a save, the older checkpoint is whole."""
+
 import contextlib
 import json
 import os
@@ -22,8 +23,9 @@ from models import assert_all_same_bits, assert_same_bits, contents, copies, ran
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-SCALING = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8,
-               rope_type="llama3")
+SCALING = dict(
+    factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8, rope_type="llama3"
+)
 CONFIGS = {
     "gpt2": GPT2,
     "gpt2, erf, untied": GPT2 | dict(act="gelu_erf", tied=False, n_inner=33),
@@ -79,13 +81,21 @@ def test_the_files_hold_names_and_shapes_of_the_parameters(model, tmp_path):
     stored = load_file(tmp_path / "a" / WEIGHTS)
     assert_all_same_bits({name.removeprefix(prefix): a for name, a in stored.items()}, copies(model.params))
     assert all(name.startswith(prefix) or name == "lm_head.weight" for name in stored)
-    moments = {kind + name: a.copy() for kind, views in zip(("exp_avg.", "exp_avg_sq."), model.moments, strict=True)
-               for name, a in views.items()}
+    moments = {
+        kind + name: a.copy()
+        for kind, views in zip(("exp_avg.", "exp_avg_sq."), model.moments, strict=True)
+        for name, a in views.items()
+    }
     assert_all_same_bits(load_file(tmp_path / "a" / OPTIMIZER), moments)
     kind = json.loads((tmp_path / "a" / CONFIG).read_text())["model_type"]
     c = model.config
-    assert kind == ("gpt2" if c == Config(**CONFIGS["gpt2"]) or c == Config(**CONFIGS["gpt2, erf, untied"]) else
-                    "llama" if c.norm == "rmsnorm" and c.act == "swiglu" else "barelm")
+    assert kind == (
+        "gpt2"
+        if c == Config(**CONFIGS["gpt2"]) or c == Config(**CONFIGS["gpt2, erf, untied"])
+        else "llama"
+        if c.norm == "rmsnorm" and c.act == "swiglu"
+        else "barelm"
+    )
 
 
 def test_without_moments(tmp_path):
@@ -177,8 +187,9 @@ def test_a_file_is_not_replaced(tmp_path):
 
 # ---- what was altered
 
-fuzz = settings(max_examples=150, deadline=None, derandomize=True,
-                suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 FILES = [CONFIG, WEIGHTS, OPTIMIZER, STATE]
 
 
@@ -285,14 +296,41 @@ def hostile(folder, name, new, sealed=True):
 
 
 ODD_VALUES = [None, True, 0, -1, 1.5, 1e400, float("nan"), 2**31, 2**64, "", "x", [], [1], {}, {"a": 1}]
-STATES = [b"", b"{", b"null", b"[]", b"3", b'"x"', b"\xff\xfe", b"\x00" * 50, b"[" * 100000, b'{"step": 1}',
-          b'{"files": {}}', b'{"files": {}, "step": -1}', b'{"files": {}, "step": "1"}', b'{"files": [], "step": 1}',
-          b'{"files": {}, "step": 1.5}', b'{"files": {"model.safetensors": null}, "step": 1}',
-          b'{"files": {"model.safetensors": {"bytes": []}}, "step": 1}', b'{"files": {"..": {}}, "step": 1}',
-          b'{"files": {"nothing": {"bytes": 0, "sha256": ""}}, "step": 1}']
-CONFIG_FILES = [b"", b"{", b"null", b"[]", b"\xff\xfe", b"[" * 100000, b"{}", b'{"model_type": "bert"}',
-                b'{"model_type": ["llama"]}', b'{"model_type": "llama"}', b'{"model_type": "gpt2"}',
-                b'{"model_type": "barelm", "n_layers": 3}']
+STATES = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"3",
+    b'"x"',
+    b"\xff\xfe",
+    b"\x00" * 50,
+    b"[" * 100000,
+    b'{"step": 1}',
+    b'{"files": {}}',
+    b'{"files": {}, "step": -1}',
+    b'{"files": {}, "step": "1"}',
+    b'{"files": [], "step": 1}',
+    b'{"files": {}, "step": 1.5}',
+    b'{"files": {"model.safetensors": null}, "step": 1}',
+    b'{"files": {"model.safetensors": {"bytes": []}}, "step": 1}',
+    b'{"files": {"..": {}}, "step": 1}',
+    b'{"files": {"nothing": {"bytes": 0, "sha256": ""}}, "step": 1}',
+]
+CONFIG_FILES = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"\xff\xfe",
+    b"[" * 100000,
+    b"{}",
+    b'{"model_type": "bert"}',
+    b'{"model_type": ["llama"]}',
+    b'{"model_type": "llama"}',
+    b'{"model_type": "gpt2"}',
+    b'{"model_type": "barelm", "n_layers": 3}',
+]
 
 
 @pytest.mark.parametrize("data", STATES, ids=lambda data: repr(data[:60]))
@@ -358,17 +396,20 @@ def serialised(tmp_path, tensors):
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-@pytest.mark.parametrize(("change", "says"), [
-    (lambda t, k: t.pop(k), "lacks"),
-    (lambda t, k: t.clear(), "lacks .* \\.\\.\\."),
-    (lambda t, k: t.update({k + "s": t[k]}), "has .*, which the model of config.json has not"),
-    (lambda t, k: t.update({"norm.weight": t["model.norm.weight"]}), "or it comes twice"),
-    (lambda t, k: t.update({k: t[k][:-1].copy()}), "has shape"),
-    (lambda t, k: t.update({k: t[k].T.copy()}), "has shape"),
-    (lambda t, k: t.update({k: t[k].ravel()}), "has shape"),
-    (lambda t, k: t.update({k: t[k][None]}), "has shape"),
-    (lambda t, k: t.update({k: t[k].astype(np.int32)}), "has dtype int32"),
-])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t, k: t.pop(k), "lacks"),
+        (lambda t, k: t.clear(), "lacks .* \\.\\.\\."),
+        (lambda t, k: t.update({k + "s": t[k]}), "has .*, which the model of config.json has not"),
+        (lambda t, k: t.update({"norm.weight": t["model.norm.weight"]}), "or it comes twice"),
+        (lambda t, k: t.update({k: t[k][:-1].copy()}), "has shape"),
+        (lambda t, k: t.update({k: t[k].T.copy()}), "has shape"),
+        (lambda t, k: t.update({k: t[k].ravel()}), "has shape"),
+        (lambda t, k: t.update({k: t[k][None]}), "has shape"),
+        (lambda t, k: t.update({k: t[k].astype(np.int32)}), "has dtype int32"),
+    ],
+)
 def test_tensors_that_do_not_fit(folder, tmp_path, change, says, sealed):
     tensors = tensors_of(folder)
     change(tensors, "model.layers.0.self_attn.k_proj.weight")
@@ -437,8 +478,15 @@ def fails_in_turn(monkeypatch, owner, name, error, count):
     return calls
 
 
-POINTS = [("os", "fsync", 0), ("os", "fsync", 2), ("os", "fsync", 4), ("checkpoint", "save_file", 0),
-          ("checkpoint", "save_file", 1), ("checkpoint", "_digest", 1), ("checkpoint", "_exchange", 0)]
+POINTS = [
+    ("os", "fsync", 0),
+    ("os", "fsync", 2),
+    ("os", "fsync", 4),
+    ("checkpoint", "save_file", 0),
+    ("checkpoint", "save_file", 1),
+    ("checkpoint", "_digest", 1),
+    ("checkpoint", "_exchange", 0),
+]
 
 
 @pytest.mark.parametrize(("owner", "name", "count"), POINTS)
@@ -549,8 +597,13 @@ def test_a_full_disk(tmp_path):
     """A small disk in memory, where the system lets us mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)], capture_output=True).returncode == 0
+    mounted = (
+        shutil.which("mount")
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)], capture_output=True
+        ).returncode
+        == 0
+    )
     if not mounted:
         pytest.skip("no disk can be mounted here; a limit on the size of a file stands for it above")
     try:

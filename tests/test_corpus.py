@@ -1,4 +1,5 @@
 """Corpus: what is read, how it is split, and that batches depend on (seed, step, micro) alone."""
+
 import math
 import os
 
@@ -22,8 +23,15 @@ def test_a_file_is_one_document(tmp_path):
 def test_a_folder_is_read_recursively_sorted_and_without_what_is_no_text(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / ".hidden").mkdir()
-    for name, data in {"z.txt": b"z", "b/a.md": b"a", ".hidden/x": b"x", ".dot": b"d", "image": b"\0\1", "empty": b"",
-                       "latin1.txt": b"caf\xe9"}.items():
+    for name, data in {
+        "z.txt": b"z",
+        "b/a.md": b"a",
+        ".hidden/x": b"x",
+        ".dot": b"d",
+        "image": b"\0\1",
+        "empty": b"",
+        "latin1.txt": b"caf\xe9",
+    }.items():
         (tmp_path / name).write_bytes(data)
     os.mkfifo(tmp_path / "pipe")
     corpus = read_documents(tmp_path)
@@ -42,8 +50,10 @@ def test_the_standard_library_is_the_default():
 
 
 def test_the_hash_sees_names_texts_and_where_one_ends():
-    hashes = {Corpus(documents, "").hash() for documents in (
-        [("a", "bc")], [("ab", "c")], [("a", "bc"), ("", "")], [("a", "bd")], [("a", "b"), ("c", "")])}
+    hashes = {
+        Corpus(documents, "").hash()
+        for documents in ([("a", "bc")], [("ab", "c")], [("a", "bc"), ("", "")], [("a", "bd")], [("a", "b"), ("c", "")])
+    }
     assert len(hashes) == 5
 
 
@@ -115,7 +125,7 @@ def test_validation_windows_hold_every_token_but_the_first_once(B, T):
         assert tokens.shape == targets.shape and tokens.shape[1] == T and tokens.shape[0] <= B
         flat = targets[targets >= 0]
         start = 1 + len(seen)
-        np.testing.assert_array_equal(tokens[targets >= 0], data.tokens[start - 1:start - 1 + len(flat)])
+        np.testing.assert_array_equal(tokens[targets >= 0], data.tokens[start - 1 : start - 1 + len(flat)])
         seen += flat.tolist()
         size += n_bytes
     assert seen == data.tokens[1:].tolist()

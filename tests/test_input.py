@@ -2,6 +2,7 @@
 
 Each table holds (what is wrong, call, exception, what its message must say).
 """
+
 import re
 
 import numpy as np
@@ -75,8 +76,12 @@ def calls():
     for what, a, error, says in bad_tokens():
         same = np.zeros(np.shape(a) if np.ndim(a) == 2 else (1, 1), np.int32)
         yield f"forward {what}", lambda m, a=a, same=same: m.forward(a, same), error, says
-        yield (f"forward_backward {what}",
-               lambda m, a=a, same=same: m.forward_backward(a, same, same.astype(np.float32)), error, says)
+        yield (
+            f"forward_backward {what}",
+            lambda m, a=a, same=same: m.forward_backward(a, same, same.astype(np.float32)),
+            error,
+            says,
+        )
         yield f"logits {what}", lambda m, a=a: m.logits(a), error, says
     for what, a, error, says in bad_targets():
         yield f"forward {what}", lambda m, a=a: m.forward(OK, a), error, says
@@ -98,20 +103,32 @@ def calls():
     for value in (0, 0.0, -1.0, np.nan, np.inf, -np.inf):
         says = "temperature: must be finite and above 0"
         yield f"forward temperature {value}", lambda m, x=value: m.forward(OK, OK, temperature=x), ValueError, says
-        yield (f"forward_backward temperature {value}",
-               lambda m, x=value: m.forward_backward(OK, OK, FLOATS, temperature=x), ValueError, says)
+        yield (
+            f"forward_backward temperature {value}",
+            lambda m, x=value: m.forward_backward(OK, OK, FLOATS, temperature=x),
+            ValueError,
+            says,
+        )
     yield "forward temperature text", lambda m: m.forward(OK, OK, temperature="hot"), TypeError, "temperature"
 
     for name, low in {"lr": 0.0, "eps": 1e-30, "weight_decay": 0.0, "clip": 0.0}.items():
         for value in (-1.0, -1e-30, np.nan, np.inf, -np.inf):
-            yield (f"update {name} {value}", lambda m, n=name, x=value: m.update(**(dict(lr=0.1) | {n: x})), ValueError,
-                   f"{name}: is {float(value)}, must be in [{low}, 1e+30]")
+            yield (
+                f"update {name} {value}",
+                lambda m, n=name, x=value: m.update(**(dict(lr=0.1) | {n: x})),
+                ValueError,
+                f"{name}: is {float(value)}, must be in [{low}, 1e+30]",
+            )
     for i in (0, 1):
         for value in (-0.1, 1.0, 2, np.nan, np.inf):
             betas = [0.9, 0.9]
             betas[i] = value
-            yield (f"update betas[{i}] {value}", lambda m, b=tuple(betas): m.update(lr=0.1, betas=b), ValueError,
-                   f"betas[{i}]: is {float(value)}, must be in [0.0, 0.9999999]")
+            yield (
+                f"update betas[{i}] {value}",
+                lambda m, b=tuple(betas): m.update(lr=0.1, betas=b),
+                ValueError,
+                f"betas[{i}]: is {float(value)}, must be in [0.0, 0.9999999]",
+            )
     yield "step -1", lambda m: setattr(m, "step", -1), ValueError, "step: is -1, must be an int in [0, 2^63)"
 
     for value in (-1, 2**64, 1.5, "1", None):
@@ -172,20 +189,23 @@ def test_an_update_never_makes_weights_that_are_not_finite(options):
     assert all(np.isfinite(p).all() for p in model.params.values())
 
 
-@pytest.mark.parametrize(("call", "name"), [
-    (lambda m: m.update(lr=0.1, betas=(0.9,)), "betas"),
-    (lambda m: m.update(lr=0.1, betas=0.5), "betas"),
-    (lambda m: setattr(m, "step", 2**63), "step"),
-    (lambda m: setattr(m, "step", 1.5), "step"),
-    (lambda _: Config(norm_eps="small"), "norm_eps"),
-    (lambda _: Config(rope_theta=None), "rope_theta"),
-    (lambda _: Config(rope_scaling=5), "rope_scaling"),
-    (lambda _: Config(head_size=True), "head_size"),
-    (lambda _: Config(n_inner=True), "n_inner"),
-    (lambda _: Config.preset(["gpt2"]), "preset"),
-    (lambda _: Config(n_layer=1).memory(B=-1), "B"),
-    (lambda _: Config(n_layer=1).memory(T=-5), "T"),
-])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda m: m.update(lr=0.1, betas=(0.9,)), "betas"),
+        (lambda m: m.update(lr=0.1, betas=0.5), "betas"),
+        (lambda m: setattr(m, "step", 2**63), "step"),
+        (lambda m: setattr(m, "step", 1.5), "step"),
+        (lambda _: Config(norm_eps="small"), "norm_eps"),
+        (lambda _: Config(rope_theta=None), "rope_theta"),
+        (lambda _: Config(rope_scaling=5), "rope_scaling"),
+        (lambda _: Config(head_size=True), "head_size"),
+        (lambda _: Config(n_inner=True), "n_inner"),
+        (lambda _: Config.preset(["gpt2"]), "preset"),
+        (lambda _: Config(n_layer=1).memory(B=-1), "B"),
+        (lambda _: Config(n_layer=1).memory(T=-5), "T"),
+    ],
+)
 def test_errors_name_the_argument_first(model, call, name):
     with pytest.raises((TypeError, ValueError), match=rf"^{name}\b"):
         call(model)
@@ -213,8 +233,16 @@ BAD_FIELDS = [
     *(("rope_theta", value) for value in (0, -1.0, np.nan, np.inf)),
     ("rope_scaling", {}),
     *(("rope_scaling", {k: v for k, v in SCALING.items() if k != missing}) for missing in SCALING),
-    *(("rope_scaling", SCALING | bad) for bad in (dict(rope_type="yarn"), dict(factor=0), dict(factor=np.nan),
-                                                  dict(high_freq_factor=1.0), dict(low_freq_factor=-1.0))),
+    *(
+        ("rope_scaling", SCALING | bad)
+        for bad in (
+            dict(rope_type="yarn"),
+            dict(factor=0),
+            dict(factor=np.nan),
+            dict(high_freq_factor=1.0),
+            dict(low_freq_factor=-1.0),
+        )
+    ),
 ]
 
 
@@ -224,14 +252,17 @@ def test_a_bad_field_of_config(name, value):
         Config(**(GPT2 | dict(head_size=8) | {name: value}))
 
 
-@pytest.mark.parametrize(("fields", "says"), [
-    (dict(n_head=4, n_kv_head=3), "n_kv_head: is 3, must divide n_head 4"),
-    (dict(n_head=4, n_kv_head=8), "n_kv_head: is 8, must divide n_head 4"),
-    (dict(n_head=5, n_embd=16), "n_embd: is 16, must be a multiple of n_head 5, or head_size be given"),
-    (dict(head_size=7, pos="rope"), "head_size: is 7, must be even with pos='rope'"),
-    (dict(n_head=1 << 16, n_kv_head=1 << 16, head_size=1 << 15), "head_size: is 32768, is too large"),
-    (dict(n_inner=1 << 30), "n_inner: is 1073741824, is too large"),
-])
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (dict(n_head=4, n_kv_head=3), "n_kv_head: is 3, must divide n_head 4"),
+        (dict(n_head=4, n_kv_head=8), "n_kv_head: is 8, must divide n_head 4"),
+        (dict(n_head=5, n_embd=16), "n_embd: is 16, must be a multiple of n_head 5, or head_size be given"),
+        (dict(head_size=7, pos="rope"), "head_size: is 7, must be even with pos='rope'"),
+        (dict(n_head=1 << 16, n_kv_head=1 << 16, head_size=1 << 15), "head_size: is 32768, is too large"),
+        (dict(n_inner=1 << 30), "n_inner: is 1073741824, is too large"),
+    ],
+)
 def test_fields_of_config_that_do_not_go_together(fields, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         Config(**(dict(n_layer=1) | fields))

@@ -13,6 +13,7 @@ For PREC_BF16 the reference takes operands rounded to bf16, so the same bounds h
 its own error may turn the rounding of an entry the other way that entry gets a step of bf16.  Of dS the contract does
 not say whether the scale is in it when it is rounded: there U16, the largest relative error of the rounding, is added.
 """
+
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -58,8 +59,9 @@ class Call:
 
     def __post_init__(self):
         self.outputs = {name: a.spec for name, a in self.args.items() if isinstance(a, Out)}
-        self.args = {name: guarded(a, constant=True) if isinstance(a, np.ndarray) else a
-                     for name, a in self.args.items()}
+        self.args = {
+            name: guarded(a, constant=True) if isinstance(a, np.ndarray) else a for name, a in self.args.items()
+        }
 
     def __call__(self, backend, **arrays):
         getattr(ops, self.op)(backend, *(arrays.get(name, a) for name, a in self.args.items()))
@@ -130,10 +132,13 @@ def embedding_arguments(rng, c):
 def embedding_forward(rng, c):
     tokens, starts = embedding_arguments(rng, c)
     wte, wpe = normal(rng, c.V, c.C), normal(rng, c.P, c.C) if c.wpe else None
-    return Call("embedding_forward",
-                dict(out=Out((c.B, c.T, c.C)), tokens=tokens, starts=starts, wte=wte, wpe=wpe, B=c.B, T=c.T, C=c.C),
-                want=lambda: dict(out=(reference.embedding_forward(tokens, wte, wpe, starts), 0)),
-                batch="B", batched=("out", "tokens", "starts"))
+    return Call(
+        "embedding_forward",
+        dict(out=Out((c.B, c.T, c.C)), tokens=tokens, starts=starts, wte=wte, wpe=wpe, B=c.B, T=c.T, C=c.C),
+        want=lambda: dict(out=(reference.embedding_forward(tokens, wte, wpe, starts), 0)),
+        batch="B",
+        batched=("out", "tokens", "starts"),
+    )
 
 
 @operator
@@ -145,10 +150,23 @@ def embedding_backward(rng, c):
         dwte, dwpe = reference.embedding_backward(dout, tokens, c.V, c.P, starts)
         return dict(dwte=(dwte, 0)) | (dict(dwpe=(dwpe, 0)) if c.wpe else {})
 
-    return Call("embedding_backward",
-                dict(dwte=Out((c.V, c.C), "+="), dwpe=Out((c.P, c.C), "+=") if c.wpe else None, dout=dout,
-                     tokens=tokens, starts=starts, B=c.B, T=c.T, C=c.C, V=c.V),
-                want, batch="B", batched=("dout", "tokens", "starts"))
+    return Call(
+        "embedding_backward",
+        dict(
+            dwte=Out((c.V, c.C), "+="),
+            dwpe=Out((c.P, c.C), "+=") if c.wpe else None,
+            dout=dout,
+            tokens=tokens,
+            starts=starts,
+            B=c.B,
+            T=c.T,
+            C=c.C,
+            V=c.V,
+        ),
+        want,
+        batch="B",
+        batched=("dout", "tokens", "starts"),
+    )
 
 
 # ---- norms
@@ -176,9 +194,23 @@ def layernorm_forward(rng, c):
         tol = np.abs(w64) * (dx * rstd[:, None] + xhat * drstd[:, None]) + EPS * (np.abs(out) + np.abs(w64) * xhat * 2)
         return dict(out=(out, tol), mean=(mean, dmean), rstd=(rstd, drstd))
 
-    return Call("layernorm_forward",
-                dict(out=Out((c.N, c.C)), mean=Out((c.N,)), rstd=Out((c.N,)), in_=x, weight=weight, bias=bias, eps=eps,
-                     N=c.N, C=c.C), want, batch="N", batched=("out", "mean", "rstd", "in_"))
+    return Call(
+        "layernorm_forward",
+        dict(
+            out=Out((c.N, c.C)),
+            mean=Out((c.N,)),
+            rstd=Out((c.N,)),
+            in_=x,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            N=c.N,
+            C=c.C,
+        ),
+        want,
+        batch="N",
+        batched=("out", "mean", "rstd", "in_"),
+    )
 
 
 @operator
@@ -191,8 +223,13 @@ def rmsnorm_forward(rng, c):
         drstd = positive(c.C) + 2 * EPS  # relative: a positive sum, a root and a division
         return dict(out=(out, (drstd + 2 * EPS) * np.abs(out)), rstd=(rstd, drstd * rstd))
 
-    return Call("rmsnorm_forward", dict(out=Out((c.N, c.C)), rstd=Out((c.N,)), in_=x, weight=weight, eps=eps, N=c.N,
-                                        C=c.C), want, batch="N", batched=("out", "rstd", "in_"))
+    return Call(
+        "rmsnorm_forward",
+        dict(out=Out((c.N, c.C)), rstd=Out((c.N,)), in_=x, weight=weight, eps=eps, N=c.N, C=c.C),
+        want,
+        batch="N",
+        batched=("out", "rstd", "in_"),
+    )
 
 
 def norm_backward_want(c, dout, x, weight, mean, rstd, dres, options):
@@ -223,11 +260,27 @@ def layernorm_backward(rng, c):
     mean, rstd = (a.astype(np.float32) for a in saved)
     dout, dres = normal(rng, c.N, c.C), normal(rng, c.N, c.C) if c.options else None
     option = Out((c.C,), "+=") if c.options else None
-    return Call("layernorm_backward",
-                dict(din=Out((c.N, c.C)), dweight=Out((c.C,), "+="), dbias=option, dbias_in=option, dout=dout,
-                     dres=dres, in_=x, weight=weight, mean=mean, rstd=rstd, N=c.N, C=c.C),
-                want=lambda: norm_backward_want(c, dout, x, weight, mean, rstd, dres, c.options),
-                batch="N", batched=("din", "dout", "dres", "in_", "mean", "rstd"), aliases=("din", "dres"))
+    return Call(
+        "layernorm_backward",
+        dict(
+            din=Out((c.N, c.C)),
+            dweight=Out((c.C,), "+="),
+            dbias=option,
+            dbias_in=option,
+            dout=dout,
+            dres=dres,
+            in_=x,
+            weight=weight,
+            mean=mean,
+            rstd=rstd,
+            N=c.N,
+            C=c.C,
+        ),
+        want=lambda: norm_backward_want(c, dout, x, weight, mean, rstd, dres, c.options),
+        batch="N",
+        batched=("din", "dout", "dres", "in_", "mean", "rstd"),
+        aliases=("din", "dres"),
+    )
 
 
 @operator
@@ -235,11 +288,25 @@ def rmsnorm_backward(rng, c):
     x, weight, _ = norm_arguments(rng, c)
     rstd = reference.rmsnorm_forward(*f64(x, weight))[1].astype(np.float32)
     dout, dres = normal(rng, c.N, c.C), normal(rng, c.N, c.C) if c.options else None
-    return Call("rmsnorm_backward",
-                dict(din=Out((c.N, c.C)), dweight=Out((c.C,), "+="), dbias_in=Out((c.C,), "+=") if c.options else None,
-                     dout=dout, dres=dres, in_=x, weight=weight, rstd=rstd, N=c.N, C=c.C),
-                want=lambda: norm_backward_want(c, dout, x, weight, None, rstd, dres, c.options),
-                batch="N", batched=("din", "dout", "dres", "in_", "rstd"), aliases=("din", "dres"))
+    return Call(
+        "rmsnorm_backward",
+        dict(
+            din=Out((c.N, c.C)),
+            dweight=Out((c.C,), "+="),
+            dbias_in=Out((c.C,), "+=") if c.options else None,
+            dout=dout,
+            dres=dres,
+            in_=x,
+            weight=weight,
+            rstd=rstd,
+            N=c.N,
+            C=c.C,
+        ),
+        want=lambda: norm_backward_want(c, dout, x, weight, None, rstd, dres, c.options),
+        batch="N",
+        batched=("din", "dout", "dres", "in_", "rstd"),
+        aliases=("din", "dres"),
+    )
 
 
 # ---- linear layer
@@ -266,11 +333,26 @@ def linear_forward(rng, c):
         dout = 1.13 * dpre + function_tolerance(c.fn, pre)[0] + EPS * np.abs(out)  # 1.13: the steepest slope of GELU
         return dict(out=(out, dout)) | (dict(pre=(pre, dpre)) if c.pre else {})
 
-    return Call("linear_forward",
-                dict(out=Out((c.N, c.OC)), pre=Out((c.N, c.OC)) if c.pre else None, in_=x, weight=weight, bias=bias,
-                     residual=residual, fn=FN[c.fn], prec=PREC[c.prec], N=c.N, C=c.C, OC=c.OC),
-                want, batch="N", batched=("out", "pre", "in_", "residual"),
-                aliases=("out", "residual"))
+    return Call(
+        "linear_forward",
+        dict(
+            out=Out((c.N, c.OC)),
+            pre=Out((c.N, c.OC)) if c.pre else None,
+            in_=x,
+            weight=weight,
+            bias=bias,
+            residual=residual,
+            fn=FN[c.fn],
+            prec=PREC[c.prec],
+            N=c.N,
+            C=c.C,
+            OC=c.OC,
+        ),
+        want,
+        batch="N",
+        batched=("out", "pre", "in_", "residual"),
+        aliases=("out", "residual"),
+    )
 
 
 @operator
@@ -288,11 +370,25 @@ def linear_backward_input(rng, c):
         din = reference.linear_backward_input(d64, w64, *f64(pre), c.fn, *f64(dres))
         return dict(din=(din, dtol + EPS * np.abs(din)))
 
-    return Call("linear_backward_input",
-                dict(din=Out((c.N, c.C)), dout=dout, dres=dres, weight=weight, pre=pre, fn=FN[c.fn],
-                     prec=PREC[c.prec], N=c.N, C=c.C, OC=c.OC),
-                want, batch="N", batched=("din", "dout", "dres", "pre"),
-                aliases=("din", "dres"))
+    return Call(
+        "linear_backward_input",
+        dict(
+            din=Out((c.N, c.C)),
+            dout=dout,
+            dres=dres,
+            weight=weight,
+            pre=pre,
+            fn=FN[c.fn],
+            prec=PREC[c.prec],
+            N=c.N,
+            C=c.C,
+            OC=c.OC,
+        ),
+        want,
+        batch="N",
+        batched=("din", "dout", "dres", "pre"),
+        aliases=("din", "dres"),
+    )
 
 
 @operator
@@ -304,15 +400,27 @@ def linear_backward_weight(rng, c):
         dweight, _ = reference.linear_backward_weight(d64, x64)
         want = dict(dweight=(dweight, EPS * DOT * (np.abs(d64).T @ np.abs(x64))))
         if c.bias:
-            exact, = f64(dout)  # column sums never see bf16
+            (exact,) = f64(dout)  # column sums never see bf16
             want["dbias"] = (exact.sum(0), EPS * DOT * np.abs(exact).sum(0))
         return want
 
-    return Call("linear_backward_weight",
-                dict(dweight=Out((c.OC, c.C), "+=" if c.accumulate else "="),
-                     dbias=Out((c.OC,), "+=") if c.bias else None, dout=dout, in_=x, accumulate=int(c.accumulate),
-                     prec=PREC[c.prec], N=c.N, C=c.C, OC=c.OC),
-                want, batch="N", batched=("dout", "in_"))
+    return Call(
+        "linear_backward_weight",
+        dict(
+            dweight=Out((c.OC, c.C), "+=" if c.accumulate else "="),
+            dbias=Out((c.OC,), "+=") if c.bias else None,
+            dout=dout,
+            in_=x,
+            accumulate=int(c.accumulate),
+            prec=PREC[c.prec],
+            N=c.N,
+            C=c.C,
+            OC=c.OC,
+        ),
+        want,
+        batch="N",
+        batched=("dout", "in_"),
+    )
 
 
 # ---- SwiGLU: no sums, a few roundings and an exp whose argument is exact
@@ -332,8 +440,9 @@ def swiglu_forward(rng, c):
         out = reference.swiglu_forward(*f64(x))
         return dict(out=(out, 8 * EPS * np.abs(out) + TINY))
 
-    return Call("swiglu_forward", dict(out=Out((c.N, c.F)), in_=x, N=c.N, F=c.F), want, batch="N",
-                batched=("out", "in_"))
+    return Call(
+        "swiglu_forward", dict(out=Out((c.N, c.F)), in_=x, N=c.N, F=c.F), want, batch="N", batched=("out", "in_")
+    )
 
 
 @operator
@@ -347,8 +456,13 @@ def swiglu_backward(rng, c):
         tol = np.abs(np.concatenate([d64 * up * s * (1 + gate), d64 * gate * s], -1))
         return dict(din=(reference.swiglu_backward(d64, x64), 8 * EPS * tol + TINY))
 
-    return Call("swiglu_backward", dict(din=Out((c.N, 2 * c.F)), dout=dout, in_=x, N=c.N, F=c.F), want, batch="N",
-                batched=("din", "dout", "in_"))
+    return Call(
+        "swiglu_backward",
+        dict(din=Out((c.N, 2 * c.F)), dout=dout, in_=x, N=c.N, F=c.F),
+        want,
+        batch="N",
+        batched=("din", "dout", "in_"),
+    )
 
 
 # ---- positions
@@ -369,8 +483,23 @@ def rope_call(rng, c, name, argument, turn):
         tol[..., (c.NH + c.NKV) * c.HS :] = 0  # values are left alone
         return {argument: (value, tol)}
 
-    return Call(name, {argument: Out(x, "in place"), "cos": cos, "sin": sin, "starts": starts, "B": c.B, "T": c.T,
-                       "NH": c.NH, "NKV": c.NKV, "HS": c.HS}, want, batch="B", batched=(argument, "starts"))
+    return Call(
+        name,
+        {
+            argument: Out(x, "in place"),
+            "cos": cos,
+            "sin": sin,
+            "starts": starts,
+            "B": c.B,
+            "T": c.T,
+            "NH": c.NH,
+            "NKV": c.NKV,
+            "HS": c.HS,
+        },
+        want,
+        batch="B",
+        batched=(argument, "starts"),
+    )
 
 
 @operator
@@ -433,7 +562,7 @@ def attention_forward(rng, c):
     qkv, starts = attention_arguments(rng, c)
 
     def want():
-        x, = operands(c.prec, qkv)
+        (x,) = operands(c.prec, qkv)
         _, _, v, lse, scores, probs, error = attention_pieces(c, x, starts)
         row = np.where(probs > 0, error, 0).max(-1)
         # the error of a probability in numerator and denominator, and the sums over keys
@@ -441,13 +570,28 @@ def attention_forward(rng, c):
         if c.prec == "bf16":
             probs, slack = rounded_probabilities(c, scores, starts, error)
             tol += slack @ np.abs(v)
-        return dict(out=(reference.merge_heads(probs @ v), reference.merge_heads(tol)),
-                    lse=(lse, row + EPS * np.abs(lse)))
+        return dict(
+            out=(reference.merge_heads(probs @ v), reference.merge_heads(tol)), lse=(lse, row + EPS * np.abs(lse))
+        )
 
-    return Call("attention_forward",
-                dict(out=Out((c.B, c.T, c.NH * c.HS)), lse=Out((c.B, c.NH, c.T)), qkv=qkv, starts=starts,
-                     prec=PREC[c.prec], B=c.B, T=c.T, NH=c.NH, NKV=c.NKV, HS=c.HS), want,
-                batch="B", batched=("out", "lse", "qkv", "starts"))
+    return Call(
+        "attention_forward",
+        dict(
+            out=Out((c.B, c.T, c.NH * c.HS)),
+            lse=Out((c.B, c.NH, c.T)),
+            qkv=qkv,
+            starts=starts,
+            prec=PREC[c.prec],
+            B=c.B,
+            T=c.T,
+            NH=c.NH,
+            NKV=c.NKV,
+            HS=c.HS,
+        ),
+        want,
+        batch="B",
+        batched=("out", "lse", "qkv", "starts"),
+    )
 
 
 @operator
@@ -477,17 +621,35 @@ def attention_backward(rng, c):
         dk, dv = (a.reshape(c.B, c.NKV, G, c.T, c.HS).sum(2) for a in (dk, dv))
         tol = np.concatenate([reference.merge_heads(a) for a in (dq, dk, dv)], -1) + TINY
         if c.prec == "bf16":
-            pair = (a.swapaxes(-1, -2) @ b for a, b in zip(rounded(probs, dprob_error), (heads[0], np.abs(heads[0])),
-                                                           strict=True))
+            pair = (
+                a.swapaxes(-1, -2) @ b
+                for a, b in zip(rounded(probs, dprob_error), (heads[0], np.abs(heads[0])), strict=True)
+            )
             dv, slack = (reference.merge_heads(a.reshape(c.B, c.NKV, G, c.T, c.HS).sum(2)) for a in pair)
             value[..., -dv.shape[-1] :] = dv
             tol[..., -dv.shape[-1] :] += slack
         return dict(dqkv=(value, tol))
 
-    return Call("attention_backward",
-                dict(dqkv=Out(qkv.shape), dout=dout, qkv=qkv, out=out, lse=lse, starts=starts, prec=PREC[c.prec],
-                     B=c.B, T=c.T, NH=c.NH, NKV=c.NKV, HS=c.HS), want,
-                batch="B", batched=("dqkv", "dout", "qkv", "out", "lse", "starts"))
+    return Call(
+        "attention_backward",
+        dict(
+            dqkv=Out(qkv.shape),
+            dout=dout,
+            qkv=qkv,
+            out=out,
+            lse=lse,
+            starts=starts,
+            prec=PREC[c.prec],
+            B=c.B,
+            T=c.T,
+            NH=c.NH,
+            NKV=c.NKV,
+            HS=c.HS,
+        ),
+        want,
+        batch="B",
+        batched=("dqkv", "dout", "qkv", "out", "lse", "starts"),
+    )
 
 
 # ---- head
@@ -509,7 +671,7 @@ def logprob_forward(rng, c):
     logits, targets, invtemp = logprob_arguments(rng, c)
 
     def want():
-        z, = f64(logits[:, : c.V])
+        (z,) = f64(logits[:, : c.V])
         logprobs, lse, entropy = reference.logprob_forward(z, targets, invtemp)
         z *= invtemp
         size, below = np.abs(z).max(-1), z.max(-1, keepdims=True) - z
@@ -520,10 +682,23 @@ def logprob_forward(rng, c):
         want = dict(logprobs=(logprobs, np.where(targets < 0, 0, dlse + EPS * 2 * size)), lse=(lse, dlse))
         return want | (dict(entropy=(entropy, dentropy)) if c.entropy else {})
 
-    return Call("logprob_forward",
-                dict(logprobs=Out((c.N,)), lse=Out((c.N,)), entropy=Out((c.N,)) if c.entropy else None, logits=logits,
-                     targets=targets, invtemp=invtemp, N=c.N, V=c.V, Vp=c.Vp), want,
-                batch="N", batched=("logprobs", "lse", "entropy", "logits", "targets"))
+    return Call(
+        "logprob_forward",
+        dict(
+            logprobs=Out((c.N,)),
+            lse=Out((c.N,)),
+            entropy=Out((c.N,)) if c.entropy else None,
+            logits=logits,
+            targets=targets,
+            invtemp=invtemp,
+            N=c.N,
+            V=c.V,
+            Vp=c.Vp,
+        ),
+        want,
+        batch="N",
+        batched=("logprobs", "lse", "entropy", "logits", "targets"),
+    )
 
 
 @operator
@@ -544,10 +719,24 @@ def logprob_backward(rng, c):
         tol[targets < 0] = 0
         return dict(dlogits=(value, tol))
 
-    return Call("logprob_backward",
-                dict(dlogits=Out((c.N, c.Vp)), dlogprobs=dlogprobs, logits=logits, targets=targets, lse=lse,
-                     invtemp=invtemp, N=c.N, V=c.V, Vp=c.Vp), want,
-                batch="N", batched=("dlogits", "dlogprobs", "logits", "targets", "lse"), aliases=("dlogits", "logits"))
+    return Call(
+        "logprob_backward",
+        dict(
+            dlogits=Out((c.N, c.Vp)),
+            dlogprobs=dlogprobs,
+            logits=logits,
+            targets=targets,
+            lse=lse,
+            invtemp=invtemp,
+            N=c.N,
+            V=c.V,
+            Vp=c.Vp,
+        ),
+        want,
+        batch="N",
+        batched=("dlogits", "dlogprobs", "logits", "targets", "lse"),
+        aliases=("dlogits", "logits"),
+    )
 
 
 # ---- update
@@ -564,8 +753,9 @@ def square_sums(rng, c):
         # errors of 300,000 in one chain were measured at 3 times the bound of a walk, always to one side.
         return dict(sums=(sums, EPS64 * 4 * (2 + np.sqrt(np.diff(offsets)) / 2) * sums))
 
-    return Call("square_sums", dict(sums=Out((len(c.lengths),), dtype=np.float64), x=x, offsets=offsets,
-                                    n=len(c.lengths)), want)
+    return Call(
+        "square_sums", dict(sums=Out((len(c.lengths),), dtype=np.float64), x=x, offsets=offsets, n=len(c.lengths)), want
+    )
 
 
 @operator
@@ -580,8 +770,11 @@ def clip_scale(rng, c):
         tol[HYPER.index("scale")] = 0 if scale == 1 else 2 * EPS * scale
         return dict(hyper=(new, tol), norm=(np.array([norm]), EPS64 * (2 + math.sqrt(c.n)) * norm))
 
-    return Call("clip_scale", dict(hyper=Out(hyper, "in place"), norm=Out((1,), dtype=np.float64), sums=sums,
-                                   max_norm=max_norm, n=c.n), want)
+    return Call(
+        "clip_scale",
+        dict(hyper=Out(hyper, "in place"), norm=Out((1,), dtype=np.float64), sums=sums, max_norm=max_norm, n=c.n),
+        want,
+    )
 
 
 @operator
@@ -604,9 +797,21 @@ def adamw(rng, c):
         dw = lr * (dstep + 2 * EPS * decay * np.abs(w64)) + EPS * np.maximum(np.abs(new[0]), np.abs(w64))
         return dict(weights=(new[0], dw), m=(new[1], dm), v=(new[2], dv))
 
-    return Call("adamw", dict(weights=Out(weights, "in place"), m=Out(m, "in place"), v=Out(v, "in place"), grads=grads,
-                              hyper=hyper, weight_decay=decay, n=c.n), want,
-                batch="n", batched=("weights", "m", "v", "grads"))
+    return Call(
+        "adamw",
+        dict(
+            weights=Out(weights, "in place"),
+            m=Out(m, "in place"),
+            v=Out(v, "in place"),
+            grads=grads,
+            hyper=hyper,
+            weight_decay=decay,
+            n=c.n,
+        ),
+        want,
+        batch="n",
+        batched=("weights", "m", "v", "grads"),
+    )
 
 
 # ---- the tests
@@ -620,8 +825,11 @@ def assert_close(name, got, want, tol):
     if bad.any():
         i = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error / (tol + 1e-300))), got.shape)
         limit = np.broadcast_to(tol, got.shape)[i]
-        pytest.fail(f"{name}: {bad.sum()} of {bad.size} wrong; at {tuple(map(int, i))} {got[i]!r}, not {want[i]!r}, "
-                    f"off by {error[i]:.3g}, allowed {limit:.3g}", pytrace=False)
+        pytest.fail(
+            f"{name}: {bad.sum()} of {bad.size} wrong; at {tuple(map(int, i))} {got[i]!r}, not {want[i]!r}, "
+            f"off by {error[i]:.3g}, allowed {limit:.3g}",
+            pytrace=False,
+        )
 
 
 def trimmed(c):
@@ -661,8 +869,11 @@ def has_rows(op, c):
 
 def may_share(op, c):
     """Whether an output may be the same array as an input, and the case has that input."""
-    return not c.big and (op == "logprob_backward" or (op in ("layernorm_backward", "rmsnorm_backward") and c.options)
-                          or (op in ("linear_forward", "linear_backward_input") and c.residual))
+    return not c.big and (
+        op == "logprob_backward"
+        or (op in ("layernorm_backward", "rmsnorm_backward") and c.options)
+        or (op in ("linear_forward", "linear_backward_input") and c.residual)
+    )
 
 
 @pytest.fixture
@@ -827,7 +1038,7 @@ def test_gelu_everywhere(backend, fn):
     ops.linear_forward(backend, out, pre, x, one, None, None, FN[fn], 0, N, 1, 1)
     ops.linear_backward_input(backend, din, np.ones((N, 1), np.float32), None, one, x, FN[fn], 0, N, 1, 1)
     np.testing.assert_array_equal(pre, x)
-    x, = f64(x)
+    (x,) = f64(x)
     with np.errstate(under="ignore"):
         want, derivative = reference.FUNCTIONS[fn](x), reference.DERIVATIVES[fn](np.clip(x, -50, 50))
     tol = function_tolerance(fn, x)
@@ -897,8 +1108,9 @@ def test_logprob_of_a_sure_and_of_an_even_distribution(backend):
 
 def test_embedding_gradient_of_a_token_that_does_not_occur_is_left_alone(backend):
     dwte = guarded(np.full((5, 3), 0.1, np.float32))
-    ops.embedding_backward(backend, dwte, None, np.ones((1, 2, 3), np.float32), np.array([[4, 1]], np.int32), None, 1,
-                           2, 3, 5)
+    ops.embedding_backward(
+        backend, dwte, None, np.ones((1, 2, 3), np.float32), np.array([[4, 1]], np.int32), None, 1, 2, 3, 5
+    )
     np.testing.assert_array_equal(dwte[[0, 2, 3]], np.float32(0.1))
     np.testing.assert_array_equal(dwte[[1, 4]], np.float32(0.1) + np.float32(1))
 

@@ -4,6 +4,7 @@ and loss in the end.  Nothing is fetched: models are built from configs, with ra
 Tolerances: both sides are fp32 and add up in another order, so they differ by a few units in the last place of the
 largest value of an array (CLOSE, of that value; the largest difference met is 2e-6 of it).
 """
+
 import json
 
 import numpy as np
@@ -24,8 +25,9 @@ pytestmark = pytest.mark.peers
 
 # Wavelengths of 16 channels are 6, 20, 63, 199 ...; this stretch leaves the first as it is, bends the next two (between
 # 64 / 4 and 64 / 1 positions) and divides the rest.
-STRETCH = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-               original_max_position_embeddings=64)
+STRETCH = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
 CONFIGS = {
     "gpt2": GPT2,
     "gpt2, erf": GPT2 | dict(act="gelu_erf"),
@@ -173,8 +175,17 @@ def test_we_open_a_folder_of_transformers(model, twin, batch, tmp_path):
 
 # ---- the tokenizer
 
-TEXTS = ["", "Hello world", "  spaces   and\n\n\n lines \t", "l'été, 東京 and 🙂🙃", "it's we'll I'D 12345 3.14",
-         "hello w\u0301he\u00e9", "\x00\x7f\u200b", "a" * 500, " " * 500 + "x"]
+TEXTS = [
+    "",
+    "Hello world",
+    "  spaces   and\n\n\n lines \t",
+    "l'été, 東京 and 🙂🙃",
+    "it's we'll I'D 12345 3.14",
+    "hello w\u0301he\u00e9",
+    "\x00\x7f\u200b",
+    "a" * 500,
+    " " * 500 + "x",
+]
 
 
 def assert_same_ids(tok, folder, texts):

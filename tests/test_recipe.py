@@ -1,5 +1,6 @@
 """Real learning and a real model: nanoGPT's recipe reaches its published loss, and a model trained elsewhere (minGPT's
 gpt-nano, which sorts three letters) computes here what it computed there, intermediate by intermediate."""
+
 import base64
 import json
 
@@ -72,9 +73,20 @@ def assert_same(name, got, want):
 def test_a_model_trained_elsewhere_computes_the_same_here(sorter, partials):
     tokens = partials["idx"].astype(np.int32)
     trace = sorter.trace(tokens)
-    stored = {"h.0.residual": "x", "h.0.ln_1": "ln1", "h.0.attn.qkv": "qkv", "h.0.attn.heads": "y",
-              "h.0.residual_mid": "attnResid", "h.0.ln_2": "ln2", "h.0.mlp.fc": "fc", "h.0.mlp.act": "gelu",
-              "h.1.residual": "block0", "h.2.residual": "block1", "residual_final": "block2", "hidden": "ln_f"}
+    stored = {
+        "h.0.residual": "x",
+        "h.0.ln_1": "ln1",
+        "h.0.attn.qkv": "qkv",
+        "h.0.attn.heads": "y",
+        "h.0.residual_mid": "attnResid",
+        "h.0.ln_2": "ln2",
+        "h.0.mlp.fc": "fc",
+        "h.0.mlp.act": "gelu",
+        "h.1.residual": "block0",
+        "h.2.residual": "block1",
+        "residual_final": "block2",
+        "hidden": "ln_f",
+    }
     for name, theirs in stored.items():
         assert_same(name, trace[name], partials[theirs])
     heads = partials["qkv"].reshape(*tokens.shape, 3, 3, 16).transpose(2, 0, 3, 1, 4)  # (q, k, v), B, NH, T, HS

@@ -1,4 +1,5 @@
 """The reference against the definition of a derivative, and against truths that need no reference."""
+
 import math
 from types import SimpleNamespace
 
@@ -39,16 +40,24 @@ def test_embedding(rng, kind):
     tokens, dout = rng.integers(0, V, (B, T)), rng.normal(size=(B, T, C))
     inputs = dict(wte=rng.normal(size=(V, C)), wpe=rng.normal(size=(P, C)))
     dwte, dwpe = ref.embedding_backward(dout, tokens, V, P, starts)
-    check_all(lambda wte, wpe: (dout * ref.embedding_forward(tokens, wte, wpe, starts)).sum(), inputs,
-              dict(wte=dwte, wpe=dwpe), rng)
+    check_all(
+        lambda wte, wpe: (dout * ref.embedding_forward(tokens, wte, wpe, starts)).sum(),
+        inputs,
+        dict(wte=dwte, wpe=dwpe),
+        rng,
+    )
 
 
 def test_layernorm(rng):
     x, weight, bias, dout = (rng.normal(size=s) for s in ((4, 7), 7, 7, (4, 7)))
     _, mean, rstd = ref.layernorm_forward(x, weight, bias)
     dx, dweight, dbias, dbias_in = ref.layernorm_backward(dout, x, weight, mean, rstd)
-    check_all(lambda x, weight, bias: (dout * ref.layernorm_forward(x, weight, bias)[0]).sum(),
-              dict(x=x, weight=weight, bias=bias), dict(x=dx, weight=dweight, bias=dbias), rng)
+    check_all(
+        lambda x, weight, bias: (dout * ref.layernorm_forward(x, weight, bias)[0]).sum(),
+        dict(x=x, weight=weight, bias=bias),
+        dict(x=dx, weight=dweight, bias=dbias),
+        rng,
+    )
     # the bias of the layer before is added to every row; the residual stream carries its own gradient
     check_derivative(lambda b: (dout * ref.layernorm_forward(x + b, weight, bias)[0]).sum(), np.zeros(7), dbias_in, rng)
     dres = rng.normal(size=x.shape)
@@ -61,8 +70,12 @@ def test_rmsnorm(rng):
     x, weight, dout, dres = (rng.normal(size=s) for s in ((4, 7), 7, (4, 7), (4, 7)))
     _, rstd = ref.rmsnorm_forward(x, weight)
     dx, dweight, dbias_in = ref.rmsnorm_backward(dout, x, weight, rstd)
-    check_all(lambda x, weight: (dout * ref.rmsnorm_forward(x, weight)[0]).sum(),
-              dict(x=x, weight=weight), dict(x=dx, weight=dweight), rng)
+    check_all(
+        lambda x, weight: (dout * ref.rmsnorm_forward(x, weight)[0]).sum(),
+        dict(x=x, weight=weight),
+        dict(x=dx, weight=dweight),
+        rng,
+    )
     check_derivative(lambda b: (dout * ref.rmsnorm_forward(x + b, weight)[0]).sum(), np.zeros(7), dbias_in, rng)
     np.testing.assert_allclose(ref.rmsnorm_backward(dout, x, weight, rstd, dres)[0], dx + dres, rtol=1e-14)
 
@@ -75,12 +88,21 @@ def test_linear(rng, fn):
     _, pre = ref.linear_forward(**inputs, fn=fn)
     dpre = dout * ref.DERIVATIVES[fn](pre)
     dweight, dbias = ref.linear_backward_weight(dpre, inputs["x"])
-    check_all(lambda **kw: (dout * ref.linear_forward(**kw, residual=residual, fn=fn)[0]).sum(), inputs,
-              dict(x=ref.linear_backward_input(dpre, inputs["weight"]), weight=dweight, bias=dbias), rng)
+    check_all(
+        lambda **kw: (dout * ref.linear_forward(**kw, residual=residual, fn=fn)[0]).sum(),
+        inputs,
+        dict(x=ref.linear_backward_input(dpre, inputs["weight"]), weight=dweight, bias=dbias),
+        rng,
+    )
     # where the layer's input was fn(pre), its gradient goes on to pre
     pre = rng.normal(0, 2, (N, C))
-    check_derivative(lambda pre: (dout * ref.linear_forward(ref.FUNCTIONS[fn](pre), inputs["weight"])[0]).sum(), pre,
-                     ref.linear_backward_input(dout, inputs["weight"], pre, fn), rng, entries=N * C)
+    check_derivative(
+        lambda pre: (dout * ref.linear_forward(ref.FUNCTIONS[fn](pre), inputs["weight"])[0]).sum(),
+        pre,
+        ref.linear_backward_input(dout, inputs["weight"], pre, fn),
+        rng,
+        entries=N * C,
+    )
 
 
 def test_swiglu(rng):
@@ -93,8 +115,12 @@ def test_rope(rng, kind):
     B, T, NH, NKV, HS = 2, 9, 4, 2, 6
     starts, tables = make_starts(kind, B, T), ref.rope_tables(T, HS)
     qkv, dqkv = (rng.normal(size=(B, T, (NH + 2 * NKV) * HS)) for _ in range(2))
-    check_derivative(lambda x: (dqkv * ref.rope_forward(x, *tables, NH, NKV, starts)).sum(), qkv,
-                     ref.rope_backward(dqkv, *tables, NH, NKV, starts), rng)
+    check_derivative(
+        lambda x: (dqkv * ref.rope_forward(x, *tables, NH, NKV, starts)).sum(),
+        qkv,
+        ref.rope_backward(dqkv, *tables, NH, NKV, starts),
+        rng,
+    )
 
 
 @pytest.mark.parametrize("kind", [None, "packed", "ragged", "window"])
@@ -103,16 +129,22 @@ def test_attention(rng, kind, NH, NKV):
     B, T, HS = 2, 9, 3
     starts = make_starts(kind, B, T)
     qkv, dout = rng.normal(size=(B, T, (NH + 2 * NKV) * HS)), rng.normal(size=(B, T, NH * HS))
-    check_derivative(lambda x: (dout * ref.attention_forward(x, NH, NKV, starts)[0]).sum(), qkv,
-                     ref.attention_backward(dout, qkv, NH, NKV, starts), rng, entries=8)
+    check_derivative(
+        lambda x: (dout * ref.attention_forward(x, NH, NKV, starts)[0]).sum(),
+        qkv,
+        ref.attention_backward(dout, qkv, NH, NKV, starts),
+        rng,
+        entries=8,
+    )
 
 
 @pytest.mark.parametrize("invtemp", [1.0, 0.3, 2.5])
 def test_logprob(rng, invtemp):
     logits, targets, d = rng.normal(0, 2, (3, 5)), np.array([4, 0, -1]), rng.normal(size=3)
     dlogits = ref.logprob_backward(d, logits, targets, invtemp)
-    check_derivative(lambda x: (d * ref.logprob_forward(x, targets, invtemp)[0]).sum(), logits, dlogits, rng,
-                     entries=15)
+    check_derivative(
+        lambda x: (d * ref.logprob_forward(x, targets, invtemp)[0]).sum(), logits, dlogits, rng, entries=15
+    )
     assert (dlogits[2] == 0).all() and ref.logprob_forward(logits, targets, invtemp)[0][2] == 0
 
 

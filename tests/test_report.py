@@ -1,4 +1,5 @@
 """Reports: the log after a resume, the curve as well-formed SVG, numbers for people."""
+
 import io
 import json
 import math
@@ -22,7 +23,13 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
         log.write(step, loss=10.0 * step)
     log.close()
     assert [(r["step"], r["loss"]) for r in read_log(tmp_path / "log.jsonl")] == [
-        (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0)]
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 40.0),
+        (5, 50.0),
+        (6, 60.0),
+    ]
     assert log.column("loss")[-1] == (6, 60.0)
 
 
@@ -63,9 +70,17 @@ def test_names_carry_the_last_values_and_do_not_lie_on_each_other():
     assert names["validation 1.25"] - names["train 1.26"] >= 14
 
 
-@pytest.mark.parametrize("train, validation", [
-    ([], []), ([(1, 2.0)], []), ([(i, 1.0) for i in range(5)], []), ([(0, 1e9), (10**7, 1e-9)], [(5, math.nan)]),
-    ([(1, math.inf), (2, 3.0), (3, 2.5)], [(0, 0.0)]), ([(i, 2 + i % 3) for i in range(100_000)], [])])
+@pytest.mark.parametrize(
+    "train, validation",
+    [
+        ([], []),
+        ([(1, 2.0)], []),
+        ([(i, 1.0) for i in range(5)], []),
+        ([(0, 1e9), (10**7, 1e-9)], [(5, math.nan)]),
+        ([(1, math.inf), (2, 3.0), (3, 2.5)], [(0, 0.0)]),
+        ([(i, 2 + i % 3) for i in range(100_000)], []),
+    ],
+)
 def test_any_points_give_a_picture_within_its_frame(train, validation):
     svg = curve_svg(train, validation, title="<a & b>")
     ElementTree.fromstring(svg)
@@ -92,7 +107,13 @@ def test_the_report_tells_facts_scores_and_samples(tmp_path):
 
 def test_numbers_for_people():
     assert [count(n, "B") for n in (0, 999, 1234, 999_999, 12_345_678, 3.2e12)] == [
-        "0 B", "999 B", "1.23 kB", "1000 kB", "12.3 MB", "3.2 TB"]
+        "0 B",
+        "999 B",
+        "1.23 kB",
+        "1000 kB",
+        "12.3 MB",
+        "3.2 TB",
+    ]
     assert count(124_000_000) == "124 M"
     assert [duration(s) for s in (0.4, 61, 3600, -1)] == ["0:00", "1:01", "1:00:00", "0:00"]
     assert printable("a\x1b[2J\tb\n\x9b") == "a\ufffd[2J\tb\n\ufffd"

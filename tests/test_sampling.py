@@ -1,4 +1,5 @@
 """Sampling: which token a number draws, and what text comes out of tokens."""
+
 from collections import Counter
 from types import SimpleNamespace
 
@@ -143,9 +144,21 @@ def test_greedy_takes_the_best_and_the_seed_decides_otherwise():
     assert len({text(seed=1), text(seed=2), text(seed=1, row=1)}) == 3
 
 
-@pytest.mark.parametrize("name, value", [("max_tokens", -1), ("temperature", -0.1), ("temperature", float("nan")),
-                                         ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("seed", -1), ("row", -1),
-                                         ("stop", [""]), ("prompt", [300])])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_tokens", -1),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("seed", -1),
+        ("row", -1),
+        ("stop", [""]),
+        ("prompt", [300]),
+    ],
+)
 def test_a_bad_argument_is_named_before_anything_runs(name, value):
     options = {"prompt": "x"} | {name: value}
     with pytest.raises(ValueError, match=f"^{name}:"):

@@ -1,4 +1,5 @@
 """Tokenizer: bytes come back exactly, GPT-2's ids are GPT-2's, files are read as written, hostile ones refused."""
+
 import functools
 import json
 
@@ -132,7 +133,7 @@ def test_gpt2_gives_the_known_ids(gpt2, test_data):
     vectors = test_data / "tok" / "ggml-vocab-gpt-2.gguf"
     texts = vectors.with_suffix(".gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     wanted = vectors.with_suffix(".gguf.out").read_text().split("\n")
-    wanted = [[int(id) for id in line.split()] for line in wanted[:len(texts)]]
+    wanted = [[int(id) for id in line.split()] for line in wanted[: len(texts)]]
     assert len(texts) == 47
     assert [gpt2.encode(text) for text in texts] == wanted
     assert [gpt2.decode(ids) for ids in wanted] == texts

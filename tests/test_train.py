@@ -1,4 +1,5 @@
 """Training through the command line: it learns, stops, resumes to the same bits, and names flags in its errors."""
+
 import json
 import os
 import shutil
@@ -16,8 +17,17 @@ from barelm import __main__ as command
 from barelm import train as training
 from barelm.loop import flops_per_token, step, warmup_cosine
 
-TINY = {"n-layer": 1, "n-head": 2, "n-embd": 16, "context": 16, "batch": 4, "lr": 0.01, "warmup": 2, "threads": 1,
-        "eval-batches": 2}
+TINY = {
+    "n-layer": 1,
+    "n-head": 2,
+    "n-embd": 16,
+    "context": 16,
+    "batch": 4,
+    "lr": 0.01,
+    "warmup": 2,
+    "threads": 1,
+    "eval-batches": 2,
+}
 TEXT = "".join(f"{i} and {i} are {2 * i}.\n" for i in range(300))
 
 
@@ -238,10 +248,28 @@ def test_without_a_good_checkpoint_there_is_nothing_to_resume(text, tmp_path, ca
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 BAD = {
-    "--n-head": 3, "--n-layer": 0, "--n-embd": -1, "--n-kv-head": 5, "--context": 0, "--batch": 0, "--accumulate": 0,
-    "--steps": -1, "--minutes": "nan", "--lr": 0, "--min-lr": 5, "--warmup": -1, "--weight-decay": -1, "--beta1": 1,
-    "--beta2": -0.1, "--clip": -1, "--seed": -1, "--precision": "fp8", "--eval-every": -1, "--threads": -1,
-    "--keep": "x", "--batch ": 2**40,
+    "--n-head": 3,
+    "--n-layer": 0,
+    "--n-embd": -1,
+    "--n-kv-head": 5,
+    "--context": 0,
+    "--batch": 0,
+    "--accumulate": 0,
+    "--steps": -1,
+    "--minutes": "nan",
+    "--lr": 0,
+    "--min-lr": 5,
+    "--warmup": -1,
+    "--weight-decay": -1,
+    "--beta1": 1,
+    "--beta2": -0.1,
+    "--clip": -1,
+    "--seed": -1,
+    "--precision": "fp8",
+    "--eval-every": -1,
+    "--threads": -1,
+    "--keep": "x",
+    "--batch ": 2**40,
 }
 
 
@@ -252,17 +280,20 @@ def test_a_bad_value_is_refused_by_its_flag(tmp_path, capsys, flag):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["train", "--n-laier", "3"], "unknown flag '--n-laier', did you mean '--n-layer'?"),
-    (["train", "--step", "3"], "unknown flag '--step', did you mean '--steps'?"),
-    (["trian"], "unknown command 'trian', did you mean 'train'?"),
-    (["train", "books"], "'books' stands alone"),
-    (["sample"], "--checkpoint must be given"),
-    (["sample", "--checkpoint", "/nowhere"], "/nowhere: no such folder"),
-    (["train", "--data", "/nowhere"], "/nowhere: no such file or folder"),
-    (["train", "--tokenizer", "/nowhere"], "/nowhere: no such file"),
-    (["demo", "--minutes", "0"], "--minutes: "),
-])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["train", "--n-laier", "3"], "unknown flag '--n-laier', did you mean '--n-layer'?"),
+        (["train", "--step", "3"], "unknown flag '--step', did you mean '--steps'?"),
+        (["trian"], "unknown command 'trian', did you mean 'train'?"),
+        (["train", "books"], "'books' stands alone"),
+        (["sample"], "--checkpoint must be given"),
+        (["sample", "--checkpoint", "/nowhere"], "/nowhere: no such folder"),
+        (["train", "--data", "/nowhere"], "/nowhere: no such file or folder"),
+        (["train", "--tokenizer", "/nowhere"], "/nowhere: no such file"),
+        (["demo", "--minutes", "0"], "--minutes: "),
+    ],
+)
 def test_a_mistyped_command_is_explained(tmp_path, monkeypatch, capsys, argv, says):
     monkeypatch.chdir(tmp_path)
     assert says in refused(capsys, argv)

@@ -3,6 +3,7 @@
 Parameters have Hugging Face's names; Linear weights are [out, in] here, so those that the names call Conv1D are turned
 when barelm's are loaded.
 """
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -78,6 +79,8 @@ class GPT2(nn.Module):
 def adamw(model, lr, betas, eps, weight_decay, **options):
     """torch.optim.AdamW with barelm's groups: decay on tensors of two dimensions."""
     params = list(model.parameters())
-    groups = [{"params": [p for p in params if p.dim() == 2], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in params if p.dim() == 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, **options)

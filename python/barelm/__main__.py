@@ -82,9 +82,17 @@ def _explain(error: BaseException) -> int:
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}   {command.what}" for name, command in COMMANDS.items()]
-    return "\n".join(["barelm: language models on bare metal, from text to a model that writes", "",
-                      "usage: barelm COMMAND [--flag value ...]", "", *lines, "",
-                      "barelm COMMAND --help lists the flags of a command; barelm --version prints the version."])
+    return "\n".join(
+        [
+            "barelm: language models on bare metal, from text to a model that writes",
+            "",
+            "usage: barelm COMMAND [--flag value ...]",
+            "",
+            *lines,
+            "",
+            "barelm COMMAND --help lists the flags of a command; barelm --version prints the version.",
+        ]
+    )
 
 
 def _version() -> str:
@@ -108,9 +116,15 @@ def parse(cls: type, argv: list[str], prog: str = "barelm") -> Any:
     annotation, Annotated[type, "help"].  A field without default must be given.  Where the class has a field `given`,
     it gets the names of the flags that were there.  UsageError: anything else.
     """
-    parser = _Parser(prog=prog, description=cls.__doc__, usage=f"{prog} [--flag value ...]", allow_abbrev=False,
-                     add_help=False, argument_default=argparse.SUPPRESS,
-                     formatter_class=lambda prog: argparse.RawTextHelpFormatter(prog, max_help_position=30, width=120))
+    parser = _Parser(
+        prog=prog,
+        description=cls.__doc__,
+        usage=f"{prog} [--flag value ...]",
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.RawTextHelpFormatter(prog, max_help_position=30, width=120),
+    )
     group = parser.add_argument_group("flags")
     for field, hint in _flags(cls):
         _add(group, field, hint)

@@ -1,14 +1,15 @@
 """Checkpoints: a folder that appears whole or not at all, whose every byte is checked, and that transformers opens.
 
-    config.json             Hugging Face's description
-    model.safetensors       weights under Hugging Face's names and shapes
-    optimizer.safetensors   AdamW's moments as exp_avg.NAME and exp_avg_sq.NAME, if there are any
-    state.json              step, whatever the caller adds, size and SHA-256 of every other file, SHA-256 of itself
+config.json             Hugging Face's description
+model.safetensors       weights under Hugging Face's names and shapes
+optimizer.safetensors   AdamW's moments as exp_avg.NAME and exp_avg_sq.NAME, if there are any
+state.json              step, whatever the caller adds, size and SHA-256 of every other file, SHA-256 of itself
 """
 
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -34,7 +35,9 @@ class CheckpointError(ValueError):
 # ---- writing ----
 
 
-def save(model: Model, folder, optimizer: bool = True, state: Mapping | None = None, files: Mapping[str, bytes] | None = None):
+def save(
+    model: Model, folder, optimizer: bool = True, state: Mapping | None = None, files: Mapping[str, bytes] | None = None
+):
     """Write `model` to `folder`, which is replaced in one step if it is a checkpoint already.
 
     optimizer  also write the moments (two more of the weights' size)
@@ -46,14 +49,32 @@ def save(model: Model, folder, optimizer: bool = True, state: Mapping | None = N
     if folder.exists() and not (folder.is_dir() and (is_checkpoint(folder) or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder}: exists and is no checkpoint")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
     part = folder.parent / f".{folder.name}.{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
         _write(model, part, optimizer, dict(state or {}), dict(files or {}))
         _publish(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path):
+    """Unfinished folders of processes that were killed while they saved here."""
+    for part in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        pid = part.name.split(".")[-2]
+        if pid == str(os.getpid()) or (pid.isdecimal() and not _lives(int(pid))):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _write(model: Model, part: Path, optimizer: bool, state: dict, files: dict[str, bytes]):
@@ -201,7 +222,9 @@ def _read_tensors(path: Path, targets: dict[str, np.ndarray], rename):
                 if name is None:
                     continue
                 if name not in targets:
-                    raise CheckpointError(f"{path}: has {key}, which the model of config.json has not (or it comes twice)")
+                    raise CheckpointError(
+                        f"{path}: has {key}, which the model of config.json has not (or it comes twice)"
+                    )
                 value, target = f.get_tensor(key), targets.pop(name)
                 if value.shape != target.shape:
                     raise CheckpointError(f"{path}: {key} has shape {value.shape}, config.json says {target.shape}")

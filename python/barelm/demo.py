@@ -43,11 +43,27 @@ def main(config: DemoConfig) -> int:
 
 
 def _settings(config: DemoConfig) -> TrainConfig:
-    """Sizes for two minutes of two cores: enough steps to learn keywords, names and indentation, and a window wide
-    enough to see how a short function holds together."""
-    return TrainConfig(minutes=config.minutes, out=_free(config.out), seed=config.seed, threads=config.threads,
-                       n_layer=4, n_head=4, n_embd=256, context=256, batch=8, lr=2e-3, min_lr=1e-4, warmup=30,
-                       eval_every=100, eval_batches=16, sample_every=200, save_every=0, keep=1)
+    """Sizes for two minutes of two cores: what a small model gains from more steps outweighs what a larger one gains from
+    each (after one minute, bits per byte: 128 channels 2.72, 192 channels 3.08, 256 channels 3.6)."""
+    return TrainConfig(
+        minutes=config.minutes,
+        out=_free(config.out),
+        seed=config.seed,
+        threads=config.threads,
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        context=128,
+        batch=12,
+        lr=3e-3,
+        min_lr=1e-4,
+        warmup=50,
+        eval_every=500,
+        eval_batches=40,
+        sample_every=1000,
+        save_every=0,
+        keep=1,
+    )
 
 
 def _free(out: str) -> str:
@@ -61,8 +77,10 @@ def _free(out: str) -> str:
 
 def _samples(result: TrainResult, seed: int) -> list[tuple[str, str]]:
     model, tok = Model.load(result.checkpoint), Tokenizer.load(result.checkpoint)
-    return [(prompt, "".join(generate(model, tok, prompt, max_tokens=160, temperature=0.7, seed=seed, row=row)))
-            for row, prompt in enumerate(PROMPTS)]
+    return [
+        (prompt, "".join(generate(model, tok, prompt, max_tokens=160, temperature=0.7, seed=seed, row=row)))
+        for row, prompt in enumerate(PROMPTS)
+    ]
 
 
 def _summary(result: TrainResult) -> str:

@@ -36,8 +36,12 @@ def main(config: DoctorConfig) -> int:
 def examine() -> dict:
     """Everything doctor knows: {section: {name: value}}, and under "broken" a list of what is."""
     broken: list[str] = []
-    report = {"barelm": _try(broken, "the compiled part (barelm._core) does not work", _build),
-              "machine": _machine(), "python": _python(broken), "extras": _extras()}
+    report = {
+        "barelm": _try(broken, "the compiled part (barelm._core) does not work", _build),
+        "machine": _machine(),
+        "python": _python(broken),
+        "extras": _extras(),
+    }
     settings = {name: os.environ[name] for name in ("BARELM_ISA", "BARELM_THREADS") if name in os.environ}
     if settings:
         report["settings"] = settings
@@ -98,7 +102,8 @@ def _speed() -> dict:
 
     flops = {precision: _core.peak_flops(precision, seconds=0.2) for precision in ("fp32", "bf16")}
     return {f"peak {precision}": count(rate, "FLOP/s") for precision, rate in flops.items()} | {
-        "copy": count(_core.copy_bandwidth(), "B/s")}
+        "copy": count(_core.copy_bandwidth(), "B/s")
+    }
 
 
 def _machine() -> dict:

@@ -35,16 +35,26 @@ def sample_token(logits: np.ndarray, temperature: float, top_k: int | None, top_
         keep = order[:top_k]
         if top_p < 1:
             mass = np.cumsum(p[keep])
-            keep = keep[:1 + np.searchsorted(mass, top_p * mass[-1])]
+            keep = keep[: 1 + np.searchsorted(mass, top_p * mass[-1])]
         p = np.where(np.isin(np.arange(len(p)), keep), p, 0.0)
     mass = np.cumsum(p)
     token = np.searchsorted(mass, u * mass[-1], side="right")
     return int(min(token, np.flatnonzero(p)[-1]))  # u * mass may round up to mass
 
 
-def generate(model, tok, prompt: "str | bytes | Sequence[int]" = "", *, max_tokens: int = 64, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float = 1.0, seed: int = 0, row: int = 0,
-             stop: "str | Sequence[str]" = ()) -> Iterator[str]:
+def generate(
+    model,
+    tok,
+    prompt: "str | bytes | Sequence[int]" = "",
+    *,
+    max_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    row: int = 0,
+    stop: "str | Sequence[str]" = (),
+) -> Iterator[str]:
     """Continue a prompt; yields pieces of valid text as they come, without the prompt.
 
     Ends after max_tokens, at the end-of-text token, or before the first of the `stop` strings.  An empty prompt begins
@@ -74,12 +84,14 @@ def _check(model, tok, ids, stops, max_tokens, temperature, top_k, top_p, seed, 
         raise ValueError(f"prompt: the id {bad} is not in [0, {config.vocab_size})")
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError("stop: each must be a string that is not empty")
-    rules = [("max_tokens", max_tokens, max_tokens >= 0, "0 or more"),
-             ("temperature", temperature, 0 <= temperature < math.inf, "0 or more, and finite"),
-             ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None"),
-             ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-             ("seed", seed, 0 <= seed < 2**64, "in [0, 2^64)"),
-             ("row", row, 0 <= row < 2**64, "in [0, 2^64)")]
+    rules = [
+        ("max_tokens", max_tokens, max_tokens >= 0, "0 or more"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more, and finite"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None"),
+        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+        ("seed", seed, 0 <= seed < 2**64, "in [0, 2^64)"),
+        ("row", row, 0 <= row < 2**64, "in [0, 2^64)"),
+    ]
     for name, value, good, rule in rules:
         if not good:
             raise ValueError(f"{name}: must be {rule}, got {value}")
@@ -88,8 +100,8 @@ def _check(model, tok, ids, stops, max_tokens, temperature, top_k, top_p, seed, 
 def _tokens(model, tok, ids: list[int], max_tokens: int, draw: Callable[[np.ndarray, int], int]) -> Iterator[int]:
     ids = list(ids)
     for position in range(max_tokens):
-        window = np.array([ids[-model.config.context:]], np.int32)
-        token = draw(model.logits(window, last=True)[0, :tok.n_vocab], position)  # a model's vocabulary may be padded
+        window = np.array([ids[-model.config.context :]], np.int32)
+        token = draw(model.logits(window, last=True)[0, : tok.n_vocab], position)  # a model's vocabulary may be padded
         if token == tok.eot:
             return
         yield token
@@ -105,7 +117,7 @@ def _text(tokens: Iterator[int], tok, stops: list[str]) -> Iterator[str]:
         found = [at for at in (held.find(stop) for stop in stops) if at >= 0]
         if found:
             if min(found):
-                yield held[:min(found)]
+                yield held[: min(found)]
             return
         safe = len(held) - _overlap(held, stops)
         if safe:

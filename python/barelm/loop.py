@@ -26,9 +26,16 @@ def warmup_cosine(step: int, lr: float, min_lr: float, warmup: int, done: float)
     return cosine * min(1.0, (step + 1) / warmup) if warmup else cosine
 
 
-def step(model, micro_batches: Iterable[tuple[np.ndarray, np.ndarray]], lr: float, *,
-         betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1,
-         clip: float = 1.0) -> StepResult:
+def step(
+    model,
+    micro_batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    lr: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    clip: float = 1.0,
+) -> StepResult:
     """One optimizer step on next-token loss.
 
     micro_batches   (tokens, targets) pairs, (B, T) int32 each; targets of -1 are not trained on.  Every token weighs

@@ -19,7 +19,9 @@ _LLAMA32_SCALING = dict(
 )
 _PRESETS = {name: dict(n_layer=L, n_head=NH, n_embd=C) for name, (L, NH, C) in _GPT2.items()} | {
     # a small model of Llama's form, GPT-2 124M's size
-    "llama": dict(**_LLAMA, n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_inner=2048, vocab_size=50257, context=1024),
+    "llama": dict(
+        **_LLAMA, n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_inner=2048, vocab_size=50257, context=1024
+    ),
     "llama-3.2-1b": _LLAMA3
     | dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_inner=8192, tied=True, rope_scaling=_LLAMA32_SCALING),
     "llama-3.2-3b": _LLAMA3
@@ -81,6 +83,10 @@ class Config:
         self._default("n_inner", lambda: -(-8 * self.n_embd // 192) * 64 if self.act == "swiglu" else 4 * self.n_embd)
         self._need_sizes("head_size", "n_inner")
         self._need(self.n_head % self.n_kv_head == 0, "n_kv_head", f"must divide n_head {self.n_head}")
+        # kernels take sizes as int, and offsets as 64 bits
+        self._need(self.vocab_size <= 2**31 - 64, "vocab_size", "is too large")
+        widest = max(self.vocab_size, self.context, 3 * self.n_head * self.head_size, 2 * self.n_inner)
+        self._need(self.n_layer * widest * self.n_embd < 2**52, "n_embd", "is too large for the other sizes")
         self._need((self.n_head + 2 * self.n_kv_head) * self.head_size < 2**31, "head_size", "is too large for n_head")
         self._need(self.n_inner < 2**30, "n_inner", "is too large")
         for name, choices in _CHOICES.items():
@@ -88,7 +94,9 @@ class Config:
         self._need(self.pos == "learned" or self.head_size % 2 == 0, "head_size", "must be even with pos='rope'")
         for name in ("bias", "tied"):
             self._need(isinstance(getattr(self, name), bool), name, "must be True or False")
-        self._need(_is_number(self.norm_eps) and 0 < self.norm_eps < 1, "norm_eps", "must be a number in (0, 1)")
+        self._need(
+            _is_number(self.norm_eps) and 1e-30 <= self.norm_eps < 1, "norm_eps", "must be a number in [1e-30, 1)"
+        )
         self._need(_is_number(self.rope_theta) and self.rope_theta > 0, "rope_theta", "must be a number above 0")
         if self.rope_scaling is not None:
             self._check_scaling()
@@ -222,9 +230,8 @@ class Model:
 
     def trace(self, tokens, starts=None) -> dict[str, np.ndarray]:
         """Every intermediate that exists, by name: "h.0.ln_1", "h.0.attn.qkv", ..., "hidden", each (B, T, columns)."""
-        tokens = np.asarray(tokens)
-        self._core.forward(tokens, np.full_like(tokens, -1), False, False, 1.0, _maybe(starts))
-        return {name if layer is None else f"h.{layer}.{name}": a for name, layer, a in self._core.trace()}
+        entries = self._core.trace(np.asarray(tokens), _maybe(starts))
+        return {name if layer is None else f"h.{layer}.{name}": a for name, layer, a in entries}
 
     @property
     def params(self) -> Mapping[str, np.ndarray]:

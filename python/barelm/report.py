@@ -170,8 +170,13 @@ def _rich_bar(console):
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as RichProgress
 
-    return RichProgress(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"),
-                        console=console, refresh_per_second=4)
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        refresh_per_second=4,
+    )
 
 
 def console(stderr: bool = False):
@@ -195,8 +200,12 @@ text.train { fill: #2f81f7; stroke: none } text.validation, .dot { fill: #e8710a
 </style>"""
 
 
-def curve_svg(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = (), title: str = "Loss",
-              ylabel: str = "nats per token") -> str:
+def curve_svg(
+    train: Sequence[tuple[int, float]],
+    validation: Sequence[tuple[int, float]] = (),
+    title: str = "Loss",
+    ylabel: str = "nats per token",
+) -> str:
     """An SVG of the two loss curves, readable on a light and on a dark page.
 
     train, validation   (step, loss) pairs in order of step; what is not finite is left out.  Many training points are
@@ -210,15 +219,23 @@ def curve_svg(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int
     ys = _ticks(min([y for _, y in points], default=0), max([y for _, y in points], default=1), 6)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return (LEFT + (WIDTH - LEFT - RIGHT) * (x - xs[0]) / (xs[-1] - xs[0]),
-                HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - ys[0]) / (ys[-1] - ys[0]))
+        return (
+            LEFT + (WIDTH - LEFT - RIGHT) * (x - xs[0]) / (xs[-1] - xs[0]),
+            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - ys[0]) / (ys[-1] - ys[0]),
+        )
 
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-           f"<title>{html.escape(title)}</title>", STYLE,
-           f'<text class="title" x="{LEFT}" y="24">{html.escape(title)}</text>']
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
+        f"<title>{html.escape(title)}</title>",
+        STYLE,
+        f'<text class="title" x="{LEFT}" y="24">{html.escape(title)}</text>',
+    ]
     out += _axes(xs, ys, place, ylabel)
-    out += [_line_svg(raw, place, "line train raw"), _line_svg(smooth, place, "line train"),
-            _line_svg(validation, place, "line validation")]
+    out += [
+        _line_svg(raw, place, "line train raw"),
+        _line_svg(smooth, place, "line train"),
+        _line_svg(validation, place, "line validation"),
+    ]
     out += ['<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="3"/>'.format(*place(*p)) for p in validation]
     out += _names([("train", smooth), ("validation", validation)], place)
     return "\n".join(line for line in out if line) + "\n</svg>\n"
@@ -227,7 +244,7 @@ def curve_svg(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int
 def _thin(points: Sequence[tuple[int, float]], most: int) -> list[tuple[float, float]]:
     """At most `most` points, each the mean of its neighbours."""
     size = -(-len(points) // most) if points else 1
-    groups = [points[i:i + size] for i in range(0, len(points), size)]
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
@@ -305,8 +322,14 @@ def _evaluations(log: Log, most: int = 12) -> list[str]:
         return []
     gap = -(-len(rows) // most)
     shown = [row for i, row in enumerate(rows) if i % gap == 0 or i == len(rows) - 1]
-    return ["## Held-out text", "", "| step | loss (nats per token) | bits per byte |", "|---:|---:|---:|",
-            *(f"| {row['step']:,} | {row['val_loss']:.4f} | {row['bits_per_byte']:.4f} |" for row in shown), ""]
+    return [
+        "## Held-out text",
+        "",
+        "| step | loss (nats per token) | bits per byte |",
+        "|---:|---:|---:|",
+        *(f"| {row['step']:,} | {row['val_loss']:.4f} | {row['bits_per_byte']:.4f} |" for row in shown),
+        "",
+    ]
 
 
 def _samples(log: Log, most: int = 6) -> list[str]:
@@ -317,4 +340,3 @@ def _samples(log: Log, most: int = 6) -> list[str]:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any inside
         out += [f"After step {row['step']:,}:", "", fence, text, fence, ""]
     return out
-

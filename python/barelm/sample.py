@@ -43,8 +43,17 @@ def main(config: SampleConfig) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" instead of stopping us
     for row in range(config.n):
-        pieces = generate(model, tok, config.prompt, max_tokens=config.max_tokens, temperature=config.temperature,
-                          top_k=config.top_k or None, top_p=config.top_p, seed=config.seed, row=row)
+        pieces = generate(
+            model,
+            tok,
+            config.prompt,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k or None,
+            top_p=config.top_p,
+            seed=config.seed,
+            row=row,
+        )
         if config.json:
             print(json.dumps({"prompt": config.prompt, "text": "".join(pieces)}), flush=True)
         else:

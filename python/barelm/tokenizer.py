@@ -54,8 +54,13 @@ class Tokenizer:
     special    {text: id} of the special tokens
     """
 
-    def __init__(self, vocab: dict[bytes, int], merges: Sequence[tuple[bytes, bytes]], special: dict[str, int],
-                 pattern: str = GPT2_PATTERN):
+    def __init__(
+        self,
+        vocab: dict[bytes, int],
+        merges: Sequence[tuple[bytes, bytes]],
+        special: dict[str, int],
+        pattern: str = GPT2_PATTERN,
+    ):
         """vocab: the bytes of each ordinary token and its id; merges: pairs, the first merges first.
 
         ValueError: a byte has no id, an id is used twice, a merge is not in the vocabulary, or there is no end-of-text.
@@ -140,8 +145,10 @@ class Tokenizer:
         if not special:
             return self._ordinary(data)
         parts = self._special_split.split(data.decode("utf-8", "surrogateescape"))
-        ids = [[self.special[part]] if i % 2 else self._ordinary(part.encode("utf-8", "surrogateescape"))
-               for i, part in enumerate(parts)]
+        ids = [
+            [self.special[part]] if i % 2 else self._ordinary(part.encode("utf-8", "surrogateescape"))
+            for i, part in enumerate(parts)
+        ]
         return np.concatenate([np.asarray(part, np.int32) for part in ids])
 
     def decode_bytes(self, ids: Iterable[int]) -> "bytes":
@@ -235,7 +242,6 @@ class Tokenizer:
         ranks = [self._encoder.encode_to_numpy(part, disallowed_special=()) for part in parts if part]
         ranks = np.concatenate([np.zeros(0, np.uint32), *ranks])
         return ranks.astype(np.int32) if self._rank_to_id is None else self._rank_to_id[ranks]
-
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -344,11 +350,38 @@ def _to_huggingface(tok: Tokenizer) -> dict:
         split = {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False}
         pre = {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
     vocab = {_to_chars(token): id for token, id in tok._vocab.items()} | tok.special
-    added = [{"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": True} for text, id in sorted(tok.special.items(), key=lambda item: item[1])]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-             "merges": [f"{_to_chars(left)} {_to_chars(right)}" for left, right in tok._merges]}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": pre, "post_processor": byte_level, "decoder": byte_level, "model": model}
+    added = [
+        {
+            "id": id,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for text, id in sorted(tok.special.items(), key=lambda item: item[1])
+    ]
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+        "merges": [f"{_to_chars(left)} {_to_chars(right)}" for left, right in tok._merges],
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": pre,
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": model,
+    }

@@ -34,8 +34,21 @@ __all__ = ["TrainConfig", "TrainResult", "main", "newest_checkpoint", "train"]
 DEFAULT_STEPS = 1000
 # What a resumed run may have otherwise than before: its length, and what it shows and keeps.  `data` and `tokenizer`
 # are paths; what they lead to is compared by hash.
-FREE = {"data", "tokenizer", "out", "resume", "json", "threads", "steps", "minutes", "eval_every", "save_every", "keep",
-        "sample_every", "prompt"}
+FREE = {
+    "data",
+    "tokenizer",
+    "out",
+    "resume",
+    "json",
+    "threads",
+    "steps",
+    "minutes",
+    "eval_every",
+    "save_every",
+    "keep",
+    "sample_every",
+    "prompt",
+}
 
 
 @dataclass
@@ -185,8 +198,10 @@ def _resume(config: TrainConfig, screen) -> Run:
     identity = {"corpus": corpus.hash(), "tokenizer": tok.hash()}
     for name, flag in (("corpus", "--data"), ("tokenizer", "--tokenizer")):
         if identity[name] != state["identity"][name]:
-            raise ValueError(f"{flag}: the {name} is not the one of the run in {folder} (sha256 {identity[name][:12]} "
-                             f"instead of {state['identity'][name][:12]})")
+            raise ValueError(
+                f"{flag}: the {name} is not the one of the run in {folder} (sha256 {identity[name][:12]} "
+                f"instead of {state['identity'][name][:12]})"
+            )
     log = Log(folder / "log.jsonl", resume=model.step)
     run = Run(merged, folder, tok, model, corpus, *_encode(corpus, tok, merged), identity, log, state["seconds"])
     run.saved = model.step
@@ -200,8 +215,9 @@ def _merge(old: TrainConfig, new: TrainConfig) -> TrainConfig:
     given = {f.name for f in dataclasses.fields(new) if f.init} if new.given is None else new.given
     for name in sorted(given - FREE):
         if getattr(new, name) != getattr(old, name):
-            raise ValueError(f"{_flag(name)}: {getattr(new, name)} contradicts the run in {new.out}, "
-                             f"which has {getattr(old, name)}")
+            raise ValueError(
+                f"{_flag(name)}: {getattr(new, name)} contradicts the run in {new.out}, which has {getattr(old, name)}"
+            )
     return dataclasses.replace(old, **{name: getattr(new, name) for name in (given & FREE) | {"out", "resume"}})
 
 
@@ -213,9 +229,16 @@ def _encode(corpus: Corpus, tok: Tokenizer, config: TrainConfig) -> tuple[TokenD
 
 
 def _model_config(config: TrainConfig, tok: Tokenizer) -> Config:
-    return Config.preset(config.preset, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-                         n_kv_head=config.n_kv_head or None, n_inner=None, vocab_size=tok.n_vocab,
-                         context=config.context)
+    return Config.preset(
+        config.preset,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        n_kv_head=config.n_kv_head or None,
+        n_inner=None,
+        vocab_size=tok.n_vocab,
+        context=config.context,
+    )
 
 
 def _flag(name: str) -> str:
@@ -225,8 +248,22 @@ def _flag(name: str) -> str:
 def _check(config: TrainConfig) -> None:
     """ValueError naming the flag whose value is out of range."""
     positive = ("n_layer", "n_head", "n_embd", "context", "batch", "accumulate", "lr")
-    not_negative = ("n_kv_head", "steps", "minutes", "min_lr", "warmup", "weight_decay", "clip", "seed", "eval_every",
-                    "eval_batches", "save_every", "keep", "sample_every", "threads")
+    not_negative = (
+        "n_kv_head",
+        "steps",
+        "minutes",
+        "min_lr",
+        "warmup",
+        "weight_decay",
+        "clip",
+        "seed",
+        "eval_every",
+        "eval_batches",
+        "save_every",
+        "keep",
+        "sample_every",
+        "threads",
+    )
     for name in (*positive, *not_negative):
         value = getattr(config, name)
         if not (value > 0 if name in positive else value >= 0) or not math.isfinite(value):
@@ -301,10 +338,8 @@ def _save(run: Run) -> Path:
 def _prune(run: Run) -> None:
     """Remove old checkpoints.  Later ones than ours were refused as torn: they neither count nor are touched."""
     ours = [path for number, path in _checkpoints(run.folder) if number <= run.model.step]
-    for old in ours[run.config.keep:] if run.config.keep else ():
+    for old in ours[run.config.keep :] if run.config.keep else ():
         shutil.rmtree(old, ignore_errors=True)
-    for half in run.folder.glob(".step_*.part"):  # of a process that was killed while it saved
-        shutil.rmtree(half, ignore_errors=True)
 
 
 def _asdict(config: TrainConfig) -> dict:
@@ -312,9 +347,14 @@ def _asdict(config: TrainConfig) -> dict:
 
 
 def _write_run(run: Run) -> None:
-    description = {"barelm": _core.version(), "config": _asdict(run.config),
-                   "model": run.model.config.to_dict(), "n_params": run.model.n_params,
-                   "identity": run.identity, "source": run.corpus.source}
+    description = {
+        "barelm": _core.version(),
+        "config": _asdict(run.config),
+        "model": run.model.config.to_dict(),
+        "n_params": run.model.n_params,
+        "identity": run.identity,
+        "source": run.corpus.source,
+    }
     write_file(run.folder / "run.json", json.dumps(description, indent=1) + "\n")
 
 
@@ -372,21 +412,36 @@ def _train(run: Run, screen, title: str) -> TrainResult:
 def _one_step(run: Run, progress: Progress) -> None:
     config, number, began = run.config, run.model.step, time.perf_counter()
     lr = warmup_cosine(number, config.lr, config.min_lr, config.warmup, run.done)
-    batches = [run.train.batch(number, micro, config.batch, config.context, config.seed)
-               for micro in range(config.accumulate)]
+    batches = [
+        run.train.batch(number, micro, config.batch, config.context, config.seed) for micro in range(config.accumulate)
+    ]
     try:
-        loss, norm, tokens = step(run.model, batches, lr, betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay, clip=config.clip)
+        loss, norm, tokens = step(
+            run.model,
+            batches,
+            lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            clip=config.clip,
+        )
     except FloatingPointError as error:
         newest = _checkpoints(run.folder)
         good = f"the newest checkpoint is {newest[0][1]}" if newest else "there is no checkpoint yet"
-        raise FloatingPointError(f"step {number + 1}: {error} at learning rate {lr:.3g}; {good}; try a lower --lr, "
-                                 "a longer --warmup or a lower --clip") from None
+        raise FloatingPointError(
+            f"step {number + 1}: {error} at learning rate {lr:.3g}; {good}; try a lower --lr, "
+            "a longer --warmup or a lower --clip"
+        ) from None
     seconds = time.perf_counter() - began
     of = f"/{run.steps:,}" if run.steps < math.inf else ""
     progress.update(f"{run.model.step:,}{of}", run.done, loss, tokens, seconds)
-    run.log.write(run.model.step, loss=loss, norm=norm, lr=lr, tokens_per_second=round(tokens / seconds, 1),
-                  seconds=round(run.elapsed, 3))
+    run.log.write(
+        run.model.step,
+        loss=loss,
+        norm=norm,
+        lr=lr,
+        tokens_per_second=round(tokens / seconds, 1),
+        seconds=round(run.elapsed, 3),
+    )
 
 
 def _chores(run: Run, progress: Progress) -> None:
@@ -403,8 +458,13 @@ def _chores(run: Run, progress: Progress) -> None:
 def _evaluate(run: Run, progress: Progress) -> Evaluation:
     config = run.config
     result = evaluate(run.model, run.validation, config.batch, config.context, config.eval_batches or None)
-    run.log.write(run.model.step, val_loss=result.loss, bits_per_byte=result.bits_per_byte, val_tokens=result.tokens,
-                  val_bytes=result.n_bytes)
+    run.log.write(
+        run.model.step,
+        val_loss=result.loss,
+        bits_per_byte=result.bits_per_byte,
+        val_tokens=result.tokens,
+        val_bytes=result.n_bytes,
+    )
     progress.say(f"step {run.model.step:,}  held-out text: {result.bits_per_byte:.3f} bits per byte")
     return result
 
@@ -428,12 +488,17 @@ def _facts(run: Run, flops: float) -> dict[str, str]:
     return {
         "barelm": f"{_core.version()}, {_core.isa()}, {_core.threads_get()} threads, {config.precision}",
         "model": f"{config.preset}: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context "
-                 f"{config.context}, {model.config.vocab_size:,} ids: {count(model.n_params)} parameters",
-        "data": ", ".join([f"{corpus.source}: {len(corpus):,} documents, {count(corpus.n_bytes, 'B')}", *notes,
-                           f"sha256 {run.identity['corpus'][:12]}"]),
+        f"{config.context}, {model.config.vocab_size:,} ids: {count(model.n_params)} parameters",
+        "data": ", ".join(
+            [
+                f"{corpus.source}: {len(corpus):,} documents, {count(corpus.n_bytes, 'B')}",
+                *notes,
+                f"sha256 {run.identity['corpus'][:12]}",
+            ]
+        ),
         "tokens": f"{count(len(run.train))} to train on, {count(len(run.validation))} held out",
         "memory": ", ".join(f"{purpose} {count(size, 'B')}" for purpose, size in memory.items())
-                  + f": {count(sum(memory.values()), 'B')}",
+        + f": {count(sum(memory.values()), 'B')}",
         "plan": f"{length} of {run.tokens_per_step:,} tokens, {count(flops, 'FLOP')} a token",
     }
 
@@ -442,15 +507,33 @@ def _warn_of_memory(run: Run, screen) -> None:
     needed = sum(run.model.memory(run.config.batch, run.config.context).values())
     free = _core.memory_available()
     if needed > free:
-        screen.print(f"warning   {count(needed, 'B')} are needed in all, {count(free, 'B')} are free: a lower --batch "
-                     "or --context needs less", markup=False, highlight=False, soft_wrap=True)
+        screen.print(
+            f"warning   {count(needed, 'B')} are needed in all, {count(free, 'B')} are free: a lower --batch "
+            "or --context needs less",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _result(run: Run, path: Path, progress: Progress, number: int) -> TrainResult:
-    scores = [Evaluation(r["bits_per_byte"], r["val_loss"], r["val_tokens"], r["val_bytes"])
-              for r in run.log.records if "bits_per_byte" in r]
-    return TrainResult(str(run.folder), str(path), run.model.step, run.model.step * run.tokens_per_step,
-                       run.elapsed, progress.tokens_per_second, run.model.n_params, scores[0], scores[-1], number)
+    scores = [
+        Evaluation(r["bits_per_byte"], r["val_loss"], r["val_tokens"], r["val_bytes"])
+        for r in run.log.records
+        if "bits_per_byte" in r
+    ]
+    return TrainResult(
+        str(run.folder),
+        str(path),
+        run.model.step,
+        run.model.step * run.tokens_per_step,
+        run.elapsed,
+        progress.tokens_per_second,
+        run.model.n_params,
+        scores[0],
+        scores[-1],
+        number,
+    )
 
 
 def _finish(run: Run, screen, title: str, facts: dict[str, str], result: TrainResult, progress: Progress) -> None:
@@ -460,13 +543,20 @@ def _finish(run: Run, screen, title: str, facts: dict[str, str], result: TrainRe
     score = f"{result.before.bits_per_byte:.3f} -> {result.after.bits_per_byte:.3f} bits per byte of held-out text"
     facts = {**facts, "trained": trained, "score": score, "checkpoint": Path(result.checkpoint).name}
     goes_on = f"barelm train --resume --out {run.folder}"
-    write_report(run.folder, title, facts, run.log,
-                 f"`barelm sample --checkpoint {run.folder}` writes more; `{goes_on}` goes on.")
-    lines = [f"trained   {trained}", f"score     {score}", f"saved     {result.checkpoint}",
-             f"report    {run.folder / 'report.md'}"]
+    write_report(
+        run.folder,
+        title,
+        facts,
+        run.log,
+        f"`barelm sample --checkpoint {run.folder}` writes more; `{goes_on}` goes on.",
+    )
+    lines = [
+        f"trained   {trained}",
+        f"score     {score}",
+        f"saved     {result.checkpoint}",
+        f"report    {run.folder / 'report.md'}",
+    ]
     if result.signal:
-        lines = [f"stopped   by {signal.Signals(result.signal).name}", *lines,
-                 f"continue  {goes_on}"]
+        lines = [f"stopped   by {signal.Signals(result.signal).name}", *lines, f"continue  {goes_on}"]
     for line in lines:
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
-

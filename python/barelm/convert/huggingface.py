@@ -33,7 +33,9 @@ def to_file_name(config: Config, name: str) -> str:
 def from_file_name(config: Config, name: str) -> str | None:
     """The parameter's name, or None for what is no parameter: a tied head stored again, old GPT-2 attention masks."""
     name = name.removeprefix(prefix(config))
-    if (config.tied and name == "lm_head.weight") or name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
+    if (config.tied and name == "lm_head.weight") or name.endswith(
+        (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+    ):
         return None
     return name
 

@@ -63,12 +63,12 @@ class Corpus:
         one, so that a document's side does not depend on the order in which a system lists its files.
         """
         if len(self.documents) == 1:
-            (name, text), = self.documents
+            ((name, text),) = self.documents
             cut = len(text) * 9 // 10
             return [(name, text[:cut])], [(name, text[cut:])]
         by_hash = sorted(name for name, _ in self.documents)
         by_hash.sort(key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
-        held_out = set(by_hash[:max(1, len(by_hash) // 10)])
+        held_out = set(by_hash[: max(1, len(by_hash) // 10)])
         train = [document for document in self.documents if document[0] not in held_out]
         return train, [document for document in self.documents if document[0] in held_out]
 
@@ -97,8 +97,11 @@ def _read_stdlib() -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
     names = []
     if root.is_dir():
-        names = [name for name in _walk(root, skip=lambda name: name in STDLIB_SKIP)
-                 if name.endswith(".py") and not name.rsplit("/", 1)[-1].startswith(STDLIB_SKIP_PREFIX)]
+        names = [
+            name
+            for name in _walk(root, skip=lambda name: name in STDLIB_SKIP)
+            if name.endswith(".py") and not name.rsplit("/", 1)[-1].startswith(STDLIB_SKIP_PREFIX)
+        ]
     if not names:
         raise ValueError(f"{root}: this Python keeps no .py files of its standard library there; name a text to read")
     return _read_all(root, sorted(names), "the Python standard library")
@@ -106,6 +109,7 @@ def _read_stdlib() -> Corpus:
 
 def _walk(root: Path, skip) -> Iterator[str]:
     """Paths, relative to root and with "/", of the regular files below it."""
+
     def fail(error: OSError) -> None:
         raise error
 
@@ -170,7 +174,7 @@ class TokenData:
         words = np.random.Philox(key=[seed % 2**64, 0], counter=[0, 0, micro, step]).random_raw(B)
         places = len(self) - T  # how many windows there are
         starts = [int(word) * places >> 64 for word in words]
-        windows = np.stack([self.tokens[start:start + T + 1] for start in starts])
+        windows = np.stack([self.tokens[start : start + T + 1] for start in starts])
         return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
 
     def windows(self, B: int, T: int, batches: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
@@ -184,6 +188,6 @@ class TokenData:
             B_here = min(B, rows - first)
             tokens, targets = np.zeros((2, B_here * T), np.int32)
             targets.fill(-1)
-            here = self.tokens[first * T:min((first + B_here) * T, n) + 1]
-            tokens[:len(here) - 1], targets[:len(here) - 1] = here[:-1], here[1:]
+            here = self.tokens[first * T : min((first + B_here) * T, n) + 1]
+            tokens[: len(here) - 1], targets[: len(here) - 1] = here[:-1], here[1:]
             yield tokens.reshape(B_here, T), targets.reshape(B_here, T), int(self.lengths[here[1:]].sum())

@@ -1,0 +1,504 @@
+"""Plant faults in the library, one at a time, and see whether the tests notice: `python tests/faults.py [words]`.
+
+Each fault is a change of one place, of a kind that is easily made.  The tree is copied, the change applied,
+built, and the quick tests run until one fails.  A fault that no test catches is a hole in the tests, and makes the
+exit code 1.  `words` choose the faults whose description holds one of them.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ("csrc", "cuda", "python", "tests", "CMakeLists.txt", "pyproject.toml")
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
+OPS, MODEL, THREADS, CHECKPOINT, INPUT = (
+    f"tests/test_{name}.py" for name in ("ops", "model", "threads", "checkpoint", "input")
+)
+
+
+@dataclass
+class Fault:
+    what: str
+    file: str
+    old: str  # must be there exactly once
+    new: str
+    first: str = OPS  # the tests that run first
+    isa: str = "avx2"  # the instruction set that is built, beside the plain backend
+
+
+FAULTS = [
+    Fault(
+        "tail mask one lane too wide",
+        "csrc/simd.h",
+        "_mm256_cmpgt_epi32(_mm256_set1_epi32(k),",
+        "_mm256_cmpgt_epi32(_mm256_set1_epi32(k + 1),",
+    ),
+    Fault(
+        "tail mask one lane too wide (512 bits)",
+        "csrc/simd.h",
+        "{ return (__mmask16)((1u << k) - 1); }",
+        "{ return (__mmask16)((2u << k) - 1); }",
+        isa="avx512_bf16",
+    ),
+    Fault(
+        "norm: lanes behind the end take part in the variance",
+        "csrc/norm.c",
+        "vf d = vfirst(vload(x + c, k) - m, vset(0.0f), k);",
+        "vf d = vload(x + c, k) - m;",
+    ),
+    Fault(
+        "norm: partial sums follow the number of threads",
+        "csrc/norm.c",
+        "int rows = (int)(((int64_t)b->N + MAX_CHUNKS - 1) / MAX_CHUNKS);",
+        "int rows = (int)(((int64_t)b->N + threads_get() - 1) / threads_get());",
+    ),
+    Fault(
+        "norm: epsilon outside the root",
+        "csrc/norm.c",
+        "1.0f / sqrtf(row_sum(x, mean, C, 1) / (float)C + f->eps)",
+        "1.0f / (sqrtf(row_sum(x, mean, C, 1) / (float)C) + f->eps)",
+    ),
+    Fault("norm: residual gradient dropped", "csrc/norm.c", "if (dres) din = din + vload(dres + c, k);", ""),
+    Fault("linear: bias of the wrong column", "csrc/linear.c", "vload(g->bias + j0 + j, k)", "vload(g->bias + j, k)"),
+    Fault("linear: = instead of +=", "csrc/linear.c", "if (g->accumulate) x = vload(g->c + at + j, k) + x;", ""),
+    Fault(
+        "linear: K blocks of 512 fp32",
+        "csrc/linear.c",
+        "return K_BLOCK * (g->prec == PREC_BF16 ? 2 : 1);",
+        "return K_BLOCK * 2;",
+    ),
+    Fault(
+        "linear: first K block not started from zero",
+        "csrc/linear.c",
+        "if (pairs_of(g)) sums_pairs(units, A, w.b, S, k > 0);",
+        "if (pairs_of(g)) sums_pairs(units, A, w.b, S, 1);",
+        isa="avx512_bf16",
+    ),
+    Fault(
+        "linear: bias gradient misses every second row of pairs",
+        "csrc/linear.c",
+        "if (sums && next) sum = sum + vload(next, columns);",
+        "",
+        isa="avx512_bf16",
+    ),
+    Fault(
+        "linear: bias gradient once for every column part",
+        "csrc/linear.c",
+        "g->row_sums && j0 == 0",
+        "g->row_sums != 0",
+    ),
+    Fault(
+        "linear: derivative of the function left out",
+        "csrc/linear.c",
+        ".dpre = fn == FN_NONE ? NULL : pre",
+        ".dpre = NULL",
+    ),
+    Fault(
+        "rope: turned the wrong way",
+        "csrc/rope.c",
+        "vstore(x + i, vnfma(y_i, s, x_i * c), k);",
+        "vstore(x + i, vfma(y_i, s, x_i * c), k);",
+    ),
+    Fault(
+        "rope: starts ignored", "csrc/rope.c", "p = n % job->T - (job->starts ? job->starts[n] : 0);", "p = n % job->T;"
+    ),
+    Fault(
+        "swiglu: gradient of up without the sigmoid",
+        "csrc/swiglu.c",
+        "vstore(dup + f, dy * g * s, k);",
+        "vstore(dup + f, dy * g, k);",
+    ),
+    Fault(
+        "attention: a query sees the key behind it",
+        "csrc/attention.c",
+        "rows_seen(nk, q, ahead), ahead - q);",
+        "rows_seen(nk, q, ahead), ahead - q - 1);",
+    ),
+    Fault(
+        "attention: keys before the start are seen",
+        "csrc/attention.c",
+        "for (int k0 = start; k0 < t0 + nq;",
+        "for (int k0 = start / KEY_BLOCK * KEY_BLOCK; k0 < t0 + nq;",
+    ),
+    Fault(
+        "attention: old sum not rescaled",
+        "csrc/attention.c",
+        "vload_all(sum) * k + block_sum",
+        "vload_all(sum) + block_sum",
+    ),
+    Fault("attention: keys taken for values", "csrc/attention.c", "return a->NH + a->NKV + kv;", "return a->NH + kv;"),
+    Fault(
+        "attention: last query block of a run forgotten backward",
+        "csrc/attention.c",
+        "if (queries[i].t0 + queries[i].nq > k0)",
+        "if (queries[i].t0 + queries[i].nq > k0 + 1)",
+    ),
+    Fault(
+        "embedding: starts ignored",
+        "csrc/embedding.c",
+        "return n % T - (starts ? starts[n] : 0);",
+        "return (void)starts, n % T;",
+    ),
+    Fault(
+        "embedding: = instead of +=",
+        "csrc/embedding.c",
+        "vstore(d + j * W, vload(d + j * W, k) + sum[j], k);",
+        "vstore(d + j * W, sum[j], k);",
+    ),
+    Fault(
+        "logprob: temperature ignored backward",
+        "csrc/logprob.c",
+        "const float d = job->invtemp * job->dlogprobs[n];",
+        "const float d = job->dlogprobs[n];",
+    ),
+    Fault(
+        "logprob: padding not zeroed", "csrc/logprob.c", "memset(dx + V, 0, (size_t)(job->Vp - V) * sizeof *dx);", ""
+    ),
+    Fault(
+        "logprob: rows without a target have a gradient", "csrc/logprob.c", "if (target < 0) {", "if (target < -1) {"
+    ),
+    Fault("adamw: epsilon inside the root", "csrc/update.c", "(vsqrt(v * inv_c2) + eps)", "vsqrt(v * inv_c2 + eps)"),
+    Fault(
+        "adamw: second moment not corrected",
+        "csrc/model.c",
+        "[HYPER_C2] = (float)(1 - pow((double)beta2, t))",
+        "[HYPER_C2] = 1",
+        MODEL,
+    ),
+    Fault(
+        "adamw: step counted from 0",
+        "csrc/model.c",
+        "double t = (double)m->step + 1,",
+        "double t = (double)m->step + 2,",
+        MODEL,
+    ),
+    Fault(
+        "update: clip ignored",
+        "csrc/model.c",
+        "clip_scale(m->hyper, device_norm, m->sums, clip,",
+        "clip_scale(m->hyper, device_norm, m->sums, 0 * clip,",
+        MODEL,
+    ),
+    Fault("update: biases decay", "csrc/model.c", "m->decays[i] ? weight_decay : 0", "weight_decay", MODEL),
+    Fault("update: gradients not forgotten", "csrc/model.c", "m->step++;\n    m->grads_live = 0;", "m->step++;", MODEL),
+    Fault("update: a bad gradient is used", "csrc/model.c", "if (!isfinite(*norm)) {", "if (0) {", MODEL),
+    Fault(
+        "names: a transposed matrix taken straight",
+        "csrc/model.def",
+        '"mlp.c_fc.weight",    1)',
+        '"mlp.c_fc.weight",    0)',
+        MODEL,
+    ),
+    Fault(
+        "names: keys and values swapped",
+        "csrc/model.def",
+        '(QKV + AO) / 2, (QKV - AO) / 2, "self_attn.v_proj.weight"',
+        'AO, (QKV - AO) / 2, "self_attn.v_proj.weight"',
+        MODEL,
+    ),
+    Fault(
+        "model: norm weights decay",
+        "csrc/model.def",
+        "PARAM(lnf_w,  2, C,                   0,  0, ONE)",
+        "PARAM(lnf_w,  2, C,                   0,  1, ONE)",
+        MODEL,
+    ),
+    Fault(
+        "model: residual of the MLP missing",
+        "csrc/model.c",
+        "AT(fch), WEIGHT(fc2_w), WEIGHT(fc2_b), AT(mid)",
+        "AT(fch), WEIGHT(fc2_w), WEIGHT(fc2_b), NULL",
+        MODEL,
+    ),
+    Fault(
+        "model: bias of the MLP left out",
+        "csrc/model.c",
+        "AT(fch), AT(fc), AT(ln2), WEIGHT(fc_w), WEIGHT(fc_b)",
+        "AT(fch), AT(fc), AT(ln2), WEIGHT(fc_w), NULL",
+        MODEL,
+    ),
+    Fault(
+        "model: bias gradient of the wrong layer",
+        "csrc/model.c",
+        "param(m, m->grads, P_fc2_b, l - 1)",
+        "param(m, m->grads, P_fc2_b, l)",
+        MODEL,
+    ),
+    Fault(
+        "model: a second chunk of the head overwrites",
+        "csrc/model.c",
+        "add = m->grads_live || k->row > 0",
+        "add = m->grads_live",
+        MODEL,
+    ),
+    Fault(
+        "model: stale head where only hidden has a gradient",
+        "csrc/model.c",
+        "if (i == head_param(m) && head_is_written) continue;",
+        "if (i == head_param(m)) continue;",
+        MODEL,
+    ),
+    Fault(
+        "model: gradients of hidden forgotten",
+        "csrc/model.c",
+        "has_dhidden ? k->dhidden : NULL",
+        "has_dhidden && 0 ? k->dhidden : NULL",
+        MODEL,
+    ),
+    Fault(
+        "model: starts of an older forward used",
+        "csrc/model.c",
+        "m->has_starts = starts != NULL;",
+        "m->has_starts |= starts != NULL;",
+        MODEL,
+    ),
+    Fault(
+        "model: an update keeps the older forward",
+        "csrc/model.c",
+        "m->grads_live = 0;\n    m->kept = 0;\n    return OK;",
+        "m->grads_live = 0;\n    return OK;",
+        MODEL,
+    ),
+    Fault("model: half a gradient is kept", "csrc/model.c", "m->grads_live = s == OK;", "m->grads_live = 1;", THREADS),
+    Fault(
+        "model: Ctrl-C is not asked for",
+        "csrc/model.c",
+        "return m->poll && m->poll();",
+        "return 0 && m->poll();",
+        THREADS,
+    ),
+    Fault(
+        "model: memory is not looked at before it is taken",
+        "csrc/model.c",
+        "*p = bytes <= there ?",
+        "*p = there >= 0 ?",
+        MODEL,
+    ),
+    Fault(
+        "model: blend of wavelengths the wrong way round",
+        "csrc/model.c",
+        "(keep + (1 - keep) / c->rope_factor)",
+        "(1 - keep + keep / c->rope_factor)",
+        MODEL,
+    ),
+    Fault("threads: workers take signals", "csrc/threads.c", "sigfillset(&all);", "sigemptyset(&all);", THREADS),
+    Fault(
+        "threads: a task may be done twice",
+        "csrc/threads.c",
+        "int task = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed);",
+        "int task = atomic_load(&pool.next); atomic_store(&pool.next, task + 1);",
+        THREADS,
+    ),
+    Fault(
+        "threads: the caller does not wait for the last task",
+        "csrc/threads.c",
+        "atomic_load_explicit(&pool.ticket, memory_order_acquire) & INSIDE; i++)",
+        "0; i++)",
+        THREADS,
+    ),
+    Fault("binding: a token of V is taken", "csrc/bindings.cpp", "ids[i] >= high", "ids[i] > high", INPUT),
+    Fault("binding: an older view of the gradients is stale", "csrc/bindings.cpp", "me.grads_seen_ = true;", "", MODEL),
+    Fault(
+        "binding: a view does not keep its block",
+        "csrc/bindings.cpp",
+        "Floats(shape, strides, block + t.offset, self)",
+        "Floats(shape, strides, block + t.offset, py::none())",
+        MODEL,
+    ),
+    Fault(
+        "checkpoint: checksum not looked at",
+        "python/barelm/checkpoint.py",
+        'if have["sha256"] != want.get("sha256"):',
+        "if False:",
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint: moments under each other's names",
+        "python/barelm/checkpoint.py",
+        '_MOMENTS = ("exp_avg.", "exp_avg_sq.")',
+        '_MOMENTS = ("exp_avg_sq.", "exp_avg.")',
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint: step not restored",
+        "python/barelm/checkpoint.py",
+        'model.step = state.get("step", 0)',
+        "pass",
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint: missing tensors are no error",
+        "python/barelm/checkpoint.py",
+        "    if targets:\n",
+        "    if False:\n",
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint: written in place",
+        "python/barelm/checkpoint.py",
+        '    part = folder.parent / f".{folder.name}.{os.getpid()}.part"',
+        "    part = folder",
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint: an unfinished folder is left",
+        "python/barelm/checkpoint.py",
+        "    finally:\n        shutil.rmtree(part, ignore_errors=True)",
+        "    finally:\n        pass",
+        CHECKPOINT,
+    ),
+]
+
+
+class Tree:
+    """A copy of the project, with a build folder for each instruction set."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in TREE:
+            copy_changed(ROOT / name, folder / name)
+        self.environment = os.environ | {
+            "PYTHONPATH": str(folder / "python"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "BARELM_TEST_DATA": os.environ.get("BARELM_TEST_DATA", ""),
+        }
+        if not self.environment["BARELM_TEST_DATA"]:
+            del self.environment["BARELM_TEST_DATA"]
+
+    def build(self, isa):
+        """Compile what changed; the text of the errors, or None."""
+        build = self.folder / f"build_{isa}"
+        others = [f"-DBARELM_CAN_BUILD_{name}=0" for name in INSTRUCTION_SETS if name != isa]
+        configure = [
+            "cmake",
+            "-S",
+            self.folder,
+            "-B",
+            build,
+            "-Wno-dev",
+            "-DBARELM_WERROR=OFF",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            *others,
+        ]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        for command in ([] if (build / "CMakeCache.txt").exists() else [configure]) + [
+            ["cmake", "--build", build, "-j", "2"]
+        ]:
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                return done.stdout + done.stderr
+        package = self.folder / "python" / "barelm"
+        for old in package.glob("_core*.so"):
+            old.unlink()
+        for new in build.glob("_core*.so"):
+            shutil.copy(new, package)
+        return None
+
+    def test(self, isa, *files):
+        """(whether all passed, the first that failed or how it ended)"""
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not slow and not peers",
+            *files,
+        ]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=self.folder,
+                env=self.environment | {"BARELM_ISA": isa},
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=400,
+            )
+        except subprocess.TimeoutExpired:
+            return False, "the tests never end"
+        failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+        crashed = re.search(r"line \d+ in (test_\w+)", done.stdout)
+        where = crashed[1] if crashed else done.stdout[-200:]
+        said = failed[1] if failed else f"exit code {done.returncode} in {where}"
+        return done.returncode == 0, said
+
+
+def copy_changed(source, target):
+    """Copy what is new: files that are left alone keep their time, and are not built again."""
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        for entry in source.iterdir():
+            if entry.name not in ("__pycache__", "build") and entry.suffix != ".so":
+                copy_changed(entry, target / entry.name)
+    elif source.exists() and not (target.exists() and target.read_bytes() == source.read_bytes()):
+        shutil.copy(source, target)
+
+
+def plant(tree, fault):
+    """(caught, how)"""
+    path = tree.folder / fault.file
+    text = path.read_text()
+    if text.count(fault.old) != 1:
+        return False, f"the text to change is there {text.count(fault.old)} times, must be once"
+    path.write_text(text.replace(fault.old, fault.new))
+    try:
+        errors = tree.build(fault.isa)
+        if errors:
+            return False, "does not compile: " + errors[-500:]
+        for files in ([fault.first], sorted({OPS, MODEL, THREADS, CHECKPOINT, INPUT} - {fault.first})):
+            passed, said = tree.test(fault.isa, *files)
+            if not passed:
+                return True, said
+        return False, "all tests pass"
+    finally:
+        path.write_text(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only faults whose description holds one of these")
+    parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
+    parser.add_argument("--skip-clean", action="store_true", help="do not run the tests without a fault first")
+    args = parser.parse_args()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    faults = [f for f in FAULTS if not args.words or any(word in f.what for word in args.words)]
+    with tempfile.TemporaryDirectory(prefix="faults") as folder:
+        tree = Tree((args.keep or Path(folder)).resolve())
+        if not args.skip_clean:
+            errors = tree.build("avx2")
+            passed, said = (False, errors) if errors else tree.test("avx2", OPS, MODEL, THREADS, CHECKPOINT, INPUT)
+            if not passed:
+                sys.exit(f"without any fault: {said}")
+        missed = []
+        for fault in faults:
+            if fault.isa not in flags:
+                print(f"left out    {fault.what}: this machine has no {fault.isa}", flush=True)
+                continue
+            start = time.monotonic()
+            caught, how = plant(tree, fault)
+            print(
+                f"{'caught' if caught else 'NOT CAUGHT':11} {fault.what} [{time.monotonic() - start:.0f} s]: {how}",
+                flush=True,
+            )
+            if not caught:
+                missed.append(fault.what)
+    print(f"{len(faults) - len(missed)} of {len(faults)} faults caught")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
