@@ -43,8 +43,8 @@ def main(config: DemoConfig) -> int:
 
 
 def _settings(config: DemoConfig) -> TrainConfig:
-    """Sizes for two minutes of two cores: what a small model gains from more steps outweighs what a larger one gains from
-    each (after one minute, bits per byte: 128 channels 2.72, 192 channels 3.08, 256 channels 3.6)."""
+    """Sizes for two minutes of two cores: what a small model gains from more steps outweighs what a larger one gains
+    from each (after one minute, bits per byte: 128 channels 2.72, 192 channels 3.08, 256 channels 3.6)."""
     return TrainConfig(
         minutes=config.minutes,
         out=_free(config.out),
