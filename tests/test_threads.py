@@ -33,7 +33,7 @@ def default_threads():
 
 
 def script(text, timeout=30, **environment):
-    """Run a Python text in a process of its own, with the tests' helpers at hand; its standard output."""
+    """Run a Python text in a process of its own, with the tests' modules at hand; its standard output."""
     path = os.pathsep.join([TESTS, *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-c", text],

@@ -109,7 +109,7 @@ class Progress:
 
     flops    floating-point operations per token; None: the share of peak is not shown
     peak     what this machine reached in a test, FLOP/s
-    done     share of the run that lies behind already (a resumed run), so that the time left is of this session's speed
+    done     share of the run that lies behind already (a resumed run); the time left counts from there
     """
 
     PLAIN_SECONDS = 5.0  # between two plain lines

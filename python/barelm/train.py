@@ -131,7 +131,7 @@ def train(config: TrainConfig, title: str = "Training run") -> TrainResult:
 
 @dataclass
 class Run:
-    """What the loop needs; `seconds` is the time that the run took before this session."""
+    """What the loop needs; `seconds` is the time that the run took in earlier processes."""
 
     config: TrainConfig
     folder: Path
@@ -538,7 +538,11 @@ def _result(run: Run, path: Path, progress: Progress, number: int) -> TrainResul
 
 def _finish(run: Run, screen, title: str, facts: dict[str, str], result: TrainResult, progress: Progress) -> None:
     mfu = f", {progress.mfu:.0%} of peak" if progress.mfu else ""
-    speed = f"{result.tokens_per_second:,.0f} tokens/s{mfu}" if result.tokens_per_second else "no steps in this session"
+    speed = (
+        f"{result.tokens_per_second:,.0f} tokens/s{mfu}"
+        if result.tokens_per_second
+        else "no steps since it was resumed"
+    )
     trained = f"{result.step:,} steps, {count(result.tokens)} tokens in {duration(result.seconds)} ({speed})"
     score = f"{result.before.bits_per_byte:.3f} -> {result.after.bits_per_byte:.3f} bits per byte of held-out text"
     facts = {**facts, "trained": trained, "score": score, "checkpoint": Path(result.checkpoint).name}
