@@ -12,13 +12,14 @@ asan)
     option=-DBARELM_SANITIZE=ON
     preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
     # Python itself leaks by design; everything else stops the run.
-    export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+    export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$PWD/$folder/report UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
     set -- -m "not slow and not peers" "$@"
     ;;
 tsan)
     option=-DBARELM_TSAN=ON
     preload=$(gcc -print-file-name=libtsan.so)
-    export TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:report_signal_unsafe=0
+    export TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:report_signal_unsafe=0:log_path=$PWD/$folder/report
+    export OPENBLAS_NUM_THREADS=1 # NumPy's own threads are not built with the sanitizer: it would accuse them
     # what runs on several threads; avx2 stands for all, for the threads are the same
     export BARELM_ISA=avx2
     set -- -m "not slow and not peers" -k "thread or fork or same_bits" tests/test_threads.py tests/test_model.py \
@@ -41,4 +42,7 @@ rm -f "$folder"/package/barelm/_core*
 cp "$folder"/_core*.so "$folder/package/barelm/"
 # Address space randomisation with many bits collides with the thread sanitizer's fixed map.
 run=$(command -v setarch >/dev/null && echo "setarch -R" || echo)
-PYTHONPATH=$folder/package $run env LD_PRELOAD="$preload" "$python" -m pytest -q "$@"
+rm -f "$folder"/report*
+PYTHONPATH=$folder/package $run env LD_PRELOAD="$preload" "$python" -m pytest -q "$@" && exit
+cat "$folder"/report* 2>/dev/null
+exit 1
