@@ -1,5 +1,7 @@
 """`barelm demo`: train a small model on the Python standard library and let it write, in about two minutes, offline."""
 
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +88,8 @@ def _samples(result: TrainResult, seed: int) -> list[tuple[str, str]]:
 def _summary(result: TrainResult) -> str:
     before, after = result.before.bits_per_byte, result.after.bits_per_byte
     longer = 2 * max(1, round(result.seconds / 60))
+    called = sys.argv[0] if Path(sys.argv[0]).name == "barelm" else f"{sys.executable} -m barelm"
+    barelm = "barelm" if shutil.which("barelm") else called  # `make demo` runs it out of a virtual environment
     return f"""
 What was done   {count(result.n_params)} parameters, {result.step:,} steps on {count(result.tokens)} bytes of text, \
 {duration(result.seconds)}
@@ -94,10 +98,10 @@ How fast        {result.tokens_per_second:,.0f} tokens/s
 Where it is     {result.out}/report.md with curve.svg; {result.checkpoint}
 
 What to try next
-  barelm sample --checkpoint {result.out} --prompt "for i in " --n 3
-  barelm train --resume --out {result.out} --minutes {longer}    # the same run, longer
-  barelm train --data YOUR_FOLDER --out runs/mine    # your own text
-  barelm doctor    # what this machine has"""
+  {barelm} sample --checkpoint {result.out} --prompt "for i in " --n 3
+  {barelm} train --resume --out {result.out} --minutes {longer}    # the same run, longer
+  {barelm} train --data YOUR_FOLDER --out runs/mine    # your own text
+  {barelm} doctor    # what this machine has"""
 
 
 def _say(screen, text: str) -> None:
