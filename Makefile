@@ -7,7 +7,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc')
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Warnings are errors for those who work on barelm; a newer compiler's warning must not stop a user.
+# WERROR=ON: warnings are errors, as in .ci/run.
 WERROR ?= OFF
 
 .PHONY: demo test test-peers asan tsan faults bench lint format clean help

@@ -51,7 +51,6 @@ typedef struct { /* some rows of a tensor, under Hugging Face's name */
 } Tensor;
 
 int model_tensors(const Model *m, Tensor *out); /* how many; `out` may be NULL */
-int64_t model_floats(const Model *m);           /* floats of a block, alignment included */
 float *model_weights(Model *m);
 /* The blocks of gradients and moments (first, second); allocated here where they do not exist yet. */
 Status model_grads(Model *m, float **grads);

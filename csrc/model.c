@@ -150,7 +150,6 @@ struct Model {
 const char *model_error(const Model *m) { return m->error; }
 const Config *model_config(const Model *m) { return &m->c; }
 void model_set_poll(Model *m, int (*poll)(void)) { m->poll = poll; }
-int64_t model_floats(const Model *m) { return m->layout.floats; }
 float *model_weights(Model *m) { return m->weights; }
 int model_has_moments(const Model *m) { return m->m != NULL; }
 int64_t model_step(const Model *m) { return m->step; }

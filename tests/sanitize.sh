@@ -33,7 +33,7 @@ set -- --deselect tests/test_model.py::test_memory_is_what_the_process_takes \
     --deselect tests/test_threads.py::test_a_handler_may_ask_the_model_that_computes "$@"
 "$python" -m pip install --quiet --disable-pip-version-check pybind11 cmake ninja
 bin=$(dirname "$python")
-"$bin/cmake" -S . -B "$folder" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$python" $option >/dev/null
+"$bin/cmake" -S . -B "$folder" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$python" -DBARELM_WERROR=ON $option >/dev/null
 "$bin/cmake" --build "$folder"
 rm -rf "$folder/package"
 mkdir -p "$folder/package"
