@@ -1,8 +1,8 @@
 /* embedding.c -- rows of the token and position tables: looked up forward, scattered back.
  *
  * Backward, the rows of one token are a linked list through scratch (V + 2 N ints), built in one pass over the tokens.
- * A task takes whole tokens and sums each list in registers: there is no dense gradient to clear, nothing is added
- * atomically, and the order of the sum is that of (b, t).  Bound by memory: dout is read once. */
+ * A task takes whole tokens and sums each list in registers, in double: there is no dense gradient to clear, nothing is
+ * added atomically, and the order of the sum is that of (b, t).  Bound by memory: dout is read once. */
 #include "simd.h"
 #include "threads.h"
 
@@ -50,15 +50,18 @@ typedef struct {
 
 /* Channels c .. of one row of dtable: NV whole vectors, or NV = 1 and k lanes of it. */
 INLINE void add_list(const Scatter *s, int r, int c, const int NV, int k) {
-    vf sum[4];
+    vd low[4], high[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) sum[j] = vset(0.0f);
+    for (int j = 0; j < NV; j++) low[j] = high[j] = vdset(0.0);
     for (int n = s->first[r]; n >= 0; n = s->next[n])
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) sum[j] = sum[j] + vload(s->dout + (int64_t)n * s->C + c + j * W, k);
+        for (int j = 0; j < NV; j++) {
+            vf x = vload(s->dout + (int64_t)n * s->C + c + j * W, k);
+            low[j] = low[j] + vdlow(x), high[j] = high[j] + vdhigh(x);
+        }
     float *d = s->dtable + (int64_t)r * s->C + c;
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) vstore(d + j * W, vload(d + j * W, k) + sum[j], k);
+    for (int j = 0; j < NV; j++) vstore(d + j * W, vload(d + j * W, k) + vdround(low[j], high[j]), k);
 }
 
 static void add_lists(void *context, int task) {

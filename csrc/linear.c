@@ -28,6 +28,7 @@ typedef struct {
     int64_t a_i, a_k, b_j, b_k;
     float *c; /* (M, N) */
     int prec;
+    int over_rows;      /* K are the rows of a batch: shorter chains, and blocks added in double */
     int grid_m, grid_n; /* tasks along M and N */
     /* epilogue, in this order */
     const float *bias; /* (N) */
@@ -42,7 +43,10 @@ typedef struct {
 static int pairs_of(const Gemm *g) { return g->prec == PREC_BF16 && HAVE_PAIRS; }
 static int values_a_unit(const Gemm *g) { return pairs_of(g) ? 2 : 1; }
 static int values_a_block(const Gemm *g) { return K_BLOCK * (g->prec == PREC_BF16 ? 2 : 1); }
-static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->row_sums; }
+static int chains_a_block(const Gemm *g) { return g->over_rows ? K_BLOCK / ROW_CHAIN : 1; }
+static int values_a_chain(const Gemm *g) { return values_a_block(g) / chains_a_block(g); }
+static int adds_in_double(const Gemm *g) { return g->over_rows && g->K > values_a_block(g); }
+static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->over_rows; }
 
 /* ---- packing: [k][width], zero beyond `valid` columns ------------------------------------------------------------ */
 
@@ -163,6 +167,7 @@ static void finish_row(const Gemm *g, const float *S, int i, int j0, int columns
 
 typedef struct {
     float *S, *b, *a, *sums; /* [MC][NR], [2 * K_BLOCK][NR], packed rows of A, [MR] */
+    double *D;               /* [MC][NR]: sums of finished blocks */
 } Work;
 
 static Work work_of_task(void) {
@@ -170,7 +175,8 @@ static Work work_of_task(void) {
     w.S = scratch(SCRATCH_TASK);
     w.b = w.S + MC * NR;
     w.sums = w.b + 2 * K_BLOCK * NR; /* where bf16 is held as fp32, a K block has 512 units */
-    w.a = w.sums + 64;
+    w.D = (double *)(w.sums + 64);
+    w.a = (float *)(w.D + MC * NR);
     return w;
 }
 
@@ -183,31 +189,48 @@ static int block_rows(const Gemm *g) {
 
 /* Pack rows i0 .. i1 of A, all of K: panel after panel, in each the K blocks one behind the other. */
 static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
-    int block = values_a_block(g), per_unit = values_a_unit(g);
+    int chain = values_a_chain(g), per_unit = values_a_unit(g);
     int64_t panel = (int64_t)((g->K + per_unit - 1) / per_unit) * MR;
     for (int i = i0; i < i1; i += MR) {
         float *out = w.a + (i - i0) / MR * panel;
-        float total[MR] = {0};
-        for (int k = 0; k < g->K; k += block) {
-            int values = min_int(block, g->K - k);
+        double total[MR] = {0};
+        for (int k = 0; k < g->K; k += chain) {
+            int values = min_int(chain, g->K - k);
             for (int j = 0; want_sums && j < MR; j++) w.sums[j] = 0;
             pack_a(out + (int64_t)k / per_unit * MR, g, i, k, values, want_sums ? w.sums : NULL);
-            for (int j = 0; want_sums && j < MR; j++) total[j] += w.sums[j];
+            for (int j = 0; want_sums && j < MR; j++) total[j] += (double)w.sums[j];
         }
-        for (int j = 0; want_sums && j < MR && i + j < g->M; j++) g->row_sums[i + j] += total[j];
+        for (int j = 0; want_sums && j < MR && i + j < g->M; j++) g->row_sums[i + j] += (float)total[j];
     }
 }
 
-/* The sums of rows i0 .. i1 over one K block, against one packed panel of B. */
+/* Add the tile S of a finished block to D; behind the last block S takes the rounded total. */
+static __attribute__((noinline)) void add_block(double *D, float *S, int first, int last) {
+    for (int i = 0; i < MR * NR; i += W) {
+        vf x = vload_all(S + i);
+        vd low = vdlow(x), high = vdhigh(x);
+        if (!first) low = low + vdload(D + i), high = high + vdload(D + i + W / 2);
+        if (last) vstore_all(S + i, vdround(low, high));
+        else vdstore(D + i, low), vdstore(D + i + W / 2, high);
+    }
+}
+
+/* The sums of rows i0 .. i1 over one K block, against one packed panel of B: added to S, or S alone goes on to D. */
 static void block_sums(const Gemm *g, Work w, int i0, int i1, int k, int values) {
     int per_unit = values_a_unit(g), units = (values + per_unit - 1) / per_unit;
+    int chain = values_a_chain(g) / per_unit;
     int64_t panel = (int64_t)((g->K + per_unit - 1) / per_unit) * MR;
     for (int i = i0; i < i1; i += MR) {
         float *S = w.S + (i - i0) * NR;
         if (packs_a(g)) {
             const float *A = w.a + (i - i0) / MR * panel + (int64_t)k / per_unit * MR;
-            if (pairs_of(g)) sums_pairs(units, A, w.b, S, k > 0);
-            else sums_packed(units, A, w.b, S, k > 0);
+            int add = k > 0 && !adds_in_double(g);
+            for (int u = 0; u < units; u += chain, add = 1) {
+                int n = min_int(chain, units - u);
+                if (pairs_of(g)) sums_pairs(n, A + (int64_t)u * MR, w.b + u * NR, S, add);
+                else sums_packed(n, A + (int64_t)u * MR, w.b + u * NR, S, add);
+            }
+            if (adds_in_double(g)) add_block(w.D + (i - i0) * NR, S, k == 0, k + values == g->K);
         } else if (i + MR <= g->M) {
             sums_direct(units, g->a + i * g->a_i + k, g->a_i, w.b, S, k > 0);
         } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */
@@ -331,6 +354,7 @@ void CAT(linear_backward_weight, ISA)(float *dweight, float *dbias, const float 
               .b_k = C,
               .c = dweight,
               .prec = prec,
+              .over_rows = 1,
               .accumulate = accumulate,
               .row_sums = dbias};
     gemm(&g);

@@ -2,9 +2,9 @@
  *
  * Forward: a row is read from memory once and then twice more from the cache (mean, variance, result).  The variance is
  * taken around the mean: the mean of squares less the square of the mean loses all digits where the mean is large.
- * Backward: rows in at most 64 chunks; a chunk gathers its sums for dweight, dbias and dbias_in beside its rows, and
- * the chunks are added in order.  They follow from N alone, so the bits do not know the threads.  Bound by memory:
- * 8 bytes a value forward, 16 backward. */
+ * Backward: rows in at most 64 chunks; a chunk gathers its sums for dweight, dbias and dbias_in beside its rows, 16
+ * rows in float and those in double, and the chunks are added in order.  They follow from N alone, so the bits do not
+ * know the threads.  Bound by memory: 8 bytes a value forward, 16 backward. */
 #include "simd.h"
 #include "threads.h"
 
@@ -78,18 +78,18 @@ void CAT(rmsnorm_forward, ISA)(float *out, float *rstd, const float *in, const f
 
 /* ---- backward ---- */
 
-enum { MAX_CHUNKS = 64, MIN_ROWS = 16, STRIP = 64 };
+enum { MAX_CHUNKS = 64, CHAIN = 16, STRIP = 64 };
 enum { DWEIGHT, DBIAS, DBIAS_IN, SUMS };
 
 typedef struct {
     float *din, *grads[SUMS]; /* grads[i] NULL: that sum is not wanted */
     const float *dout, *dres, *in, *weight, *mean, *rstd;
-    float *partial; /* (chunks, SUMS, C) */
+    double *partial; /* (chunks, SUMS, C) */
     int N, C, rows, chunks;
 } Backward;
 
 /* With norm = (in - mean) * rstd and dnorm = dout * weight, and averages over the row,
- * din = dres + rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)).  `sums` are the chunk's three rows. */
+ * din = dres + rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)).  `sums`: (SUMS, C). */
 INLINE void backward_row(const Backward *b, int n, float *sums, const int with_mean) {
     const int C = b->C;
     const int64_t at = (int64_t)n * C;
@@ -116,34 +116,38 @@ INLINE void backward_row(const Backward *b, int n, float *sums, const int with_m
     }
 }
 
+/* Sums of CHAIN rows are made in float, what follows in double: a long chain of floats would lose digits. */
 static void backward_chunk(void *context, int chunk) {
     const Backward *b = context;
-    float *sums = b->partial + (int64_t)chunk * SUMS * b->C;
-    const int end = min_int(b->N, (chunk + 1) * b->rows);
-    memset(sums, 0, (size_t)b->C * SUMS * sizeof *sums);
-    for (int n = chunk * b->rows; n < end; n++) {
-        if (b->mean) backward_row(b, n, sums, 1);
-        else backward_row(b, n, sums, 0);
+    const int end = min_int(b->N, (chunk + 1) * b->rows), size = b->C * SUMS;
+    double *partial = b->partial + (int64_t)chunk * size;
+    float *sums = scratch(SCRATCH_TASK);
+    memset(partial, 0, (size_t)size * sizeof *partial);
+    for (int n0 = chunk * b->rows; n0 < end; n0 += CHAIN) {
+        memset(sums, 0, (size_t)size * sizeof *sums);
+        for (int n = n0; n < min_int(end, n0 + CHAIN); n++) {
+            if (b->mean) backward_row(b, n, sums, 1);
+            else backward_row(b, n, sums, 0);
+        }
+        for (int i = 0; i < size; i++) partial[i] += (double)sums[i];
     }
 }
 
-/* Add the chunks of one strip of channels, and the finished sums to the gradients.  In double: two micro-batches then
- * differ from one batch of the same chunks by the rounding of their sums alone. */
+/* Add the chunks of one strip of channels, and the finished sums to the gradients. */
 static void add_chunks(void *context, int strip) {
     const Backward *b = context;
     const int end = min_int(b->C, (strip + 1) * STRIP);
     for (int i = 0; i < SUMS; i++)
         for (int c = strip * STRIP; b->grads[i] && c < end; c++) {
             double sum = 0.0;
-            for (int chunk = 0; chunk < b->chunks; chunk++)
-                sum += (double)b->partial[((int64_t)chunk * SUMS + i) * b->C + c];
+            for (int chunk = 0; chunk < b->chunks; chunk++) sum += b->partial[((int64_t)chunk * SUMS + i) * b->C + c];
             b->grads[i][c] += (float)sum;
         }
 }
 
 static void backward(Backward *b) {
     int rows = (int)(((int64_t)b->N + MAX_CHUNKS - 1) / MAX_CHUNKS);
-    b->rows = rows < MIN_ROWS ? MIN_ROWS : rows;
+    b->rows = rows < 1 ? CHAIN : (rows + CHAIN - 1) / CHAIN * CHAIN;
     b->chunks = tasks_for(b->N, b->rows);
     b->partial = scratch(SCRATCH_CALL);
     parallel_for(backward_chunk, b, b->chunks);

@@ -15,7 +15,8 @@ enum { PREC_FP32, PREC_BF16 };
 enum { FN_NONE, FN_GELU_TANH, FN_GELU_ERF };
 enum { HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_C1, HYPER_C2, HYPER_SCALE, HYPER_COUNT };
 
-enum { K_BLOCK = 256, KEY_BLOCK = 64 }; /* the order of summation, see ops.def: units a block, keys a block */
+/* The order of summation, see ops.def: units a block, units a chain over rows, keys a block. */
+enum { K_BLOCK = 256, ROW_CHAIN = 32, KEY_BLOCK = 64 };
 
 typedef struct {
     const char *name;

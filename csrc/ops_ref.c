@@ -60,7 +60,7 @@ static void embedding_forward(float *out, const int32_t *tokens, const int32_t *
 
 /* dtable[r] += the sum of the rows of dout whose `row` is r, in order.  The rows that belong to r are a linked list:
  * first[r], then next[...], -1 at its end. */
-static void add_rows(float *dtable, const float *dout, const int32_t *row, int32_t *first, int32_t *next, float *sum,
+static void add_rows(float *dtable, const float *dout, const int32_t *row, int32_t *first, int32_t *next, double *sum,
                      int N, int C, int rows) {
     for (int r = 0; r < rows; r++) first[r] = -1;
     for (int n = N - 1; n >= 0; n--) {
@@ -71,15 +71,15 @@ static void add_rows(float *dtable, const float *dout, const int32_t *row, int32
         if (first[r] < 0) continue;
         memset(sum, 0, (size_t)C * sizeof *sum);
         for (int n = first[r]; n >= 0; n = next[n])
-            for (int c = 0; c < C; c++) sum[c] += dout[(int64_t)n * C + c];
-        for (int c = 0; c < C; c++) dtable[(int64_t)r * C + c] += sum[c];
+            for (int c = 0; c < C; c++) sum[c] += (double)dout[(int64_t)n * C + c];
+        for (int c = 0; c < C; c++) dtable[(int64_t)r * C + c] += (float)sum[c];
     }
 }
 
 static void embedding_backward(float *dwte, float *dwpe, const float *dout, const int32_t *tokens,
                                const int32_t *starts, int B, int T, int C, int V) {
     int N = B * T;
-    float *sum = scratch(SCRATCH_CALL);
+    double *sum = scratch(SCRATCH_CALL);
     int32_t *next = (int32_t *)(sum + C), *positions = next + N, *first = positions + N;
     add_rows(dwte, dout, tokens, first, next, sum, N, C, V);
     if (!dwpe) return;
@@ -249,15 +249,22 @@ static void linear_backward_input(float *din, const float *dout, const float *dr
 static void linear_backward_weight(float *dweight, float *dbias, const float *dout, const float *in, int accumulate,
                                    int prec, int N, int C, int OC) {
     float sums[TILE_ROWS][TILE_COLS];
+    double total[TILE_ROWS][TILE_COLS];
+    const int chain = prec == PREC_BF16 ? 2 * ROW_CHAIN : ROW_CHAIN;
     for (int o0 = 0; o0 < OC; o0 += TILE_ROWS)
         for (int c0 = 0; c0 < C; c0 += TILE_COLS) {
             int rows = min_int(TILE_ROWS, OC - o0), cols = min_int(TILE_COLS, C - c0);
-            Matrix A = {dout + o0, 1, OC}, B = {in + c0, C, 1};
-            multiply(sums, A, B, prec, rows, cols, N);
+            memset(total, 0, sizeof total);
+            for (int n0 = 0; n0 < N; n0 += chain) {
+                Matrix A = {dout + (int64_t)n0 * OC + o0, 1, OC}, B = {in + (int64_t)n0 * C + c0, C, 1};
+                multiply(sums, A, B, prec, rows, cols, min_int(chain, N - n0));
+                for (int i = 0; i < rows; i++)
+                    for (int j = 0; j < cols; j++) total[i][j] += (double)sums[i][j];
+            }
             for (int i = 0; i < rows; i++)
                 for (int j = 0; j < cols; j++) {
                     float *d = dweight + (int64_t)(o0 + i) * C + c0 + j;
-                    *d = accumulate ? *d + sums[i][j] : sums[i][j];
+                    *d = accumulate ? *d + (float)total[i][j] : (float)total[i][j];
                 }
         }
     if (dbias) column_sums(dbias, dout, N, OC);

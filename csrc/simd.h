@@ -47,12 +47,18 @@ INLINE vf vpick_lt(vf a, vf b, vf yes, vf no) {
 INLINE vf vscale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
 INLINE float vsum(vf x) { return _mm512_reduce_add_ps(x); }
 INLINE float vhmax(vf x) { return _mm512_reduce_max_ps(x); }
-/* sum + x^2 in double, W / 2 sums; and their total */
+/* double: the halves of x and back; sum + x^2, W / 2 sums; and their total */
 typedef __m512d vd;
 INLINE vd vdset(double a) { return _mm512_set1_pd(a); }
+INLINE vd vdload(const double *p) { return _mm512_loadu_pd(p); }
+INLINE void vdstore(double *p, vd x) { _mm512_storeu_pd(p, x); }
+INLINE vd vdlow(vf x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+INLINE vd vdhigh(vf x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+INLINE vf vdround(vd low, vd high) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
+}
 INLINE vd vdsquare_add(vd sum, vf x) {
-    __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-    return _mm512_fmadd_pd(high, high, _mm512_fmadd_pd(low, low, sum));
+    return _mm512_fmadd_pd(vdhigh(x), vdhigh(x), _mm512_fmadd_pd(vdlow(x), vdlow(x), sum));
 }
 INLINE double vdsum(vd x) { return _mm512_reduce_add_pd(x); }
 /* round to bf16, nearest even, and back: NaN stays NaN */
@@ -133,9 +139,15 @@ INLINE float vhmax(vf x) {
 }
 typedef __m256d vd;
 INLINE vd vdset(double a) { return _mm256_set1_pd(a); }
+INLINE vd vdload(const double *p) { return _mm256_loadu_pd(p); }
+INLINE void vdstore(double *p, vd x) { _mm256_storeu_pd(p, x); }
+INLINE vd vdlow(vf x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+INLINE vd vdhigh(vf x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+INLINE vf vdround(vd low, vd high) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(low)), _mm256_cvtpd_ps(high), 1);
+}
 INLINE vd vdsquare_add(vd sum, vf x) {
-    __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
-    return _mm256_fmadd_pd(high, high, _mm256_fmadd_pd(low, low, sum));
+    return _mm256_fmadd_pd(vdhigh(x), vdhigh(x), _mm256_fmadd_pd(vdlow(x), vdlow(x), sum));
 }
 INLINE double vdsum(vd x) {
     __m128d s = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));

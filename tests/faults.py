@@ -78,9 +78,20 @@ FAULTS = [
     Fault(
         "linear: first K block not started from zero",
         "csrc/linear.c",
-        "if (pairs_of(g)) sums_pairs(units, A, w.b, S, k > 0);",
-        "if (pairs_of(g)) sums_pairs(units, A, w.b, S, 1);",
-        isa="avx512_bf16",
+        "int add = k > 0 && !adds_in_double(g);",
+        "int add = 1;",
+    ),
+    Fault(
+        "linear: a gradient's chain is the whole block",
+        "csrc/linear.c",
+        "return g->over_rows ? K_BLOCK / ROW_CHAIN : 1;",
+        "return 1;",
+    ),
+    Fault(
+        "linear: blocks of a gradient added in float",
+        "csrc/linear.c",
+        "return g->over_rows && g->K > values_a_block(g);",
+        "return 0;",
     ),
     Fault(
         "linear: bias gradient misses every second row of pairs",
@@ -150,8 +161,8 @@ FAULTS = [
     Fault(
         "embedding: = instead of +=",
         "csrc/embedding.c",
-        "vstore(d + j * W, vload(d + j * W, k) + sum[j], k);",
-        "vstore(d + j * W, sum[j], k);",
+        "vload(d + j * W, k) + vdround(low[j], high[j]), k);",
+        "vdround(low[j], high[j]), k);",
     ),
     Fault(
         "logprob: temperature ignored backward",

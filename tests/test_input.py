@@ -4,6 +4,8 @@ Each table holds (what is wrong, call, exception, what its message must say).
 """
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -285,3 +287,11 @@ def test_config_cannot_be_changed():
     with pytest.raises(TypeError):
         config.rope_scaling["factor"] = 1.0
     assert Config(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize("how", ["import barelm", "import barelm.__main__ as m; m.main(['--help'])"])
+def test_importing_does_nothing(how):
+    """No library is loaded, so no thread started and no file read, before something is used."""
+    code = f"import sys\n{how}\nprint({{'numpy', 'tiktoken', 'rich', 'barelm._core'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["set()"], done.stdout + done.stderr

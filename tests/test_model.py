@@ -390,8 +390,9 @@ def test_the_joint_path_equals_the_two_doors(family, kind, B, T, precision):
 
 
 @pytest.mark.parametrize("op", ["linear_forward", "linear_backward_input", "linear_backward_weight"])
-def test_a_product_adds_blocks_of_256_units(isa, op, precision):
+def test_a_product_adds_chains_of_the_contracts_length(isa, op, precision):
     block = {"fp32": 256, "bf16": 512}[precision]
+    chain = block // 8 if op == "linear_backward_weight" else block
     K = 2 * block + 88
     a, b, out = np.ones(K, np.float32), np.ones(K, np.float32), np.empty((1, 1), np.float32)
     a[0], prec = 2.0**24, ("fp32", "bf16").index(precision)
@@ -402,7 +403,24 @@ def test_a_product_adds_blocks_of_256_units(isa, op, precision):
         _core.ops.linear_backward_input(isa, out, row[0], None, column[1], None, 0, prec, 1, 1, K)
     else:
         _core.ops.linear_backward_weight(isa, out, None, *column, 0, prec, K, 1, 1)
-    assert out[0, 0] == 2.0**24 + block + 88
+    assert out[0, 0] == 2.0**24 + K - chain
+
+
+def test_sums_over_rows_lose_nothing_between_blocks(isa, precision):
+    """2^24 + 1 is 2^24 in float: a one in each of many blocks would be lost one by one."""
+    prec, block, blocks, C = ("fp32", "bf16").index(precision), {"fp32": 256, "bf16": 512}[precision], 9, 3
+    x, want = np.zeros((blocks * block, C), np.float32), 2.0**24 + blocks - 1
+    x[::block] = 1
+    x[0] = 2.0**24
+    ones, tokens = np.ones((len(x), 1), np.float32), np.zeros((1, len(x)), np.int32)
+    dweight, dbias, dwte = np.empty((C, 1), np.float32), np.zeros(C, np.float32), np.zeros((1, C), np.float32)
+    _core.ops.linear_backward_weight(isa, dweight, dbias, x, ones, 0, prec, len(x), 1, C)
+    _core.ops.embedding_backward(isa, dwte, None, x, tokens, None, 1, len(x), C, 1)
+    dnorm, dnorm_bias = np.zeros(C, np.float32), np.zeros(C, np.float32)
+    column, row = np.zeros(len(x), np.float32), np.ones(C, np.float32)
+    _core.ops.layernorm_backward(isa, x * 0, dnorm, dnorm_bias, None, x, None, x * 0, row, column, column, len(x), C)
+    for got in (dweight, dbias, dwte, dnorm_bias):
+        assert (got == want).all()
 
 
 @pytest.mark.parametrize("start", [0, 10, 64, 70])
@@ -442,25 +460,21 @@ def test_a_second_backward_adds(family, precision):
             np.testing.assert_array_equal(g, want, err_msg=name)
 
 
-@pytest.mark.parametrize(("T", "ulps"), [(8, 4), (128, 4), (70, 16)], ids=["32 rows", "whole K blocks", "280 rows"])
+@pytest.mark.parametrize("T", [8, 33, 70, 128, 500])
 @pytest.mark.parametrize("family", MIDDLE)
-def test_micro_batches_add_up_to_the_batch(family, T, ulps):
-    """The same rows in one batch or in two: only the order of a sum over the rows differs.  Its roundings walk: a few
-    units in the last place of the tensor's largest entry over 32 rows, some sqrt(280) over 280.  Micro-batches of whole
-    K blocks (256 rows) add the same finished sums in the same order: matrices keep their bits, but for a tied
-    embedding, which is two sums a micro-batch, and for embeddings, whose sums over tokens know no blocks."""
-    config, B = MIDDLE[family] | dict(context=128), 4
+def test_micro_batches_add_up_to_the_batch(family, precision, T):
+    """The same rows in one batch or in two: only the order of a sum over the rows differs, and chains of 32 rows lose a
+    few units in the last place of the tensor's largest entry, however many they are."""
+    config, B = MIDDLE[family] | dict(context=512), 4
     tokens, targets = random_batch(config, B, T)
     weights = np.full((B, T), 1 / (B * T), np.float32)
-    whole, parts = random_model(config), random_model(config)
+    whole, parts = random_model(config, precision), random_model(config, precision)
     whole.forward_backward(tokens, targets, weights)
     for rows in (slice(0, 2), slice(2, 4)):
         parts.forward_backward(tokens[rows], targets[rows], weights[rows])
     for name, want in whole.grads.items():
-        tolerance = ulps * np.spacing(np.abs(want).max())
+        tolerance = 4 * np.spacing(np.abs(want).max())
         np.testing.assert_allclose(parts.grads[name], want, rtol=0, atol=tolerance, err_msg=name)
-        if B * T // 2 == 256 and want.ndim == 2 and not name.startswith(("wte", "wpe", "embed")):
-            assert_same_bits(parts.grads[name], want, name)
 
 
 @pytest.mark.parametrize("family", MIDDLE)
