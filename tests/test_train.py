@@ -1,5 +1,6 @@
 """Training through the command line: it learns, stops, resumes to the same bits, and names flags in its errors."""
 
+import importlib
 import json
 import os
 import shutil
@@ -328,9 +329,9 @@ def test_debug_shows_where_an_error_arose(monkeypatch):
 
 @pytest.mark.parametrize("name", command.COMMANDS)
 def test_every_command_helps_and_every_field_is_a_flag_with_words(name, capsys):
-    assert command.main([name, "--help"]) == 0
+    assert command.main([*name.split(), "--help"]) == 0
     said = capsys.readouterr().out
-    module = __import__(f"barelm.{name}", fromlist=["main"])
+    module = importlib.import_module(f"barelm.{command.COMMANDS[name].module}")
     for field, _ in command._flags(getattr(module, command.COMMANDS[name].config)):
         line = next(line for line in said.splitlines() if line.strip().startswith("--" + field.name.replace("_", "-")))
         assert len(line.split()) > 3

@@ -1,4 +1,4 @@
-"""The command line: `barelm COMMAND --flag value`.
+"""The command line: `barelm COMMAND --flag value`, where a command is one word or two (`tokenizer train`).
 
 One table of commands; each is `main(config)` of one module, and its flags are the fields of its config.  A command's
 module is imported when it is called, so that help comes at once.
@@ -17,15 +17,18 @@ __all__ = ["main", "parse"]
 
 
 class Command(NamedTuple):
-    config: str  # the name of the config class in the module of the command's name
+    module: str  # it has main(config)
+    config: str  # the name of the config's class in it
     what: str
 
 
 COMMANDS = {
-    "demo": Command("DemoConfig", "two minutes, offline: train a small model on Python's own library, let it write"),
-    "train": Command("TrainConfig", "train a model on your text"),
-    "sample": Command("SampleConfig", "let a trained model continue a prompt"),
-    "doctor": Command("DoctorConfig", "what was built, what this machine has, what is missing"),
+    "demo": Command(
+        "demo", "DemoConfig", "minutes, offline: train a small model on Python's own library, let it write"
+    ),
+    "train": Command("train", "TrainConfig", "train a model on your text"),
+    "sample": Command("sample", "SampleConfig", "let a trained model continue a prompt"),
+    "doctor": Command("doctor", "DoctorConfig", "what was built, what this machine has, what is missing"),
 }
 USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes; 0: all is well
 
@@ -56,12 +59,26 @@ def _run(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"barelm {_version()}")
         return 0
-    name = argv[0]
-    if name not in COMMANDS:
-        raise UsageError(f"unknown command '{name}'{_nearest(name, COMMANDS)}; barelm --help lists them")
-    module = importlib.import_module(f"barelm.{name}")
-    config = parse(getattr(module, COMMANDS[name].config), argv[1:], f"barelm {name}")
+    name, argv = _command(argv)
+    module = importlib.import_module(f"barelm.{COMMANDS[name].module}")
+    config = parse(getattr(module, COMMANDS[name].config), argv, f"barelm {name}")
     return 0 if config is None else module.main(config)
+
+
+def _command(argv: list[str]) -> tuple[str, list[str]]:
+    """The command that argv begins with, and what follows it."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return name, argv[words:]
+    group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
+    if not group:
+        names = COMMANDS.keys() | {name.split()[0] for name in COMMANDS}
+        raise UsageError(f"unknown command '{argv[0]}'{_nearest(argv[0], names)}; barelm --help lists them")
+    if len(argv) == 1 or argv[1].startswith("-"):
+        raise UsageError(f"'{argv[0]}' is not a whole command: {', '.join(group)}")
+    name = " ".join(argv[:2])
+    raise UsageError(f"unknown command '{name}'{_nearest(name, group)}; barelm --help lists them")
 
 
 def _explain(error: BaseException) -> int:
