@@ -70,10 +70,12 @@ Status model_backward(Model *m, const float *dlogprobs, const float *dhidden, in
 /* Both at once, for dlogprobs that are known before: the head's work is done once.  The same bits as the two calls. */
 Status model_forward_backward(Model *m, float *logprobs, const float *dlogprobs, const int32_t *tokens,
                               const int32_t *targets, const int32_t *starts, float temperature, int B, int T);
-/* Clip (clip > 0), AdamW, gradients read as zero.  A gradient that is not finite: NOT_FINITE, the error names the first
- * tensor, weights and moments keep their bits, gradients read as zero. */
+/* Clip (clip > 0), AdamW, gradients read as zero.  A norm above skip_above: no update, gradients read as zero.  A
+ * gradient that is not finite: so too, and NOT_FINITE; the error names the first tensor. */
 Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, float eps, float weight_decay,
-                    float clip);
+                    float clip, double skip_above);
+/* Gradients read as zero. */
+void model_discard(Model *m);
 /* logits (B, V) of the last position, or (B, T, V) */
 Status model_logits(Model *m, float *logits, const int32_t *tokens, const int32_t *starts, int last, int B, int T);
 

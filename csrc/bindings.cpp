@@ -196,7 +196,8 @@ class PyModel {
         return py::make_tuple(loss, logprobs);
     }
 
-    double update(double lr, double beta1, double beta2, double eps, double weight_decay, double clip) {
+    double update(double lr, double beta1, double beta2, double eps, double weight_decay, double clip,
+                  double skip_above) {
         auto in = [](const char *name, double x, double low, double high) {
             if (!(x >= low && x <= high))
                 throw py::value_error(std::string(name) + ": is " + py::repr(py::float_(x)).cast<std::string>() +
@@ -207,15 +208,23 @@ class PyModel {
         in("lr", lr, 0, 1e30), in("betas[0]", beta1, 0, 0.9999999), in("betas[1]", beta2, 0, 0.9999999);
         in("eps", eps, 1e-30, 1e30), in("weight_decay", weight_decay, 0, 1e30), in("clip", clip, 0, 1e30);
         if (clip > 0) in("clip", clip, 1e-30, 1e30);  // not 0 in fp32: that would turn clipping off
+        in("skip_above", skip_above, 0, INFINITY);
         double norm = 0;
         run([&] {
             Status s = model_update(model_, &norm, (float)lr, (float)beta1, (float)beta2, (float)eps,
-                                    (float)weight_decay, (float)clip);
-            float *g;
-            if (grads_seen_) model_grads(model_, &g);  // views of it are about: they must read as zero
+                                    (float)weight_decay, (float)clip, skip_above);
+            clear_seen_grads();
             return s;
         });
         return norm;
+    }
+
+    void discard() {
+        run([&] {
+            model_discard(model_);
+            clear_seen_grads();
+            return OK;
+        });
     }
 
     Floats logits(const py::array &tokens, bool last, const std::optional<py::array> &starts) {
@@ -367,6 +376,12 @@ class PyModel {
     std::mutex lock_;
     std::atomic<std::thread::id> owner_;  // who computes
     std::vector<Tensor> tensors_;
+    // Views of the gradients may be about: after an update, too, they must read as zero.
+    void clear_seen_grads() {
+        float *g;
+        if (grads_seen_) model_grads(model_, &g);
+    }
+
     bool grads_seen_ = false;
 };
 
@@ -474,7 +489,8 @@ PYBIND11_MODULE(_core, m) {
         .def("forward_backward", &PyModel::forward_backward, py::arg("tokens"), py::arg("targets"), py::arg("weights"),
              py::arg("temperature"), py::arg("starts"))
         .def("update", &PyModel::update, py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-             py::arg("weight_decay"), py::arg("clip"))
+             py::arg("weight_decay"), py::arg("clip"), py::arg("skip_above"))
+        .def("discard", &PyModel::discard)
         .def("logits", &PyModel::logits, py::arg("tokens"), py::arg("last"), py::arg("starts"))
         .def("trace", &PyModel::trace, py::arg("tokens"), py::arg("starts"))
         .def_property_readonly("params", [](const py::object &self) { return PyModel::params(self); })

@@ -724,8 +724,10 @@ static void adamw_all(Model *m, float weight_decay) {
     }
 }
 
+void model_discard(Model *m) { m->grads_live = 0; }
+
 Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, float eps, float weight_decay,
-                    float clip) {
+                    float clip, double skip_above) {
     if (!m->grads_live) return fail(m, NO_FORWARD, "update: there are no gradients (backward comes first)");
     float *moments[2];
     Status s = model_moments(m, moments);
@@ -750,9 +752,10 @@ Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, 
         m->grads_live = 0;
         return fail(m, NOT_FINITE, "update: the gradient of %s is not finite; weights and moments are unchanged", name);
     }
+    m->grads_live = 0;
+    if (*norm > skip_above) return OK;
     adamw_all(m, weight_decay);
     m->step++;
-    m->grads_live = 0;
     m->kept = 0;
     return OK;
 }

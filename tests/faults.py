@@ -106,6 +106,7 @@ FAULTS = [
         "g->row_sums && j0 == 0",
         "g->row_sums != 0",
     ),
+    Fault("model: a step above the limit is made", "csrc/model.c", "if (*norm > skip_above) return OK;", ""),
     Fault(
         "linear: derivative of the function left out",
         "csrc/linear.c",

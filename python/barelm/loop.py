@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .recipe import matrix_weights
+
 __all__ = ["StepResult", "flops_per_token", "step", "warmup_cosine"]
 
 
@@ -66,8 +68,5 @@ def flops_per_token(config, T: int) -> float:
     counted: look-ups, norms, and what a kernel computes again on its way back.  As PaLM's appendix B counts
     (arXiv:2204.02311), but for the causal half.
     """
-    C, HS = config.n_embd, config.head_size
-    attention = C * (config.n_head + 2 * config.n_kv_head) * HS + config.n_head * HS * C
-    mlp = (3 if config.act == "swiglu" else 2) * C * config.n_inner
-    scores = 2 * config.n_head * HS * (T + 1) / 2  # q.k and p.v, over (T + 1) / 2 keys on average
-    return 6.0 * (config.n_layer * (attention + mlp + scores) + C * config.vocab_size)
+    scores = 2 * config.n_head * config.head_size * (T + 1) / 2  # q.k and p.v, over (T + 1) / 2 keys on average
+    return 6.0 * (matrix_weights(config) + config.n_layer * scores)

@@ -206,12 +206,12 @@ class Model:
         )
         return (loss, lp) if logprobs else loss
 
-    def update(self, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0) -> float:
+    def update(self, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0, skip_above=None) -> float:
         """Clip the gradients to the norm `clip` (0 or None: not), one AdamW step (arXiv:1711.05101; decay on matrices
         and embeddings only), and forget the gradients: they then read as zero.
 
-        Returns the norm before clipping.  A gradient that is not finite raises FloatingPointError naming the first
-        such tensor; weights and moments keep their bits.
+        Returns the norm before clipping.  Where it is above `skip_above` there is no update: weights, moments and step
+        keep their bits.  So too where a gradient is not finite; FloatingPointError then names the first such tensor.
         """
         try:
             beta1, beta2 = betas
@@ -219,10 +219,15 @@ class Model:
             raise ValueError(f"betas: is {betas!r}, must be two numbers") from None
         numbers = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "eps": eps, "weight_decay": weight_decay}
         numbers["clip"] = 0.0 if clip is None else clip
+        numbers["skip_above"] = float("inf") if skip_above is None else skip_above
         for name, value in numbers.items():
             if not _is_number(value, finite=False):
                 raise TypeError(f"{name}: is {value!r}, must be a number")
         return self._core.update(*numbers.values())
+
+    def discard(self):
+        """Forget the gradients without an update: they then read as zero."""
+        self._core.discard()
 
     def logits(self, tokens, last=True, starts=None):
         """Logits (B, V) float32 after the last token of each row, or (B, T, V).  Keeps nothing for `backward`."""
