@@ -355,14 +355,14 @@ FAULTS = [
     ),
     Fault(
         "checkpoint: written in place",
-        "python/barelm/checkpoint.py",
+        "python/barelm/files.py",
         '    part = folder.parent / f".{folder.name}.{os.getpid()}.part"',
         "    part = folder",
         CHECKPOINT,
     ),
     Fault(
         "checkpoint: an unfinished folder is left",
-        "python/barelm/checkpoint.py",
+        "python/barelm/files.py",
         "    finally:\n        shutil.rmtree(part, ignore_errors=True)",
         "    finally:\n        pass",
         CHECKPOINT,

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from barelm import Config, Model, checkpoint
+from barelm import Config, Model, checkpoint, files
 from barelm.checkpoint import CheckpointError
+from barelm.files import digest, digest_of
 from conftest import GPT2, LLAMA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -149,7 +150,7 @@ def test_an_older_checkpoint_is_replaced(tmp_path):
 
 def test_without_the_exchange_of_folders(tmp_path, monkeypatch):
     """A system that cannot swap two names: the older folder steps aside first."""
-    monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     trained(GPT2).save(tmp_path / "a")
     newer = trained(GPT2, steps=4)
     newer.save(tmp_path / "a")
@@ -286,8 +287,8 @@ def hostile(folder, name, new, sealed=True):
     old_state, old = (folder / STATE).read_bytes(), (folder / name).read_bytes()
     try:
         (folder / name).write_bytes(new)
-        state["files"][name] = checkpoint._digest(folder / name)
-        state["sha256"] = checkpoint._digest_of_state(state)
+        state["files"][name] = digest(folder / name)
+        state["sha256"] = digest_of(state)
         (folder / STATE).write_text(json.dumps(state)) if sealed else (folder / STATE).unlink()
         yield
     finally:
@@ -484,8 +485,8 @@ POINTS = [
     ("os", "fsync", 4),
     ("checkpoint", "save_file", 0),
     ("checkpoint", "save_file", 1),
-    ("checkpoint", "_digest", 1),
-    ("checkpoint", "_exchange", 0),
+    ("checkpoint", "digest", 1),
+    ("files", "_exchange", 0),
 ]
 
 
@@ -495,7 +496,7 @@ def test_a_failing_save_leaves_the_older_one(older, monkeypatch, owner, name, co
     folder, want = older
     newer = trained(GPT2, steps=5)
     with monkeypatch.context() as m:
-        calls = fails_in_turn(m, {"os": os, "checkpoint": checkpoint}[owner], name, error, count)
+        calls = fails_in_turn(m, {"os": os, "checkpoint": checkpoint, "files": files}[owner], name, error, count)
         with pytest.raises(type(error)):
             newer.save(folder)
         assert len(calls) == count + 1
@@ -516,7 +517,7 @@ def test_a_failing_rename_leaves_nothing(tmp_path, monkeypatch):
 def test_a_failing_rename_without_the_exchange_leaves_the_older_one(older, monkeypatch):
     folder, want = older
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "_exchange", lambda a, b: False)
+        m.setattr(files, "_exchange", lambda a, b: False)
         fails_in_turn(m, os, "rename", OSError(5, "Input/output error"), 1)
         with pytest.raises(OSError, match="Input/output error"):
             trained(GPT2, steps=5).save(folder)

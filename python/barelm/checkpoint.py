@@ -8,12 +8,7 @@ state.json              step, whatever the caller adds, size and SHA-256 of ever
 
 from __future__ import annotations
 
-import ctypes
-import glob
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .convert import huggingface as hf
+from .files import digest, digest_of, whole_folder
 from .model import Model
 
 _WEIGHTS, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
@@ -45,36 +41,8 @@ def save(
     files      further files, name -> content, checked like the others
     FileExistsError if the folder holds something else; OSError if it cannot be written, then nothing has changed.
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and (is_checkpoint(folder) or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder}: exists and is no checkpoint")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    part = folder.parent / f".{folder.name}.{os.getpid()}.part"
-    part.mkdir()
-    try:
+    with whole_folder(folder, is_checkpoint, "checkpoint") as part:
         _write(model, part, optimizer, dict(state or {}), dict(files or {}))
-        _publish(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path):
-    """Unfinished folders of processes that were killed while they saved here."""
-    for part in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
-        pid = part.name.split(".")[-2]
-        if pid == str(os.getpid()) or (pid.isdecimal() and not _lives(int(pid))):
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _write(model: Model, part: Path, optimizer: bool, state: dict, files: dict[str, bytes]):
@@ -87,12 +55,9 @@ def _write(model: Model, part: Path, optimizer: bool, state: dict, files: dict[s
         _save_tensors(tensors, part / _OPTIMIZER)
     for name, content in files.items():
         (part / name).write_bytes(content)
-    state |= {"format": 1, "step": model.step, "files": {p.name: _digest(p) for p in sorted(part.iterdir())}}
-    state["sha256"] = _digest_of_state(state)
+    state |= {"format": 1, "step": model.step, "files": {p.name: digest(p) for p in sorted(part.iterdir())}}
+    state["sha256"] = digest_of(state)
     (part / _STATE).write_text(json.dumps(state, indent=2) + "\n")
-    for p in part.iterdir():
-        _sync(p)
-    _sync(part)
 
 
 def _save_tensors(tensors: dict[str, np.ndarray], path: Path):
@@ -100,47 +65,6 @@ def _save_tensors(tensors: dict[str, np.ndarray], path: Path):
         save_file({name: np.ascontiguousarray(p) for name, p in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as e:
         raise OSError(f"{path}: cannot be written: {e}") from None
-
-
-def _digest(path: Path) -> dict:
-    with open(path, "rb") as f:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
-
-
-def _digest_of_state(state: Mapping) -> str:
-    rest = {k: v for k, v in state.items() if k != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _publish(part: Path, folder: Path):
-    """Give the finished folder its name.  An older one changes places with it, so that at no instant there is none."""
-    if not folder.exists() or not any(folder.iterdir()):
-        os.rename(part, folder)
-    elif not _exchange(part, folder):
-        old = part.with_suffix(".old")
-        os.rename(folder, old)
-        try:
-            os.rename(part, folder)
-        except OSError:
-            os.rename(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    _sync(folder.parent)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Linux's renameat2 with RENAME_EXCHANGE; False where the system or the file system has none."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_cwd, exchange = -100, 2
-    return rename is not None and rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
 
 
 # ---- reading ----
@@ -169,13 +93,13 @@ def verify(folder) -> dict:
     files, step = state.get("files"), state.get("step")
     if not isinstance(files, dict) or type(step) is not int or not 0 <= step < 2**63:
         raise CheckpointError(f"{folder / _STATE}: step or files are missing or damaged")
-    if state.get("sha256") != _digest_of_state(state):
+    if state.get("sha256") != digest_of(state):
         raise CheckpointError(f"{folder / _STATE}: was altered after it was written (its checksum differs)")
     for name, want in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: is missing")
-        have = _digest(path)
+        have = digest(path)
         if not isinstance(want, dict) or have["bytes"] != want.get("bytes"):
             size = want.get("bytes") if isinstance(want, dict) else want
             raise CheckpointError(f"{path}: has {have['bytes']} bytes, {size} were written")
