@@ -26,6 +26,9 @@ COMMANDS = {
     "demo": Command(
         "demo", "DemoConfig", "minutes, offline: train a small model on Python's own library, let it write"
     ),
+    "data": Command(
+        "prepare", "PrepareConfig", "look at text: documents, tokens, what is refused; make token shards of it"
+    ),
     "train": Command("train", "TrainConfig", "train a model on your text"),
     "sample": Command("sample", "SampleConfig", "let a trained model continue a prompt"),
     "doctor": Command("doctor", "DoctorConfig", "what was built, what this machine has, what is missing"),

@@ -34,6 +34,10 @@ def whole_folder(folder: str | os.PathLike, is_ours: Callable[[Path], bool], wha
             _sync(path)
         _sync(part)
         _publish(part, folder)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a full disk does not say which
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
