@@ -60,7 +60,7 @@ $(VENV)/.installed: $(VENV)/.python $(SOURCES)
 	@touch $@
 
 # The extras of pyproject.toml alone: `pip install '.[test]'` would build the extension a second time.
-extra = $(shell $(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'])")
+extra = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)']))")
 
 $(VENV)/.test: $(VENV)/.installed pyproject.toml
 	$(PIP) $(call extra,test)

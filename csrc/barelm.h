@@ -74,8 +74,6 @@ Status model_forward_backward(Model *m, float *logprobs, const float *dlogprobs,
  * gradient that is not finite: so too, and NOT_FINITE; the error names the first tensor. */
 Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, float eps, float weight_decay,
                     float clip, double skip_above);
-/* Gradients read as zero. */
-void model_discard(Model *m);
 /* logits (B, V) of the last position, or (B, T, V) */
 Status model_logits(Model *m, float *logits, const int32_t *tokens, const int32_t *starts, int last, int B, int T);
 

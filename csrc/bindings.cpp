@@ -213,18 +213,11 @@ class PyModel {
         run([&] {
             Status s = model_update(model_, &norm, (float)lr, (float)beta1, (float)beta2, (float)eps,
                                     (float)weight_decay, (float)clip, skip_above);
-            clear_seen_grads();
+            float *g;
+            if (grads_seen_) model_grads(model_, &g);  // views of it are about: they must read as zero
             return s;
         });
         return norm;
-    }
-
-    void discard() {
-        run([&] {
-            model_discard(model_);
-            clear_seen_grads();
-            return OK;
-        });
     }
 
     Floats logits(const py::array &tokens, bool last, const std::optional<py::array> &starts) {
@@ -376,12 +369,6 @@ class PyModel {
     std::mutex lock_;
     std::atomic<std::thread::id> owner_;  // who computes
     std::vector<Tensor> tensors_;
-    // Views of the gradients may be about: after an update, too, they must read as zero.
-    void clear_seen_grads() {
-        float *g;
-        if (grads_seen_) model_grads(model_, &g);
-    }
-
     bool grads_seen_ = false;
 };
 
@@ -490,7 +477,6 @@ PYBIND11_MODULE(_core, m) {
              py::arg("temperature"), py::arg("starts"))
         .def("update", &PyModel::update, py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
              py::arg("weight_decay"), py::arg("clip"), py::arg("skip_above"))
-        .def("discard", &PyModel::discard)
         .def("logits", &PyModel::logits, py::arg("tokens"), py::arg("last"), py::arg("starts"))
         .def("trace", &PyModel::trace, py::arg("tokens"), py::arg("starts"))
         .def_property_readonly("params", [](const py::object &self) { return PyModel::params(self); })

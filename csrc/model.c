@@ -724,8 +724,6 @@ static void adamw_all(Model *m, float weight_decay) {
     }
 }
 
-void model_discard(Model *m) { m->grads_live = 0; }
-
 Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, float eps, float weight_decay,
                     float clip, double skip_above) {
     if (!m->grads_live) return fail(m, NO_FORWARD, "update: there are no gradients (backward comes first)");

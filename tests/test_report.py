@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 
 import pytest
-from barelm.report import Log, Progress, count, curve_svg, duration, printable, read_log, write_report
+from barelm.curve import curve_svg
+from barelm.report import Log, Progress, count, duration, printable, read_log, write_report
 from rich.console import Console
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 from barelm import Model, Tokenizer
 from barelm import __main__ as command
 from barelm import train as training
-from barelm.loop import flops_per_token, step, warmup_cosine
+from barelm.data.tokens import Tokens
+from barelm.guard import WARM
 
 TINY = {
     "n-layer": 1,
@@ -62,16 +64,13 @@ def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def without_clocks(records):
-    clocks = ("seconds", "tokens_per_second")
-    return [{name: value for name, value in record.items() if name not in clocks} for record in records]
-
-
-def same_model(a, b):
-    a, b = Model.load(a), Model.load(b)
-    assert a.step == b.step and list(a.params) == list(b.params)
-    for name in a.params:
-        np.testing.assert_array_equal(a.params[name], b.params[name], err_msg=name)
+def same_run(a, b, step):
+    """Weights, moments, update count and log of two runs: the same bytes."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (a / f"step_{step}" / name).read_bytes() == (b / f"step_{step}" / name).read_bytes(), name
+    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+    states = [json.loads((run / f"step_{step}" / "state.json").read_text()) for run in (a, b)]
+    assert states[0]["step"] == states[1]["step"] and states[0]["train"]["guard"] == states[1]["train"]["guard"]
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
@@ -87,7 +86,9 @@ def test_a_run_learns_and_leaves_its_folder(text, tmp_path, capsys):
     losses = [record["loss"] for record in log(out) if "loss" in record]
     assert len(losses) == 40 and losses[-1] < losses[0] - 1
     assert [record["step"] for record in log(out) if "sample" in record] == [20, 40]
-    assert sorted(path.name for path in out.iterdir()) == ["curve.svg", "log.jsonl", "report.md", "run.json", "step_40"]
+    files = ["curve.svg", "data", "log.jsonl", "lr.svg", "report.md", "run.json", "speed.jsonl", "step_40"]
+    assert sorted(path.name for path in out.iterdir() if path.name != "tensorboard") == files
+    assert len((out / "speed.jsonl").read_text().splitlines()) == 40
     assert "1 and" in (out / "report.md").read_text() and "<svg" in (out / "curve.svg").read_text()
     assert Tokenizer.load(out / "step_40").encode("a") == [97]
     assert Model.load(out / "step_40").step == 40
@@ -102,14 +103,14 @@ def test_a_run_may_be_as_long_as_a_time(text, tmp_path):
 
 
 def test_every_step_and_micro_batch_draws_its_own_windows(text, tmp_path, monkeypatch):
-    drawn, real = [], training.TokenData.batch
+    drawn, real = [], Tokens.batch
 
     def batch(self, step, micro, *sizes):
         drawn.append((step, micro))
         return real(self, step, micro, *sizes)
 
-    monkeypatch.setattr(training.TokenData, "batch", batch)
-    assert run(text, tmp_path / "run", steps=2, accumulate=3) == 0
+    monkeypatch.setattr(Tokens, "batch", batch)
+    assert run(text, tmp_path / "run", steps=2, tokens_per_step=3 * 4 * 16) == 0
     assert drawn == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
@@ -123,9 +124,8 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(text, tmp_path):
     for late in ("step_20", "step_30"):
         shutil.rmtree(halves / late)
     assert run(text, halves, "--resume", steps=30, eval_every=6, save_every=10, keep=0) == 0
-    same_model(whole / "step_30", halves / "step_30")
-    same_model(whole / "step_20", halves / "step_20")
-    assert without_clocks(log(whole)) == without_clocks(log(halves))
+    same_run(whole, halves, 20)
+    same_run(whole, halves, 30)
 
 
 def stop_at(monkeypatch, number, stop_step):
@@ -151,7 +151,7 @@ def test_a_signal_finishes_the_step_saves_and_resumes(text, tmp_path, monkeypatc
     assert (tmp_path / "run" / "step_7").is_dir()
     assert command.main(["train", "--resume", "--out", str(tmp_path / "run"), "--threads", "1"]) == 0
     assert run(text, tmp_path / "whole", steps=12) == 0
-    same_model(tmp_path / "run" / "step_12", tmp_path / "whole" / "step_12")
+    same_run(tmp_path / "run", tmp_path / "whole", 12)
 
 
 def wait_for_a_step(out, process):
@@ -223,13 +223,10 @@ def test_resume_refuses_what_contradicts_the_run(text, tmp_path, capsys):
     assert run(text, out, steps=2) == 0
     assert "--n-embd: 32 contradicts" in refused(capsys, ["train", "--resume", "--out", out, "--n-embd", 32])
     the_default = ["--lr", training.TrainConfig.lr]
-    assert "--lr: 0.001 contradicts" in refused(capsys, ["train", "--resume", "--out", out, *the_default])
+    assert "--lr: 0.0 contradicts" in refused(capsys, ["train", "--resume", "--out", out, *the_default])
     other = tmp_path / "other.txt"
     other.write_text(TEXT + "!")
-    assert "--data: the corpus is not" in refused(capsys, ["train", "--resume", "--out", out, "--data", other])
-    text.rename(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere").rename(tmp_path / "moved.txt")
-    assert "no such file" in refused(capsys, ["train", "--resume", "--out", out])
+    assert "other.txt contradicts the run" in refused(capsys, ["train", "--resume", "--out", out, "--data", other])
     assert "no run to resume" in refused(capsys, ["train", "--resume", "--out", tmp_path / "nothing"])
     assert "already holds a run" in refused(capsys, ["train", "--out", out])
 
@@ -239,27 +236,121 @@ def test_without_a_good_checkpoint_there_is_nothing_to_resume(text, tmp_path, ca
     assert run(text, out, steps=2) == 0
     (out / "step_2" / "model.safetensors").write_bytes(b"")
     assert "no checkpoint that can be resumed" in refused(capsys, ["train", "--resume", "--out", out])
-    shutil.rmtree(out / "step_2")
-    assert run(text, out, steps=3) == 0  # so it may begin again, with a log of its own
-    assert [record["step"] for record in log(out) if "loss" in record] == [1, 2, 3]
     (out / "run.json").write_text("{}")
     assert "run.json: not the description of a run" in refused(capsys, ["train", "--resume", "--out", out])
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(text, tmp_path, capsys):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    for folder in (out, whole):
+        assert run(text, folder, steps=3) == 0
+    shutil.rmtree(out / "step_3")
+    text.unlink()  # its tokens are in the run's folder
+    capsys.readouterr()
+    assert command.main(["train", "--resume", "--out", str(out)]) == 0
+    assert "no checkpoint yet, it begins again" in capsys.readouterr().out
+    same_run(out, whole, 3)
+
+
+def test_a_run_goes_on_with_the_tokens_it_began_with(text, tmp_path, capsys):
+    """Its own shards are checked; shards of the user's may move, but not change."""
+    own, shards, out = tmp_path / "own", tmp_path / "shards", tmp_path / "run"
+    assert run(text, own, steps=2) == 0
+    text.write_text("something else")
+    assert command.main(["train", "--resume", "--out", str(own), "--steps", "3"]) == 0
+    text.write_text(TEXT)
+    assert command.main(["data", "--data", str(text), "--out", str(shards)]) == 0
+    assert run(shards, out, steps=2) == 0 and not (out / "data").exists()
+    shards.rename(tmp_path / "moved")
+    goes_on = ["train", "--resume", "--out", str(out), "--steps", "3", "--data"]
+    assert command.main([*goes_on, str(tmp_path / "moved")]) == 0
+    text.write_text(TEXT + "!")
+    assert command.main(["data", "--data", str(text), "--out", str(tmp_path / "other")]) == 0
+    capsys.readouterr()
+    assert "has no checkpoint that can be resumed" in refused(capsys, [*goes_on, tmp_path / "other"])
+
+
+def test_the_best_checkpoint_is_kept(text, tmp_path, monkeypatch):
+    scores = iter([5.0, 4.0, 2.0, 3.0, 2.5, 2.4])
+    real = training.evaluate
+    monkeypatch.setattr(training, "evaluate", lambda *args: real(*args)._replace(loss=next(scores)))
+    out = tmp_path / "run"
+    assert run(text, out, "--keep-best", steps=10, eval_every=2, save_every=4, keep=1) == 0
+    assert sorted(path.name for path in out.glob("step_*")) == ["step_10", "step_4"]
+
+
+# ---- the guard ----------------------------------------------------------------------------------------------------
+
+
+def break_steps(monkeypatch, steps):
+    """An infinite gradient in these steps of the run, whatever they are called with."""
+    seen, real = [0], training.step
+
+    def broken(model, *args, **options):
+        seen[0] += 1
+
+        class Broken:
+            def forward_backward(self, *a, **o):
+                loss = model.forward_backward(*a, **o)
+                if seen[0] in steps:
+                    model.grads["h.0.attn.c_proj.weight"][0, 1] = np.inf
+                return loss
+
+            def update(self, *a, **o):
+                return model.update(*a, **o)
+
+        return real(Broken(), *args, **options)
+
+    monkeypatch.setattr(training, "step", broken)
+
+
+def test_a_bad_step_is_skipped_told_and_survives_a_resume(text, tmp_path, monkeypatch, capsys):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    flags = dict(steps=WARM + 8, save_every=WARM + 2, keep=0)
+    break_steps(monkeypatch, {3, WARM + 1})
+    assert run(text, whole, **flags) == 0
+    said = capsys.readouterr().out
+    assert "step 3  skipped: the gradient of h.0.attn.c_proj.weight is not finite" in said
+    assert f"{WARM + 8} steps, 2 of them skipped" in said
+    assert [r["step"] for r in log(whole) if "skipped" in r] == [3, WARM + 1]
+    assert Model.load(whole / f"step_{WARM + 8}").step == WARM + 6
+    assert "is not finite" in (whole / "report.md").read_text()
+    shutil.copytree(whole, halves)
+    shutil.rmtree(halves / f"step_{WARM + 8}")
+    assert run(text, halves, "--resume", **flags) == 0
+    same_run(whole, halves, WARM + 8)
+
+
+def test_a_run_of_bad_steps_stops_and_names_the_last_good_checkpoint(text, tmp_path, monkeypatch, capsys):
+    break_steps(monkeypatch, range(5, 100))
+    assert run(text, tmp_path / "run", steps=20, save_every=2, guard_stop=3) == 1
+    said = capsys.readouterr().err
+    assert "step 7: 3 steps in a row skipped, the last: the gradient of h.0.attn.c_proj.weight is not finite" in said
+    assert f"the newest checkpoint is {tmp_path / 'run' / 'step_6'}; try a lower --lr" in said
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 BAD = {
-    "--n-head": 3,
-    "--n-layer": 0,
+    "--n-head": -1,
+    "--n-layer": -2,
     "--n-embd": -1,
     "--n-kv-head": 5,
-    "--context": 0,
-    "--batch": 0,
-    "--accumulate": 0,
+    "--context": -1,
+    "--batch": -1,
+    "--tokens-per-step": 1000,
+    "--schedule": "linear",
+    "--order": "backwards",
+    "--guard": -1,
+    "--guard-stop": 0,
+    "--val-fraction": 1,
+    "--lr-end": 1.5,
+    "--decay": -0.1,
+    "--depth": -1,
+    "--preset": "gpt5",
     "--steps": -1,
     "--minutes": "nan",
-    "--lr": 0,
-    "--min-lr": 5,
+    "--lr": -1,
     "--warmup": -1,
     "--weight-decay": -1,
     "--beta1": 1,
@@ -293,6 +384,9 @@ def test_a_bad_value_is_refused_by_its_flag(tmp_path, capsys, flag):
         (["train", "--data", "/nowhere"], "/nowhere: no such file or folder"),
         (["train", "--tokenizer", "/nowhere"], "/nowhere: no such file"),
         (["demo", "--minutes", "0"], "--minutes: "),
+        (["train", "--n-head", "3"], "--n-embd: is 256, must be a multiple of n_head 3"),
+        (["train", "--preset", "gpt2", "--depth", "3"], "--depth: a preset has its own"),
+        (["train", "--batch", "5", "--tokens-per-step", "1000"], "--tokens-per-step: 1000 is not a multiple of"),
     ],
 )
 def test_a_mistyped_command_is_explained(tmp_path, monkeypatch, capsys, argv, says):
@@ -303,22 +397,7 @@ def test_a_mistyped_command_is_explained(tmp_path, monkeypatch, capsys, argv, sa
 def test_a_text_that_is_too_short_is_refused(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("too short")
     said = refused(capsys, arguments(tmp_path / "short.txt", tmp_path / "run"))
-    assert "context: a window of 16 needs 17 tokens, the training text has only 9" in said
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch, capsys):
-    real = training.step
-
-    def broken(model, *args, **options):
-        if model.step == 3:
-            raise FloatingPointError("the loss is nan")
-        return real(model, *args, **options)
-
-    monkeypatch.setattr(training, "step", broken)
-    assert run(text, tmp_path / "run", steps=9, save_every=2) == 1
-    said = capsys.readouterr().err
-    assert "step 4: the loss is nan at learning rate" in said
-    assert f"{tmp_path / 'run' / 'step_2'}; try a lower --lr" in said
+    assert "context: a window of 16 needs 17 tokens, the training text has only 10" in said
 
 
 def test_debug_shows_where_an_error_arose(monkeypatch):
@@ -333,8 +412,8 @@ def test_every_command_helps_and_every_field_is_a_flag_with_words(name, capsys):
     said = capsys.readouterr().out
     module = importlib.import_module(f"barelm.{command.COMMANDS[name].module}")
     for field, _ in command._flags(getattr(module, command.COMMANDS[name].config)):
-        line = next(line for line in said.splitlines() if line.strip().startswith("--" + field.name.replace("_", "-")))
-        assert len(line.split()) > 3
+        found = re.search(rf"\n  --{field.name.replace('_', '-')}(?![\w-])(.*?)(?=\n  -|\Z)", said, re.DOTALL)
+        assert len(found[1].split()) > 1
     assert name in command._overview()
 
 
@@ -381,60 +460,3 @@ def test_doctor_says_what_is_broken(monkeypatch, capsys):
     monkeypatch.setattr(barelm._core, "peak_flops", no_kernels)
     assert command.main(["doctor"]) == 1
     assert "broken: the kernels do not run: RuntimeError: no kernels" in capsys.readouterr().out
-
-
-# ---- the loop's parts ---------------------------------------------------------------------------------------------
-
-
-def test_the_learning_rate_rises_falls_and_ends_at_its_end():
-    rates = [warmup_cosine(i, 1.0, 0.1, 10, i / 100) for i in range(101)]
-    assert rates[0] == pytest.approx(0.1) and rates[100] == pytest.approx(0.1)
-    assert rates[9] == pytest.approx(1, abs=0.02)
-    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert warmup_cosine(0, 1.0, 0.1, 0, 0.0) == 1.0
-    assert warmup_cosine(50, 1.0, 0.0, 0, 0.5) == pytest.approx(0.5)
-    assert warmup_cosine(5, 1.0, 0.1, 0, 7.0) == pytest.approx(0.1)
-
-
-class Recorder:
-    """A model that keeps what it is asked."""
-
-    def __init__(self, loss=1.0, norm=2.0):
-        self.loss, self.norm, self.weights, self.updates = loss, norm, [], []
-
-    def forward_backward(self, tokens, targets, weights):
-        assert weights.dtype == np.float32 and weights.shape == targets.shape
-        self.weights.append(weights)
-        return self.loss
-
-    def update(self, **options):
-        self.updates.append(options)
-        return self.norm
-
-
-def test_every_token_of_a_step_weighs_the_same_whatever_its_micro_batch():
-    model = Recorder()
-    tokens = np.zeros((1, 4), np.int32)
-    batches = [(tokens, np.array([[1, 2, -1, -1]], np.int32)), (tokens, np.array([[1, 2, 3, -1]], np.int32))]
-    result = step(model, batches, 0.5, betas=(0.8, 0.9), weight_decay=0.2, clip=3.0)
-    assert [w.tolist() for w in model.weights] == [[[np.float32(0.2)] * 2 + [0, 0]], [[np.float32(0.2)] * 3 + [0]]]
-    assert model.updates == [{"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.2, "clip": 3.0}]
-    assert result == (2.0, 2.0, 5)
-
-
-def test_a_step_that_went_wrong_raises_and_touches_no_weights():
-    tokens = np.zeros((1, 2), np.int32)
-    model = Recorder(loss=float("nan"))
-    with pytest.raises(FloatingPointError, match="loss is nan"):
-        step(model, [(tokens, tokens)], 0.1)
-    assert model.updates == []
-    with pytest.raises(FloatingPointError, match="norm of the gradient is inf"):
-        step(Recorder(norm=float("inf")), [(tokens, tokens)], 0.1)
-    with pytest.raises(ValueError, match="no target"):
-        step(Recorder(), [(tokens, tokens - 1)], 0.1)
-
-
-def test_operations_of_gpt2_are_six_for_each_weight_and_the_scores():
-    config = barelm.Config.preset("gpt2")
-    matrices = 12 * (4 * 768 * 768 + 8 * 768 * 768) + 768 * 50257
-    assert flops_per_token(config, 1024) == 6 * (matrices + 12 * 768 * 1025)

@@ -58,7 +58,7 @@ def _settings(config: DemoConfig) -> TrainConfig:
         context=128,
         batch=12,
         lr=3e-3,
-        min_lr=1e-4,
+        lr_end=0.03,
         warmup=50,
         eval_every=500,
         eval_batches=40,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .data.corpus import TokenData
+from .data.tokens import Tokens
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -15,9 +15,10 @@ class Evaluation(NamedTuple):
     loss: float  # mean of -log p(token), nats per token
     tokens: int
     n_bytes: int
+    stderr: float = 0.0
 
 
-def evaluate(model, data: TokenData, B: int = 8, T: int | None = None, batches: int | None = None) -> Evaluation:
+def evaluate(model, data: Tokens, B: int = 8, T: int | None = None, batches: int | None = None) -> Evaluation:
     """Score `data` in windows of T (the model's context where left out) that follow each other, B at a time; each
     window starts without memory of the one before.  At most `batches` batches.  End-of-text tokens count in the bits,
     and stand for no bytes.

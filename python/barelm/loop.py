@@ -1,4 +1,4 @@
-"""The training loop's two ideas: one optimizer step, and the learning rate over time."""
+"""The training loop's ideas: one optimizer step, and the learning rate over time."""
 
 import math
 from collections.abc import Iterable
@@ -6,60 +6,101 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .guard import Guard
 from .recipe import matrix_weights
 
-__all__ = ["StepResult", "flops_per_token", "step", "warmup_cosine"]
+__all__ = ["SCHEDULES", "StepResult", "flops_per_token", "schedule", "step"]
 
 
 class StepResult(NamedTuple):
     loss: float  # mean negative log-likelihood of the step's targets, nats
-    norm: float  # L2 norm of the gradient before clipping
+    norm: float  # L2 norm of the gradient before clipping; NaN where it is not finite
     tokens: int  # targets trained on
+    skipped: str = ""  # why no update was made; "" where one was
 
 
-def warmup_cosine(step: int, lr: float, min_lr: float, warmup: int, done: float) -> float:
-    """Learning rate of update number `step` (the first is 0): half a cosine from lr down to min_lr (Loshchilov, Hutter
-    2017, arXiv:1608.03983; without restarts), times a linear rise from 0 over the first `warmup` updates.
+# ---- learning rate ------------------------------------------------------------------------------------------------
 
-    done    share of the whole run that lies behind, in [0, 1]: step / steps, or the time used of the time given.  The
-            cosine runs over the whole of it, so that a run whose length is a time has the same curve.
+
+def cosine(done: float, end: float, decay: float) -> float:
+    """Half a cosine from 1 down to `end` (Loshchilov, Hutter 2017, arXiv:1608.03983; without restarts)."""
+    return end + 0.5 * (1 - end) * (1 + math.cos(math.pi * done))
+
+
+def wsd(done: float, end: float, decay: float) -> float:
+    """Warm-up, stable, decay: 1, and over the last share `decay` of the run a straight line down to `end` (Hu et al.
+    2024, MiniCPM, arXiv:2404.06395).  The stable part can be gone on from at any time."""
+    return 1 - (1 - end) * max(0.0, (done - (1 - decay)) / decay) if decay else 1.0
+
+
+SCHEDULES = {"cosine": cosine, "wsd": wsd}
+
+
+def schedule(step: int, done: float, lr: float, *, kind: str = "cosine", warmup: int = 0, end=0.1, decay=0.2) -> float:
+    """Learning rate of update number `step` (the first is 0).
+
+    done     share of the whole run that lies behind, in [0, 1]: step / steps, or the time used of the time given
+    kind     a name of SCHEDULES; warmup: updates over which the rate rises in a straight line from 0
+    end      share of lr that is left at the end; decay: share of the run over which "wsd" falls
     """
-    cosine = min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
-    return cosine * min(1.0, (step + 1) / warmup) if warmup else cosine
+    rate = lr * SCHEDULES[kind](min(max(done, 0.0), 1.0), end, decay)
+    return rate * min(1.0, (step + 1) / warmup) if warmup else rate
+
+
+# ---- a step -------------------------------------------------------------------------------------------------------
 
 
 def step(
     model,
-    micro_batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    micro_batches: Iterable[tuple[np.ndarray, ...]],
     lr: float,
     *,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     clip: float = 1.0,
+    guard: Guard | None = None,
 ) -> StepResult:
     """One optimizer step on next-token loss.
 
-    micro_batches   (tokens, targets) pairs, (B, T) int32 each; targets of -1 are not trained on.  Every token weighs
-                    the same: the denominator is the number of targets of the whole step, not of a micro-batch.
+    micro_batches   (tokens, targets) or (tokens, targets, starts), (B, T) int32 each; targets of -1 are not trained on.
+                    Every token weighs the same: the denominator is the number of targets of the whole step, not of a
+                    micro-batch.
+    guard           skips the step where its loss or its gradient is an outlier: the result says why, and weights,
+                    moments and step of the model keep their bits
 
-    ValueError: nothing to train on.  FloatingPointError: the loss or the gradient is not finite; where it is the loss,
-    the weights have not been touched.
+    ValueError: nothing to train on.  FloatingPointError: without a guard, the loss or the gradient is not finite; with
+    one, too many steps in a row were skipped; or a weight is not finite.
     """
     batches = list(micro_batches)
-    n = sum(int(np.count_nonzero(targets >= 0)) for _, targets in batches)
+    n = sum(int(np.count_nonzero(targets >= 0)) for _, targets, *_ in batches)
     if n == 0:
         raise ValueError("micro_batches: no target to train on")
     loss = 0.0
-    for tokens, targets in batches:
+    for tokens, targets, *starts in batches:
         weights = np.where(targets >= 0, np.float32(1 / n), np.float32(0))
-        loss += float(model.forward_backward(tokens, targets, weights))
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss}")
-    norm = float(model.update(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip=clip))
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the norm of the gradient is {norm}")
-    return StepResult(loss, norm, n)
+        loss += float(model.forward_backward(tokens, targets, weights, starts=starts[0] if starts else None))
+
+    watch = guard or Guard(deviations=0, patience=1)
+    why = _outlier("the loss", loss, watch.loss_limit)
+    limit = 0.0 if why else watch.norm_limit
+    try:
+        norm = model.update(lr, betas, eps, weight_decay, clip, skip_above=limit)
+        why = why or _outlier("the norm of the gradient", norm, limit)
+    except FloatingPointError as error:  # it names the first bad tensor
+        norm, why = math.nan, str(error).removeprefix("update: ").split(";")[0]
+    if why:
+        watch.skipped(why)
+    else:
+        watch.made(loss, norm)
+    return StepResult(loss, norm, n, why)
+
+
+def _outlier(name: str, value: float, limit: float) -> str:
+    """Why this value is none to learn from; "" where it is."""
+    if not math.isfinite(value):
+        return f"{name} is {value}"
+    return f"{name}, {value:.4g}, is above {limit:.4g}" if value > limit else ""
 
 
 def flops_per_token(config, T: int) -> float:

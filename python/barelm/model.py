@@ -225,10 +225,6 @@ class Model:
                 raise TypeError(f"{name}: is {value!r}, must be a number")
         return self._core.update(*numbers.values())
 
-    def discard(self):
-        """Forget the gradients without an update: they then read as zero."""
-        self._core.discard()
-
     def logits(self, tokens, last=True, starts=None):
         """Logits (B, V) float32 after the last token of each row, or (B, T, V).  Keeps nothing for `backward`."""
         return self._core.logits(np.asarray(tokens), last, _maybe(starts))

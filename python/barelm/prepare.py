@@ -1,7 +1,6 @@
 """`barelm data`: what is in a text, how many tokens it makes, and shards of them to train on."""
 
 import json
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Annotated
 from .data.documents import Documents
 from .data.shards import Dataset, check_found, summary, write_dataset
 from .data.tokens import Piece, encode
-from .report import console, count, duration, printable
+from .report import Reading, console, count, duration, printable
 from .tokenizer import Tokenizer
 
 __all__ = ["PrepareConfig", "main"]
@@ -37,7 +36,7 @@ def main(config: PrepareConfig) -> int:
     screen, began = console(stderr=config.json), time.perf_counter()
     tok = Tokenizer.bytes() if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer)
     documents = Documents(config.data, field=config.field, split_at=config.split_at)
-    with _Progress(screen) as progress:
+    with Reading(screen) as progress:
         dataset, result = _write(config, documents, tok, progress) if config.out else _look(documents, tok, progress)
     result |= {"corpus": documents.counts.hash, "tokenizer": tok.hash(), "seconds": time.perf_counter() - began}
     if config.json:
@@ -48,7 +47,7 @@ def main(config: PrepareConfig) -> int:
     return 0
 
 
-def _look(documents: Documents, tok: Tokenizer, progress: "_Progress") -> tuple[None, dict]:
+def _look(documents: Documents, tok: Tokenizer, progress: Reading) -> tuple[None, dict]:
     tokens = 0
     for _, ids in encode((Piece(document.data, document.begins) for document in documents), tok):
         tokens += len(ids)
@@ -57,7 +56,7 @@ def _look(documents: Documents, tok: Tokenizer, progress: "_Progress") -> tuple[
     return None, summary(documents, tokens)
 
 
-def _write(config: PrepareConfig, documents: Documents, tok: Tokenizer, progress: "_Progress") -> tuple[Dataset, dict]:
+def _write(config: PrepareConfig, documents: Documents, tok: Tokenizer, progress: Reading) -> tuple[Dataset, dict]:
     dataset = write_dataset(
         documents,
         tok,
@@ -100,43 +99,3 @@ def _with_names(number: int, names: list[str]) -> str:
 def _shown(name: str) -> str:
     """A name of a file may hold anything but a zero byte."""
     return printable(os.fsencode(name).decode("utf-8", "replace")).replace("\n", "\ufffd")
-
-
-class _Progress:
-    """Documents, bytes of text, MB/s and the time left: a bar on a terminal, a line now and then elsewhere."""
-
-    PLAIN_SECONDS = 5.0  # between two lines
-
-    def __init__(self, screen):
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._screen, self._start = screen, time.perf_counter()
-        self._last = self._start
-        self._bar = Progress(BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), console=screen, transient=True)
-        self._task = self._bar.add_task("", total=None, text="")
-
-    def __enter__(self) -> "_Progress":
-        if self._screen.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._screen.is_terminal:
-            self._bar.stop()
-
-    def __call__(self, documents: Documents, tokens: int) -> None:
-        if self._screen.is_terminal:
-            text = self._text(documents, tokens)
-            self._bar.update(self._task, total=documents.size, completed=documents.done, text=text)
-        elif time.perf_counter() - self._last >= self.PLAIN_SECONDS:
-            self._last = time.perf_counter()
-            self._screen.print(self._text(documents, tokens), markup=False, highlight=False, soft_wrap=True)
-
-    def _text(self, documents: Documents, tokens: int) -> str:
-        counts, spent = documents.counts, time.perf_counter() - self._start
-        parts = [f"{counts.documents:,} documents", count(counts.bytes, "B"), f"{count(tokens)} tokens"]
-        parts.append(count(counts.bytes / max(spent, 1e-9), "B/s"))
-        done = documents.done / documents.size if documents.size else math.nan
-        if done > 0:
-            parts.append(f"{duration(spent * (1 - done) / done)} left")
-        return "  ".join(parts)

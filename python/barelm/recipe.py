@@ -42,11 +42,9 @@ def model_config(n_vocab: int, preset: str = "", depth: int = 0, family: str = "
         raise ValueError("depth: a preset has its own; name one of the two")
     sizes = {name: size for name, size in sizes.items() if size}
     if preset:
-        known = Config.preset(preset)
-        if {"n_head", "n_embd", "n_layer"} & sizes.keys():  # what the preset derived from its own sizes is derived anew
-            sizes = dict(n_kv_head=None if known.n_kv_head == known.n_head else known.n_kv_head) | sizes
-            sizes |= dict(head_size=None, n_inner=None)
-        return dataclasses.replace(known, vocab_size=n_vocab, **sizes)
+        derived = dict(n_embd=("head_size", "n_inner"), n_head=("head_size", "n_kv_head"))  # anew, where those change
+        anew = {name: None for size in derived.keys() & sizes.keys() for name in derived[size]}
+        return dataclasses.replace(Config.preset(preset), vocab_size=n_vocab, **anew | sizes)
     base = dict(n_layer=depth, n_head=depth, n_embd=64 * depth, context=min(1024, 128 * depth)) if depth else SMALL
     return Config.preset(family, vocab_size=n_vocab, **dict(n_kv_head=None, n_inner=None) | base | sizes)
 

@@ -1,16 +1,17 @@
-"""What a run tells: a progress line, log.jsonl, curve.svg and report.md."""
+"""What a run tells: a progress line, its logs, and report.md with its curves."""
 
-import html
+import importlib.util
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["Log", "Progress", "count", "curve_svg", "duration", "printable", "write_file", "write_report"]
+from .curve import curve_svg
+
+__all__ = ["Board", "Log", "Progress", "Reading", "count", "duration", "printable", "write_file", "write_report"]
 
 
 # ---- numbers for people -------------------------------------------------------------------------------------------
@@ -101,6 +102,32 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
+class Board:
+    """The numbers of a log as TensorBoard's event files."""
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._pb, self._events = summary_pb2, event_pb2
+        self._writer = EventFileWriter(str(folder))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # later steps of a stopped run are hidden
+        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+
+    @classmethod
+    def open(cls, folder: Path, step: int) -> "Board | None":
+        """None where the package is not installed."""
+        return cls(folder, step) if importlib.util.find_spec("tensorboard") else None
+
+    def write(self, step: int, values: dict[str, object]) -> None:
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        summary = self._pb.Summary(value=[self._pb.Summary.Value(tag=n, simple_value=v) for n, v in numbers.items()])
+        self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 # ---- progress -----------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +193,48 @@ class Progress:
         return spent * (1 - done) / (done - self._first) if done > self._first else None
 
 
+class Reading:
+    """Documents, bytes of text, MB/s and the time left: a bar on a terminal, a line now and then elsewhere."""
+
+    PLAIN_SECONDS = 5.0  # between two lines
+
+    def __init__(self, console):
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+        self._screen, self._start = console, time.perf_counter()
+        self._last = self._start
+        self._bar = RichProgress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("", total=None, text="")
+
+    def __enter__(self) -> "Reading":
+        if self._screen.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._screen.is_terminal:
+            self._bar.stop()
+
+    def __call__(self, documents, tokens: int) -> None:
+        if self._screen.is_terminal:
+            text = self._text(documents, tokens)
+            self._bar.update(self._task, total=documents.size, completed=documents.done, text=text)
+        elif time.perf_counter() - self._last >= self.PLAIN_SECONDS:
+            self._last = time.perf_counter()
+            self._screen.print(self._text(documents, tokens), markup=False, highlight=False, soft_wrap=True)
+
+    def _text(self, documents, tokens: int) -> str:
+        counts, spent = documents.counts, time.perf_counter() - self._start
+        parts = [f"{counts.documents:,} documents", count(counts.bytes, "B"), f"{count(tokens)} tokens"]
+        parts.append(count(counts.bytes / max(spent, 1e-9), "B/s"))
+        done = documents.done / documents.size if documents.size else math.nan
+        if done > 0:
+            parts.append(f"{duration(spent * (1 - done) / done)} left")
+        return "  ".join(parts)
+
+
 def _rich_bar(console):
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as RichProgress
@@ -186,134 +255,38 @@ def console(stderr: bool = False):
     return Console(file=sys.stderr if stderr else sys.stdout)
 
 
-# ---- the curve ----------------------------------------------------------------------------------------------------
-
-WIDTH, HEIGHT = 760, 400
-LEFT, RIGHT, TOP, BOTTOM = 62, 112, 44, 48  # margins; the right one holds the names of the lines
-STYLE = """<style>
-text { font: 13px system-ui, sans-serif; fill: #59636e } .title { font-size: 15px; font-weight: 600 }
-.grid { stroke: #8b949e; stroke-opacity: .25 } .axis { stroke: #8b949e }
-.line { fill: none; stroke-width: 2; stroke-linejoin: round }
-.train { stroke: #2f81f7 } .raw { stroke-width: 1; stroke-opacity: .3 } .validation { stroke: #e8710a }
-text.train { fill: #2f81f7; stroke: none } text.validation, .dot { fill: #e8710a; stroke: none }
-@media (prefers-color-scheme: dark) { text { fill: #9aa4af } }
-</style>"""
-
-
-def curve_svg(
-    train: Sequence[tuple[int, float]],
-    validation: Sequence[tuple[int, float]] = (),
-    title: str = "Loss",
-    ylabel: str = "nats per token",
-) -> str:
-    """An SVG of the two loss curves, readable on a light and on a dark page.
-
-    train, validation   (step, loss) pairs in order of step; what is not finite is left out.  Many training points are
-                        averaged into as many as the picture can show, with a smoothed line above the raw one.
-    """
-    raw = _thin([p for p in train if math.isfinite(p[1])], WIDTH // 2)
-    smooth = _smooth(raw)
-    validation = [p for p in validation if math.isfinite(p[1])]
-    points = [*raw, *validation]
-    xs = _ticks(0, max([x for x, _ in points], default=1) or 1, 6, whole=True)
-    ys = _ticks(min([y for _, y in points], default=0), max([y for _, y in points], default=1), 6)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            LEFT + (WIDTH - LEFT - RIGHT) * (x - xs[0]) / (xs[-1] - xs[0]),
-            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - ys[0]) / (ys[-1] - ys[0]),
-        )
-
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        f"<title>{html.escape(title)}</title>",
-        STYLE,
-        f'<text class="title" x="{LEFT}" y="24">{html.escape(title)}</text>',
-    ]
-    out += _axes(xs, ys, place, ylabel)
-    out += [
-        _line_svg(raw, place, "line train raw"),
-        _line_svg(smooth, place, "line train"),
-        _line_svg(validation, place, "line validation"),
-    ]
-    out += ['<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="3"/>'.format(*place(*p)) for p in validation]
-    out += _names([("train", smooth), ("validation", validation)], place)
-    return "\n".join(line for line in out if line) + "\n</svg>\n"
-
-
-def _thin(points: Sequence[tuple[int, float]], most: int) -> list[tuple[float, float]]:
-    """At most `most` points, each the mean of its neighbours."""
-    size = -(-len(points) // most) if points else 1
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-
-
-def _smooth(points: Sequence[tuple[float, float]], memory: float = 0.8) -> list[tuple[float, float]]:
-    """Exponential average, corrected for its empty beginning as Adam's is."""
-    total = weight = 0.0
-    out = []
-    for x, y in points:
-        total, weight = memory * total + y, memory * weight + 1
-        out.append((x, total / weight))
-    return out
-
-
-def _ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:
-    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose [low, high]."""
-    span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / about))
-    gap = next(f * power for f in (1, 2, 5, 10) if f * power >= span / about * (1 - 1e-9))
-    gap = max(gap, 1.0) if whole else gap
-    first, last = math.floor(low / gap + 1e-9), math.ceil(high / gap - 1e-9)
-    return [i * gap for i in range(first, max(last, first + 1) + 1)]
-
-
-def _axes(xs: list[float], ys: list[float], place, ylabel: str) -> Iterable[str]:
-    digits = max(0, -math.floor(math.log10(ys[1] - ys[0]) + 1e-9))
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    for y in ys:
-        at = place(xs[0], y)[1]
-        yield f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        yield f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{y:.{digits}f}</text>'
-    for x in xs:
-        yield f'<text x="{place(x, ys[0])[0]:.1f}" y="{bottom + 18}" text-anchor="middle">{x:,.0f}</text>'
-    yield f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>'
-    yield f'<text x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 10}" text-anchor="middle">step</text>'
-    middle = (TOP + bottom) / 2
-    yield f'<text transform="translate(16 {middle:.0f}) rotate(-90)" text-anchor="middle">{html.escape(ylabel)}</text>'
-
-
-def _line_svg(points: Sequence[tuple[float, float]], place, style: str) -> str:
-    path = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in points)
-    return f'<polyline class="{style}" points="{path}"/>' if len(points) > 1 else ""
-
-
-def _names(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], place) -> Iterable[str]:
-    """Each line's name and last value at its end, kept from lying on each other."""
-    labels = sorted((place(*points[-1])[1], name, points[-1][1]) for name, points in lines if points)
-    at = -math.inf
-    for y, name, value in labels:
-        at = max(y + 4, at + 16)
-        yield f'<text class="{name}" x="{WIDTH - RIGHT + 6}" y="{at:.1f}">{name} {value:.2f}</text>'
-
-
 # ---- the report ---------------------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path, title: str, facts: dict[str, str], log: Log, closing: str = "") -> None:
-    """report.md and curve.svg of a run folder, from what its log holds.
+    """report.md, curve.svg and lr.svg of a run folder, from what its log holds.
 
     facts   {name: value} of the table at the top.  closing: the last paragraph, in Markdown.
     """
-    write_file(folder / "curve.svg", curve_svg(log.column("loss"), log.column("val_loss"), title))
+    write_file(folder / "curve.svg", curve_svg(_losses(log), log.column("val_loss"), title))
+    rates = curve_svg(log.column("lr"), (), title, "learning rate", names=("rate", ""), memory=0)
+    write_file(folder / "lr.svg", rates)
     out = [f"# {title}", "", "| | |", "|---|---|"]
     out += [f"| {name} | {_cell(value)} |" for name, value in facts.items()]
-    out += ["", "![training and validation loss](curve.svg)", "", *_evaluations(log), *_samples(log)]
+    out += ["", "![training and validation loss](curve.svg)", "", "![learning rate](lr.svg)", ""]
+    out += [*_evaluations(log), *_skipped(log), *_samples(log)]
     write_file(folder / "report.md", "\n".join([*out, closing]).rstrip() + "\n")
 
 
 def _cell(text: str) -> str:
     return " ".join(str(text).replace("|", "\\|").split())
+
+
+def _losses(log: Log) -> list[tuple[int, float]]:
+    """Of the steps that were made: an outlier would flatten all the rest of the curve."""
+    return [(r["step"], r["loss"]) for r in log.records if "loss" in r and "skipped" not in r]
+
+
+def _skipped(log: Log, most: int = 20) -> list[str]:
+    rows = log.column("skipped")
+    out = ["## Skipped steps", ""] if rows else []
+    out += [f"- {step:,}: {why}" for step, why in rows[-most:]]
+    return [*out, ""] if rows else []
 
 
 def _evaluations(log: Log, most: int = 12) -> list[str]:

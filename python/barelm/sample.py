@@ -9,8 +9,8 @@ from . import _core
 from .engine import generate
 from .model import Model
 from .report import printable
+from .runs import newest_checkpoint
 from .tokenizer import Tokenizer
-from .train import newest_checkpoint
 
 __all__ = ["SampleConfig", "main"]
 

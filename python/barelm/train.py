@@ -1,42 +1,39 @@
 """`barelm train`: pretraining on next-token prediction.
 
-A run is one folder: run.json (what was asked), step_N/ (checkpoints), log.jsonl, report.md, curve.svg.  Everything
-that a run draws at random depends on its seed and its step alone, so a run that was stopped and resumed makes the same
-bits as one that never stopped.
+A run is one folder (runs.py).  Everything that a run draws at random depends on its seed and its step alone, and all
+that it learned from what came before - weights, moments, the guard's window - is in its checkpoints; so a run that was
+stopped at any instant and resumed makes the same bits as one that never stopped.
 """
 
 import dataclasses
 import json
 import math
-import os
-import re
-import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from . import _core, checkpoint
-from .data.corpus import Corpus, TokenData, read_documents
+from . import _core, runs
+from .data.documents import Documents
+from .data.shards import Dataset, is_dataset, write_dataset
+from .data.tokens import document_starts
 from .engine import generate
 from .evaluate import Evaluation, evaluate
-from .loop import flops_per_token, step, warmup_cosine
-from .model import Config, Model
-from .report import Log, Progress, console, count, duration, printable, write_file, write_report
+from .guard import Guard
+from .loop import StepResult, flops_per_token, schedule, step
+from .model import Model
+from .recipe import model_config, pace
+from .report import Board, Log, Progress, Reading, console, count, duration, printable, write_report
 from .tokenizer import Tokenizer
 
-__all__ = ["TrainConfig", "TrainResult", "main", "newest_checkpoint", "train"]
+__all__ = ["TrainConfig", "TrainResult", "main", "train"]
 
-DEFAULT_STEPS = 1000
-# What a resumed run may have otherwise than before: its length, and what it shows and keeps.  `data` and `tokenizer`
-# are paths; what they lead to is compared by hash.
+# What a resumed run may have otherwise than before: its length, and what it shows and keeps.
 FREE = {
-    "data",
-    "tokenizer",
     "out",
     "resume",
     "json",
@@ -46,48 +43,68 @@ FREE = {
     "eval_every",
     "save_every",
     "keep",
+    "keep_best",
     "sample_every",
     "prompt",
+    "tensorboard",
 }
+OWN_DATA = "data"  # in a run's folder: the tokens it made of text
+SMALL_PACE = dict(batch=8, steps=1000, lr=1e-3, warmup=20)  # for a model without preset or depth
+MICRO_BATCH = 4096  # tokens of a micro-batch where --batch is left to a preset or to the depth
 
 
 @dataclass
 class TrainConfig:
     """Train a GPT-2- or Llama-like model on next-token prediction.  Each field is a flag of `barelm train`."""
 
-    data: Annotated[str, "text file, or folder of text files; left out: the Python standard library"] = ""
+    data: Annotated[
+        str, "text, .jsonl, .parquet, .gz, .zst: file, folder, pattern, -; or shards; left out: Python's own library"
+    ] = ""
+    field: Annotated[str, "the field of JSONL lines, or the column of parquet, that holds the text"] = "text"
+    split_at: Annotated[str, "what stands between the documents of a text file, such as <|endoftext|>"] = ""
+    val_fraction: Annotated[float, "share of the documents that is held out"] = 0.1
     tokenizer: Annotated[str, "'bytes', or a tokenizer.json, or a folder with one or with GPT-2's files"] = "bytes"
-    preset: Annotated[str, "family of the model, gpt2 or llama; the sizes are the flags below"] = "gpt2"
-    n_layer: Annotated[int, "blocks"] = 4
-    n_head: Annotated[int, "query heads"] = 4
-    n_kv_head: Annotated[int, "key/value heads; 0: as many as query heads"] = 0
-    n_embd: Annotated[int, "channels"] = 256
-    context: Annotated[int, "tokens the model sees at once"] = 256
-    batch: Annotated[int, "windows in a micro-batch"] = 8
-    accumulate: Annotated[int, "micro-batches in a step"] = 1
-    steps: Annotated[int, f"steps of the whole run; 0: {DEFAULT_STEPS}, or as many as fit into --minutes"] = 0
+    preset: Annotated[str, "a known size: gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama, llama-3.2-1b ..."] = ""
+    depth: Annotated[int, "one dial for sizes, batch, learning rate and length: layers; 12 is GPT-2 124M"] = 0
+    family: Annotated[Literal["gpt2", "llama"], "form of the model where there is no preset"] = "gpt2"
+    n_layer: Annotated[int, "blocks; this and what is 0 below: as preset or depth say, or a small model's"] = 0
+    n_head: Annotated[int, "query heads"] = 0
+    n_kv_head: Annotated[int, "key/value heads"] = 0
+    n_embd: Annotated[int, "channels"] = 0
+    context: Annotated[int, "tokens the model sees at once"] = 0
+    batch: Annotated[int, "windows in a micro-batch"] = 0
+    tokens_per_step: Annotated[int, "tokens of a step, in as many micro-batches as it takes; 0: by the size"] = 0
+    steps: Annotated[int, "steps of the whole run; 0: as many as fit into --minutes, or by the size"] = 0
     minutes: Annotated[float, "stop after so many minutes, the learning rate follows; 0: no limit"] = 0.0
-    lr: Annotated[float, "highest learning rate"] = 1e-3
-    min_lr: Annotated[float, "learning rate at the end"] = 1e-4
-    warmup: Annotated[int, "steps over which the learning rate rises"] = 20
-    weight_decay: Annotated[float, "AdamW's weight decay, on matrices"] = 0.1
+    lr: Annotated[float, "highest learning rate; 0: by the size"] = 0.0
+    warmup: Annotated[int, "steps over which the learning rate rises; 0: by the length, 1: none"] = 0
+    schedule: Annotated[Literal["cosine", "wsd"], "wsd: warm-up, stable, and a straight decay at the end"] = "cosine"
+    lr_end: Annotated[float, "share of --lr that is left at the end"] = 0.1
+    decay: Annotated[float, "share of the run over which wsd decays"] = 0.2
+    weight_decay: Annotated[float, "AdamW's weight decay: on matrices and embeddings, never on vectors"] = 0.1
     beta1: Annotated[float, "AdamW's memory of the gradient"] = 0.9
     beta2: Annotated[float, "AdamW's memory of its square"] = 0.95
     clip: Annotated[float, "largest norm of the gradient; 0: not clipped"] = 1.0
-    seed: Annotated[int, "of the initial weights, the batches and the samples"] = 0
+    guard: Annotated[float, "skip steps with a loss or norm so many deviations too high; 0: only not finite"] = 8.0
+    guard_stop: Annotated[int, "skipped steps in a row after which the run stops"] = 10
+    order: Annotated[Literal["random", "sequential"], "windows anywhere in the text, or in its order"] = "random"
+    within: Annotated[bool, "attention stays within a document"] = False
+    seed: Annotated[int, "of the split, the initial weights, the batches and the samples"] = 0
     precision: Annotated[Literal["fp32", "bf16"], "bf16 rounds the operands of matrix products"] = "fp32"
     eval_every: Annotated[int, "steps between evaluations; 0: only before and after"] = 250
     eval_batches: Annotated[int, "batches of held-out text in an evaluation; 0: all of it"] = 20
     save_every: Annotated[int, "steps between checkpoints; 0: only at the end"] = 500
     keep: Annotated[int, "newest checkpoints to keep; 0: all"] = 2
+    keep_best: Annotated[bool, "save after each evaluation that is the best so far, and keep the best one"] = False
     sample_every: Annotated[int, "steps between samples; 0: none"] = 0
     prompt: Annotated[str, "what the samples continue"] = "def "
+    tensorboard: Annotated[bool, "write TensorBoard's files too, where that package is installed"] = True
     out: Annotated[str, "folder of the run"] = "runs/train"
     resume: Annotated[bool, "continue the run in --out from its newest good checkpoint"] = False
     threads: Annotated[int, "0: as many as the machine grants"] = 0
     json: Annotated[bool, "print the result as JSON on standard output, everything else on standard error"] = False
     # Which fields the user named (the command line says); None: all.  A resumed run compares only these with its own.
-    given: frozenset[str] | None = field(default=None, init=False, repr=False, compare=False)
+    given: frozenset[str] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,7 @@ class TrainResult:
     seconds: float  # in the whole run
     tokens_per_second: float  # at the end
     n_params: int
+    skipped: int  # steps that the guard skipped
     before: Evaluation
     after: Evaluation
     signal: int = 0  # the one that stopped the run
@@ -119,11 +137,11 @@ def train(config: TrainConfig, title: str = "Training run") -> TrainResult:
     _check(config)
     if config.threads:
         _core.threads_set(config.threads)
-    run = _resume(config, screen) if config.resume else _start(config)
+    run = _resume(config, screen) if config.resume else _start(config, screen)
     try:
         return _train(run, screen, title)
     finally:
-        run.log.close()
+        run.close()
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
@@ -131,20 +149,22 @@ def train(config: TrainConfig, title: str = "Training run") -> TrainResult:
 
 @dataclass
 class Run:
-    """What the loop needs; `seconds` is the time that the run took in earlier processes."""
+    """What the loop needs.  `step` counts the steps of the run; the model's own counts updates, without the skipped.
+    `seconds` is the time that the run took in earlier processes."""
 
-    config: TrainConfig
+    config: TrainConfig  # settled: nothing is left to a preset or to the depth
     folder: Path
-    tok: Tokenizer
     model: Model
-    corpus: Corpus
-    train: TokenData
-    validation: TokenData
-    identity: dict  # hashes of what the run learns from; in every checkpoint
-    log: Log
+    tok: Tokenizer
+    dataset: Dataset
+    log: Log  # what follows from data and seed: the same bytes however often the run was stopped
+    speed: Log  # what the clock said
+    guard: Guard
+    step: int = 0
     seconds: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
+    began: float = dataclasses.field(default_factory=time.perf_counter)
     saved: int = -1  # the step of the last checkpoint
+    board: Board | None = None
 
     @property
     def elapsed(self) -> float:
@@ -153,90 +173,171 @@ class Run:
     @property
     def steps(self) -> float:
         """Steps of the whole run; infinite where only the time counts."""
-        return self.config.steps or (math.inf if self.config.minutes else DEFAULT_STEPS)
+        return self.config.steps or math.inf
 
     @property
     def done(self) -> float:
         """Share of the run that lies behind."""
         by_time = self.elapsed / (60 * self.config.minutes) if self.config.minutes else 0.0
-        return min(1.0, max(self.model.step / self.steps, by_time))
+        return min(1.0, max(self.step / self.steps, by_time))
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.config.batch * self.config.context * self.config.accumulate
+    def micro_batches(self) -> int:
+        """In a step."""
+        return self.config.tokens_per_step // (self.config.batch * self.config.context)
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best evaluation so far, the untrained model's left out."""
+        scores = [(value, number) for number, value in self.log.column("val_loss") if number]
+        return min(scores)[1] if scores else None
+
+    def write(self, **values: object) -> None:
+        """A record of the log, and of TensorBoard's."""
+        self.log.write(self.step, **values)
+        if self.board:
+            self.board.write(self.step, values)
+
+    def close(self) -> None:
+        for log in (self.log, self.speed, self.board):
+            if log:
+                log.close()
 
 
-def _start(config: TrainConfig) -> Run:
+def _start(config: TrainConfig, screen) -> Run:
     folder = Path(config.out)
-    if _checkpoints(folder):  # a run that died before its first checkpoint left nothing to continue: begin again
+    if runs.checkpoints(folder):  # a run that died before its first checkpoint left nothing to continue: begin again
         raise ValueError(f"--out: {folder} already holds a run; --resume continues it, another --out begins a new one")
-    tok = Tokenizer.bytes() if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer)
-    corpus = read_documents(config.data or None)
-    model = Model(_model_config(config, tok), seed=config.seed, precision=config.precision)
-    identity = {"corpus": corpus.hash(), "tokenizer": tok.hash()}
-    parts = _encode(corpus, tok, config)
+    if config.data and is_dataset(config.data):
+        tok = None if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer)
+        dataset = Dataset.open(config.data, tok)
+    else:
+        tok = Tokenizer.bytes() if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer)
+        _settle(config, tok.n_vocab)  # what cannot be is said before the text is read
+        documents = Documents(config.data, field=config.field, split_at=config.split_at)
+        split = dict(val_fraction=config.val_fraction, seed=config.seed)
+        with Reading(screen) as reading:
+            dataset = write_dataset(documents, tok, folder / OWN_DATA, **split, progress=reading)
+    return _begin(config, folder, dataset)
+
+
+def _begin(config: TrainConfig, folder: Path, dataset: Dataset) -> Run:
+    """A run from its first step, on data that is there."""
+    config = _settle(config, dataset.tok.n_vocab)
+    _check_data(dataset, config)
+    model = Model(_model_config(config, dataset.tok.n_vocab), seed=config.seed, precision=config.precision)
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(config, folder, tok, model, corpus, *parts, identity, Log(folder / "log.jsonl"))
-    _write_run(run)
+    run = _open(config, folder, model, dataset, None)
+    _describe(run)
+    return run
+
+
+def _open(config: TrainConfig, folder: Path, model: Model, dataset: Dataset, step: int | None) -> Run:
+    """A run with its logs; `step`: the one it resumes from."""
+    logs = (Log(folder / name, resume=step) for name in ("log.jsonl", "speed.jsonl"))
+    guard = Guard(config.guard, patience=config.guard_stop)
+    run = Run(config, folder, model, dataset.tok, dataset, *logs, guard, step or 0)
+    run.board = Board.open(folder / "tensorboard", run.step) if config.tensorboard else None
     return run
 
 
 def _resume(config: TrainConfig, screen) -> Run:
     folder = Path(config.out)
-    try:
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        old = TrainConfig(**before["config"])
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--out: {folder} holds no run to resume (no run.json)") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'run.json'}: not the description of a run ({error})") from None
-    merged = _merge(old, config)
+    old = _read_config(folder)
+    merged = _merge(old, config, set() if (folder / OWN_DATA).is_dir() else {"data"})  # the user's shards may move
     _check(merged)
     say = partial(screen.print, markup=False, highlight=False, soft_wrap=True)
-    model, tok, state, path = _load_newest(folder, merged.precision, say)
-    corpus = read_documents(merged.data or None)
-    identity = {"corpus": corpus.hash(), "tokenizer": tok.hash()}
-    for name, flag in (("corpus", "--data"), ("tokenizer", "--tokenizer")):
-        if identity[name] != state["identity"][name]:
-            raise ValueError(
-                f"{flag}: the {name} is not the one of the run in {folder} (sha256 {identity[name][:12]} "
-                f"instead of {state['identity'][name][:12]})"
-            )
-    log = Log(folder / "log.jsonl", resume=model.step)
-    run = Run(merged, folder, tok, model, corpus, *_encode(corpus, tok, merged), identity, log, state["seconds"])
-    run.saved = model.step
-    _write_run(run)
+    dataset = _open_data(folder, merged)
+    found = runs.load_newest(folder, merged.precision, dataset.identity, say)
+    if found is None:
+        say(f"resumed   {folder}: it has no checkpoint yet, it begins again")
+        return _begin(merged, folder, dataset)
+    model, _, state, path = found
+    run = _open(merged, folder, model, dataset, state["step"])
+    run.guard.restore(state["guard"])
+    run.seconds, run.saved = state["seconds"], run.step
+    _describe(run)
     say(f"resumed   {path}")
     return run
 
 
-def _merge(old: TrainConfig, new: TrainConfig) -> TrainConfig:
-    """The old run's config with what may change taken from the new one.  ValueError: what may not change does."""
+def _read_config(folder: Path) -> TrainConfig:
+    try:
+        return TrainConfig(**runs.read_description(folder)["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'run.json'}: not the description of a run ({error})") from None
+
+
+def _merge(old: TrainConfig, new: TrainConfig, free: set[str]) -> TrainConfig:
+    """The old run's config with what may change (FREE and `free`) taken from the new one.  ValueError: what may not
+    change does."""
     given = {f.name for f in dataclasses.fields(new) if f.init} if new.given is None else new.given
-    for name in sorted(given - FREE):
+    free = FREE | free
+    for name in sorted(given - free):
         if getattr(new, name) != getattr(old, name):
             raise ValueError(
                 f"{_flag(name)}: {getattr(new, name)} contradicts the run in {new.out}, which has {getattr(old, name)}"
             )
-    return dataclasses.replace(old, **{name: getattr(new, name) for name in (given & FREE) | {"out", "resume"}})
+    return dataclasses.replace(old, **{name: getattr(new, name) for name in (given & free) | {"out", "resume"}})
 
 
-def _encode(corpus: Corpus, tok: Tokenizer, config: TrainConfig) -> tuple[TokenData, TokenData]:
-    parts = [TokenData.encode(documents, tok) for documents in corpus.split()]
-    parts[0].check(config.context, "training text")
-    parts[1].check(1, "held-out text")
-    return parts[0], parts[1]
+def _open_data(folder: Path, config: TrainConfig) -> Dataset:
+    """The tokens of a run that was there before: its own, or the shards it was begun with."""
+    if (folder / OWN_DATA).is_dir():
+        return Dataset.open(folder / OWN_DATA)
+    return Dataset.open(config.data, None if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer))
 
 
-def _model_config(config: TrainConfig, tok: Tokenizer) -> Config:
-    return Config.preset(
+def _check_data(dataset: Dataset, config: TrainConfig) -> None:
+    dataset.train.check(config.context, "training text")
+    dataset.validation.check(1, "held-out text")
+
+
+# ---- what was asked -----------------------------------------------------------------------------------------------
+
+
+def _settle(config: TrainConfig, n_vocab: int) -> TrainConfig:
+    """The config with every 0 that stands for "by the size" filled in.  ValueError names the flag that cannot be."""
+    try:
+        sizes = _model_config(config, n_vocab)
+    except ValueError as error:
+        name, _, says = str(error).partition(": ")
+        raise ValueError(f"{_flag(name)}: {says}") from None
+    wanted = dict(SMALL_PACE)
+    if config.preset or config.depth:
+        by_size = pace(sizes)
+        batch = max(1, 2 ** int(math.log2(max(1, MICRO_BATCH // sizes.context))))
+        wanted = dict(batch=min(batch, by_size.tokens_per_step // sizes.context), steps=by_size.steps, lr=by_size.lr)
+        wanted |= dict(tokens_per_step=by_size.tokens_per_step, warmup=max(20, by_size.steps // 50))
+    if config.minutes:
+        del wanted["steps"]
+    wanted |= {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "context")}
+    settled = dataclasses.replace(
+        config, **{name: value for name, value in wanted.items() if not getattr(config, name)}
+    )
+    settled.given = config.given
+    windows = settled.batch * settled.context
+    if not settled.tokens_per_step:
+        settled.tokens_per_step = windows
+    if settled.tokens_per_step % windows:
+        nearest = max(1, round(settled.tokens_per_step / windows)) * windows
+        raise ValueError(
+            f"--tokens-per-step: {settled.tokens_per_step} is not a multiple of --batch x --context = {windows}; "
+            f"{nearest} is"
+        )
+    return settled
+
+
+def _model_config(config: TrainConfig, n_vocab: int):
+    return model_config(
+        n_vocab,
         config.preset,
+        config.depth,
+        config.family,
         n_layer=config.n_layer,
         n_head=config.n_head,
+        n_kv_head=config.n_kv_head,
         n_embd=config.n_embd,
-        n_kv_head=config.n_kv_head or None,
-        n_inner=None,
-        vocab_size=tok.n_vocab,
         context=config.context,
     )
 
@@ -247,115 +348,49 @@ def _flag(name: str) -> str:
 
 def _check(config: TrainConfig) -> None:
     """ValueError naming the flag whose value is out of range."""
-    positive = ("n_layer", "n_head", "n_embd", "context", "batch", "accumulate", "lr")
-    not_negative = (
-        "n_kv_head",
-        "steps",
-        "minutes",
-        "min_lr",
-        "warmup",
-        "weight_decay",
-        "clip",
-        "seed",
-        "eval_every",
-        "eval_batches",
-        "save_every",
-        "keep",
-        "sample_every",
-        "threads",
-    )
-    for name in (*positive, *not_negative):
-        value = getattr(config, name)
-        if not (value > 0 if name in positive else value >= 0) or not math.isfinite(value):
-            raise ValueError(f"{_flag(name)}: must be {'above 0' if name in positive else '0 or more'}, got {value}")
-        if type(value) is int and value >= 2**31:
-            raise ValueError(f"{_flag(name)}: {value} is too large")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(config, name) < 1:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if type(value) not in (int, float):
+            continue
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{_flag(f.name)}: must be 0 or more, got {value}")
+        if type(value) is int and value >= 2**31 and f.name != "seed":
+            raise ValueError(f"{_flag(f.name)}: {value} is too large")
+    for name in ("beta1", "beta2", "val_fraction"):
+        if not getattr(config, name) < 1:
             raise ValueError(f"{_flag(name)}: must be in [0, 1), got {getattr(config, name)}")
-    if config.precision not in ("fp32", "bf16"):
-        raise ValueError(f"--precision: must be fp32 or bf16, got {config.precision}")
-    if config.min_lr > config.lr:
-        raise ValueError(f"--min-lr: {config.min_lr} is above --lr {config.lr}")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"--n-head: {config.n_head} heads do not divide --n-embd {config.n_embd}")
-    if config.n_kv_head and config.n_head % config.n_kv_head:
-        raise ValueError(f"--n-kv-head: {config.n_kv_head} does not divide --n-head {config.n_head}")
+    for name in ("lr_end", "decay"):
+        if not getattr(config, name) <= 1:
+            raise ValueError(f"{_flag(name)}: must be in [0, 1], got {getattr(config, name)}")
+    for name in ("precision", "schedule", "order", "family"):
+        choices = _choices(name)
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{_flag(name)}: must be one of {', '.join(choices)}, got {getattr(config, name)}")
+    if not config.guard_stop:
+        raise ValueError("--guard-stop: must be 1 or more, got 0")
 
 
-# ---- checkpoints --------------------------------------------------------------------------------------------------
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the step_N folders, newest first."""
-    found = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.glob("step_*") if path.is_dir()]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-
-
-def newest_checkpoint(folder: str | os.PathLike) -> Path:
-    """`folder` itself if it is a checkpoint, or the newest step_N of a run's folder."""
-    folder = Path(folder)
-    if checkpoint.is_checkpoint(folder):
-        return folder
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    found = _checkpoints(folder)
-    if not found:
-        raise FileNotFoundError(f"{folder}: neither a checkpoint (no config.json) nor a run (no step_N)")
-    return found[0][1]
-
-
-def _load_newest(folder: Path, precision: str, say) -> tuple[Model, Tokenizer, dict, Path]:
-    """The newest checkpoint that is whole; one that is not is named and passed over."""
-    for number, path in _checkpoints(folder):
-        try:
-            state = checkpoint.verify(path).get("train")
-            if not isinstance(state, dict):
-                raise ValueError("no state.json, or not one of a run")
-            model, tok = Model.load(path, precision=precision), Tokenizer.load(path)
-            if model.step != number:
-                raise ValueError(f"it is of step {model.step}")
-            return model, tok, state, path
-        except (ValueError, OSError) as error:
-            say(f"refused   {path}: {error}")
-    raise ValueError(f"--out: {folder} has no checkpoint that can be resumed")
-
-
-def _save(run: Run) -> Path:
-    """Write step_N, whole or not at all; nothing to do where it is written already."""
-    path = run.folder / f"step_{run.model.step}"
-    if run.saved == run.model.step:
-        return path
-    run.log.sync()  # a checkpoint never knows more than the log beside it
-    shutil.rmtree(path, ignore_errors=True)  # one that was refused as torn may lie there
-    state = {"identity": run.identity, "seconds": run.elapsed, "config": _asdict(run.config)}
-    checkpoint.save(run.model, path, state={"train": state}, files={"tokenizer.json": run.tok.to_json().encode()})
-    run.saved = run.model.step
-    _prune(run)
-    return path
-
-
-def _prune(run: Run) -> None:
-    """Remove old checkpoints.  Later ones than ours were refused as torn: they neither count nor are touched."""
-    ours = [path for number, path in _checkpoints(run.folder) if number <= run.model.step]
-    for old in ours[run.config.keep :] if run.config.keep else ():
-        shutil.rmtree(old, ignore_errors=True)
+def _choices(name: str) -> tuple[str, ...]:
+    hint = TrainConfig.__annotations__[name]
+    return hint.__origin__.__args__
 
 
 def _asdict(config: TrainConfig) -> dict:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
 
 
-def _write_run(run: Run) -> None:
-    description = {
-        "barelm": _core.version(),
-        "config": _asdict(run.config),
-        "model": run.model.config.to_dict(),
-        "n_params": run.model.n_params,
-        "identity": run.identity,
-        "source": run.corpus.source,
-    }
-    write_file(run.folder / "run.json", json.dumps(description, indent=1) + "\n")
+def _describe(run: Run) -> None:
+    runs.write_description(
+        run.folder,
+        {
+            "barelm": _core.version(),
+            "config": _asdict(run.config),
+            "model": run.model.config.to_dict(),
+            "n_params": run.model.n_params,
+            "identity": run.dataset.identity,
+            "data": run.dataset.summary,
+        },
+    )
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------
@@ -401,7 +436,7 @@ def _train(run: Run, screen, title: str) -> TrainResult:
         while run.done < 1 and not stop.signal:
             _one_step(run, progress)
             _chores(run, progress)
-        if not stop.signal and run.log.column("bits_per_byte")[-1][0] != run.model.step:
+        if not stop.signal and run.log.column("bits_per_byte")[-1][0] != run.step:
             _evaluate(run, progress)
         path = _save(run)
     result = _result(run, path, progress, stop.signal)
@@ -410,97 +445,130 @@ def _train(run: Run, screen, title: str) -> TrainResult:
 
 
 def _one_step(run: Run, progress: Progress) -> None:
-    config, number, began = run.config, run.model.step, time.perf_counter()
-    lr = warmup_cosine(number, config.lr, config.min_lr, config.warmup, run.done)
-    batches = [
-        run.train.batch(number, micro, config.batch, config.context, config.seed) for micro in range(config.accumulate)
-    ]
+    config, began = run.config, time.perf_counter()
+    lr = schedule(
+        run.step, run.done, config.lr, kind=config.schedule, warmup=config.warmup, end=config.lr_end, decay=config.decay
+    )
     try:
-        loss, norm, tokens = step(
+        result = step(
             run.model,
-            batches,
+            [_micro_batch(run, micro) for micro in range(run.micro_batches)],
             lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             clip=config.clip,
+            guard=run.guard,
         )
     except FloatingPointError as error:
-        newest = _checkpoints(run.folder)
-        good = f"the newest checkpoint is {newest[0][1]}" if newest else "there is no checkpoint yet"
         raise FloatingPointError(
-            f"step {number + 1}: {error} at learning rate {lr:.3g}; {good}; try a lower --lr, "
+            f"step {run.step + 1}: {error}, at learning rate {lr:.3g}; {runs.last_good(run.folder)}; try a lower --lr, "
             "a longer --warmup or a lower --clip"
         ) from None
-    seconds = time.perf_counter() - began
-    of = f"/{run.steps:,}" if run.steps < math.inf else ""
-    progress.update(f"{run.model.step:,}{of}", run.done, loss, tokens, seconds)
-    run.log.write(
-        run.model.step,
-        loss=loss,
-        norm=norm,
-        lr=lr,
-        tokens_per_second=round(tokens / seconds, 1),
+    run.step += 1
+    _record(run, progress, result, lr, time.perf_counter() - began)
+
+
+def _micro_batch(run: Run, micro: int):
+    config = run.config
+    tokens, targets = run.dataset.train.batch(
+        run.step, micro, config.batch, config.context, config.seed, config.order, run.micro_batches
+    )
+    return (tokens, targets, document_starts(tokens, run.tok.eot)) if config.within else (tokens, targets)
+
+
+def _record(run: Run, progress: Progress, result: StepResult, lr: float, seconds: float) -> None:
+    finite = {name: value for name in ("loss", "norm") if math.isfinite(value := getattr(result, name))}
+    run.write(**finite, lr=lr, **({"skipped": result.skipped} if result.skipped else {}))
+    run.speed.write(
+        run.step,
+        tokens_per_second=round(result.tokens / seconds, 1),
+        step_seconds=round(seconds, 6),
         seconds=round(run.elapsed, 3),
     )
+    of = f"/{run.steps:,}" if run.steps < math.inf else ""
+    progress.update(f"{run.step:,}{of}", run.done, result.loss, result.tokens, seconds)
+    if result.skipped:
+        progress.say(f"step {run.step:,}  skipped: {result.skipped}")
 
 
 def _chores(run: Run, progress: Progress) -> None:
     """What is due after a step."""
-    config, number = run.config, run.model.step
-    if config.eval_every and number % config.eval_every == 0:
+    config = run.config
+    if config.eval_every and run.step % config.eval_every == 0:
         _evaluate(run, progress)
-    if config.sample_every and number % config.sample_every == 0:
+        if config.keep_best and run.best == run.step:
+            _save(run)
+    if config.sample_every and run.step % config.sample_every == 0:
         _sample(run, progress)
-    if config.save_every and number % config.save_every == 0:
+    if config.save_every and run.step % config.save_every == 0:
         _save(run)
 
 
 def _evaluate(run: Run, progress: Progress) -> Evaluation:
     config = run.config
-    result = evaluate(run.model, run.validation, config.batch, config.context, config.eval_batches or None)
-    run.log.write(
-        run.model.step,
+    result = evaluate(run.model, run.dataset.validation, config.batch, config.context, config.eval_batches or None)
+    run.write(
         val_loss=result.loss,
         bits_per_byte=result.bits_per_byte,
+        stderr=result.stderr,
         val_tokens=result.tokens,
         val_bytes=result.n_bytes,
     )
-    progress.say(f"step {run.model.step:,}  held-out text: {result.bits_per_byte:.3f} bits per byte")
+    progress.say(f"step {run.step:,}  held-out text: {result.bits_per_byte:.3f} bits per byte")
     return result
 
 
 def _sample(run: Run, progress: Progress) -> None:
     prompt = run.config.prompt
     text = "".join(generate(run.model, run.tok, prompt, max_tokens=100, temperature=0.8, seed=run.config.seed))
-    run.log.write(run.model.step, prompt=prompt, sample=text)
-    progress.say(f"step {run.model.step:,}  sample:\n{printable(prompt + text)}\n")
+    run.write(prompt=prompt, sample=text)
+    progress.say(f"step {run.step:,}  sample:\n{printable(prompt + text)}\n")
+
+
+def _save(run: Run) -> Path:
+    """Write step_N, whole or not at all; nothing to do where it is written already."""
+    path = run.folder / f"step_{run.step}"
+    if run.saved == run.step:
+        return path
+    state = {
+        "identity": run.dataset.identity,
+        "seconds": run.elapsed,
+        "guard": run.guard.state(),
+        "config": _asdict(run.config),
+    }
+    path = runs.save(run.folder, run.model, run.tok, run.step, state, run.log)
+    run.saved = run.step
+    runs.prune(run.folder, run.config.keep, run.step, run.best if run.config.keep_best else None)
+    return path
 
 
 # ---- what is told -------------------------------------------------------------------------------------------------
 
 
 def _facts(run: Run, flops: float) -> dict[str, str]:
-    config, model, corpus = run.config, run.model, run.corpus
+    config, model, dataset = run.config, run.model, run.dataset
     memory = model.memory(config.batch, config.context)
-    counted = ((corpus.repaired, "not valid UTF-8"), (corpus.skipped, "files skipped"))
-    notes = [f"{n} {what}" for n, what in counted if n]
     length = f"{run.steps:,} steps" if run.steps < math.inf else f"{config.minutes:g} minutes"
     return {
         "barelm": f"{_core.version()}, {_core.isa()}, {_core.threads_get()} threads, {config.precision}",
-        "model": f"{config.preset}: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context "
-        f"{config.context}, {model.config.vocab_size:,} ids: {count(model.n_params)} parameters",
-        "data": ", ".join(
-            [
-                f"{corpus.source}: {len(corpus):,} documents, {count(corpus.n_bytes, 'B')}",
-                *notes,
-                f"sha256 {run.identity['corpus'][:12]}",
-            ]
-        ),
-        "tokens": f"{count(len(run.train))} to train on, {count(len(run.validation))} held out",
+        "model": f"{config.preset or config.family}: {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} channels, context {config.context}, {model.config.vocab_size:,} ids: "
+        f"{count(model.n_params)} parameters",
+        "data": _data_fact(dataset),
+        "tokens": f"{count(len(dataset.train))} to train on, {count(len(dataset.validation))} held out",
         "memory": ", ".join(f"{purpose} {count(size, 'B')}" for purpose, size in memory.items())
         + f": {count(sum(memory.values()), 'B')}",
-        "plan": f"{length} of {run.tokens_per_step:,} tokens, {count(flops, 'FLOP')} a token",
+        "plan": f"{length} of {config.tokens_per_step:,} tokens ({run.micro_batches} x {config.batch} x "
+        f"{config.context}), {count(flops, 'FLOP')} a token, learning rate {config.lr:g}",
     }
+
+
+def _data_fact(dataset: Dataset) -> str:
+    summary = dataset.summary
+    parts = [f"{summary['source']}: {summary['documents']:,} documents, {count(summary['bytes'], 'B')}"]
+    for name, what in (("refused", "refused"), ("not_utf8", "not valid UTF-8"), ("empty", "empty")):
+        parts += [f"{summary[name]:,} {what}"] if summary[name] else []
+    return ", ".join([*parts, f"sha256 {dataset.identity['corpus'][:12]}"])
 
 
 def _warn_of_memory(run: Run, screen) -> None:
@@ -518,18 +586,19 @@ def _warn_of_memory(run: Run, screen) -> None:
 
 def _result(run: Run, path: Path, progress: Progress, number: int) -> TrainResult:
     scores = [
-        Evaluation(r["bits_per_byte"], r["val_loss"], r["val_tokens"], r["val_bytes"])
+        Evaluation(r["bits_per_byte"], r["val_loss"], r["val_tokens"], r["val_bytes"], r["stderr"])
         for r in run.log.records
         if "bits_per_byte" in r
     ]
     return TrainResult(
         str(run.folder),
         str(path),
-        run.model.step,
-        run.model.step * run.tokens_per_step,
+        run.step,
+        run.step * run.config.tokens_per_step,
         run.elapsed,
         progress.tokens_per_second,
         run.model.n_params,
+        len(run.log.column("skipped")),
         scores[0],
         scores[-1],
         number,
@@ -543,7 +612,8 @@ def _finish(run: Run, screen, title: str, facts: dict[str, str], result: TrainRe
         if result.tokens_per_second
         else "no steps since it was resumed"
     )
-    trained = f"{result.step:,} steps, {count(result.tokens)} tokens in {duration(result.seconds)} ({speed})"
+    skipped = f", {result.skipped:,} of them skipped" if result.skipped else ""
+    trained = f"{result.step:,} steps{skipped}, {count(result.tokens)} tokens in {duration(result.seconds)} ({speed})"
     score = f"{result.before.bits_per_byte:.3f} -> {result.after.bits_per_byte:.3f} bits per byte of held-out text"
     facts = {**facts, "trained": trained, "score": score, "checkpoint": Path(result.checkpoint).name}
     goes_on = f"barelm train --resume --out {run.folder}"

@@ -1,0 +1,115 @@
+"""A run's folder: run.json (what was asked), data/ (its tokens), step_N/ (checkpoints), log.jsonl and speed.jsonl,
+report.md with its curves.
+
+A checkpoint is whole or not there, and it knows what the run learns from: one that is torn, altered or of another run
+is named and passed over, and the one before it is taken.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from . import checkpoint
+from .model import Model
+from .report import Log, write_file
+from .tokenizer import Tokenizer
+
+__all__ = ["checkpoints", "load_newest", "newest_checkpoint", "prune", "read_description", "save", "write_description"]
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the step_N folders, newest first."""
+    found = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.glob("step_*") if path.is_dir()]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> Path:
+    """`folder` itself if it is a checkpoint, or the newest step_N of a run's folder."""
+    folder = Path(folder)
+    if checkpoint.is_checkpoint(folder):
+        return folder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found = checkpoints(folder)
+    if not found:
+        raise FileNotFoundError(f"{folder}: neither a checkpoint (no config.json) nor a run (no step_N)")
+    return found[0][1]
+
+
+# ---- what was asked -----------------------------------------------------------------------------------------------
+
+
+def write_description(folder: Path, description: dict) -> None:
+    write_file(folder / "run.json", json.dumps(description, indent=1) + "\n")
+
+
+def read_description(folder: Path) -> dict:
+    """run.json.  FileNotFoundError: there is none; ValueError: it is none."""
+    path = folder / "run.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder}: holds no run to resume (no run.json)") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not the description of a run ({error})") from None
+    if not isinstance(description, dict):
+        raise ValueError(f"{path}: not the description of a run")
+    return description
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, model: Model, tok: Tokenizer, step: int, state: dict, log: Log) -> Path:
+    """Write step_N with `state` beside the model.  OSError: it could not be written, and what was there still is."""
+    path = folder / f"step_{step}"
+    log.sync()  # a checkpoint never knows more than the log beside it
+    shutil.rmtree(path, ignore_errors=True)  # one that was refused as torn may lie there
+    try:
+        checkpoint.save(
+            model, path, state={"train": state | {"step": step}}, files={"tokenizer.json": tok.to_json().encode()}
+        )
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}); {last_good(folder)}") from error
+    return path
+
+
+def last_good(folder: Path) -> str:
+    """For the messages of a run that stops."""
+    found = checkpoints(folder)
+    return f"the newest checkpoint is {found[0][1]}" if found else "there is no checkpoint yet"
+
+
+def prune(folder: Path, keep: int, step: int, best: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints (0: none is removed) and that of step `best`.  Later ones than ours
+    (`step`) were refused as torn: they neither count nor are touched."""
+    ours = [(number, path) for number, path in checkpoints(folder) if number <= step]
+    for number, path in ours[keep:] if keep else ():
+        if number != best:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load_newest(folder: Path, precision: str, identity: dict, say) -> tuple[Model, Tokenizer, dict, Path] | None:
+    """The newest checkpoint that is whole and of a run on `identity`: model, tokenizer, the state saved with it, path.
+    One that is not is named through `say` and passed over.  None: there is no step_N at all.  ValueError: none of them
+    can be used.
+    """
+    found = checkpoints(folder)
+    for number, path in found:
+        try:
+            state = checkpoint.verify(path).get("train")
+            if not isinstance(state, dict):
+                raise ValueError("no state.json, or not one of a run")
+            if state["step"] != number:
+                raise ValueError(f"it is of step {state['step']}")
+            for name, value in identity.items():
+                if state["identity"].get(name) != value:
+                    raise ValueError(f"it learned from another {name}")
+            return Model.load(path, precision=precision), Tokenizer.load(path), state, path
+        except (ValueError, OSError) as error:
+            say(f"refused   {path}: {error}")
+    if found:
+        raise ValueError(f"{folder}: has no checkpoint that can be resumed")
+    return None
