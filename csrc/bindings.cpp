@@ -2,6 +2,7 @@
 //   Model   what python/barelm/model.py stands on: every argument is checked here, once, before a kernel runs
 //   ops     every operator of every backend straight from ops.def, for tests and benchmarks: types and contiguity are
 //           checked, sizes are the caller's word
+// and Bpe, what python/barelm/tokenizer.py trains a vocabulary with.
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -13,11 +14,13 @@
 #include <pybind11/stl.h>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <tuple>
 #include <vector>
 extern "C" {
 #include "barelm.h"
+#include "bpe.h"
 #include "clock.h"
 #include "ops.h"
 #include "peak.h"
@@ -381,6 +384,92 @@ static int choice(const char *field, const std::string &value, std::vector<std::
     throw py::value_error(std::string(field) + ": is '" + value + "', must be one of " + all);
 }
 
+// ---- Bpe -----------------------------------------------------------------------------------------------------------
+
+static Split split_of(const std::string &pattern) { return (Split)choice("pattern", pattern, {"gpt2", "gpt4"}); }
+
+static py::list split(const std::string &pattern, const py::bytes &text) {
+    Split split = split_of(pattern);
+    std::string_view all = text;
+    auto p = reinterpret_cast<const uint8_t *>(all.data()), end = p + all.size();
+    py::list pieces;
+    while (p < end) {
+        const uint8_t *next = split_next(split, p, end);
+        if (next > p) pieces.append(py::bytes(reinterpret_cast<const char *>(p), (size_t)(next - p)));
+        p = next > p ? next : p + 1;
+    }
+    return pieces;
+}
+
+class PyBpe {
+  public:
+    PyBpe(const std::string &pattern, int64_t min_count) {
+        if (min_count < 1) throw py::value_error("min_count: is " + str(min_count) + ", must be at least 1");
+        ready();
+        bpe_ = bpe_create(split_of(pattern), min_count);
+        if (!bpe_) raise(BPE_NO_MEMORY);
+    }
+    PyBpe(const PyBpe &) = delete;
+    ~PyBpe() { bpe_free(bpe_); }
+
+    void add(const py::bytes &document) {
+        Turn mine(busy_);
+        std::string_view text = document;
+        if (bpe_has_begun(bpe_)) throw std::runtime_error("merging has begun: no document can be added");
+        run([&] { return bpe_add(bpe_, reinterpret_cast<const uint8_t *>(text.data()), text.size(), signal_pending); });
+    }
+
+    // Up to n merges more; how many there are now.
+    size_t merge(int n) {
+        Turn mine(busy_);
+        if (n < 0) throw py::value_error("n: is " + str(n) + ", must not be negative");
+        run([&] { return bpe_merge(bpe_, n, signal_pending); });
+        const Merge *first;
+        return bpe_merges(bpe_, &first);
+    }
+
+    py::array_t<uint32_t> merges() {
+        Turn mine(busy_);
+        const Merge *first;
+        size_t n = bpe_merges(bpe_, &first);
+        py::array_t<uint32_t> out({(int64_t)n, (int64_t)2});
+        if (n) memcpy(out.mutable_data(), first, n * sizeof *first);
+        return out;
+    }
+
+  private:
+    struct Turn {  // one call at a time; a signal handler, or another thread, is refused
+        explicit Turn(std::atomic_flag &flag) : busy(flag) {
+            if (busy.test_and_set()) throw std::runtime_error("the trainer is at work in another call");
+        }
+        Turn(const Turn &) = delete;
+        ~Turn() { busy.clear(); }
+        std::atomic_flag &busy;
+    };
+
+    template <class F>
+    static void run(F f) {
+        ready();
+        BpeStatus s;
+        {
+            py::gil_scoped_release nogil;
+            s = f();
+        }
+        if (s) raise(s);
+    }
+
+    [[noreturn]] static void raise(BpeStatus s) {
+        if (s == BPE_INTERRUPTED && PyErr_Occurred()) throw py::error_already_set();  // the signal handler's exception
+        if (s == BPE_INTERRUPTED) throw std::runtime_error("the training was interrupted");
+        if (s == BPE_TOO_LARGE) throw py::value_error("documents: their distinct pieces have 4 GiB or more");
+        PyErr_SetString(PyExc_MemoryError, "documents: no memory for their distinct pieces");
+        throw py::error_already_set();
+    }
+
+    Bpe *bpe_ = nullptr;
+    std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+};
+
 // barelm.Config (checked there) to C.  The lists are in the order of the enums in barelm.h.
 static Config config_of(const py::object &c) {
     auto i = [&](const char *name) { return c.attr(name).cast<int>(); };
@@ -464,6 +553,14 @@ PYBIND11_MODULE(_core, m) {
             return d;
         },
         py::arg("config"), py::arg("B"), py::arg("T"), py::arg("training"));
+
+    m.def("split", split, py::arg("pattern"), py::arg("text"));  // the pieces; bytes that are not UTF-8 are in none
+
+    py::class_<PyBpe>(m, "Bpe")
+        .def(py::init<const std::string &, int64_t>(), py::arg("pattern"), py::arg("min_count"))
+        .def("add", &PyBpe::add, py::arg("document"))
+        .def("merge", &PyBpe::merge, py::arg("n"))
+        .def_property_readonly("merges", &PyBpe::merges);  // (n, 2) uint32: the tokens of each pair
 
     py::class_<PyModel>(m, "Model")
         .def(py::init([](const py::object &config, const std::string &precision, uint64_t seed) {
