@@ -1,22 +1,27 @@
 """Tokenizer: bytes come back exactly, GPT-2's ids are GPT-2's, files are read as written, hostile ones refused."""
 
+import base64
 import functools
 import json
+import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from barelm import Tokenizer
+from barelm import Tokenizer, split
+from barelm.merges import ways
+from barelm.tokenizer import _from_huggingface, _from_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 EOT = "<|endoftext|>"
 
 
-def small_bpe():
+def small_bpe(**options):
     """The bytes and a few merges, with ids that are not the ranks (the bytes come last, as no real file has them)."""
     merges = [(b"h", b"e"), (b"l", b"l"), (b"he", b"ll"), (b" ", b"w"), (b"\xc3", b"\xa9")]
     tokens = [left + right for left, right in merges] + [bytes([b]) for b in range(255, -1, -1)]
-    return Tokenizer({token: 10 + i for i, token in enumerate(tokens)}, merges, {EOT: 0, "<|user|>": 3})
+    return Tokenizer({token: 10 + i for i, token in enumerate(tokens)}, merges, {EOT: 0, "<|user|>": 3}, **options)
 
 
 TOKENIZERS = {"bytes": Tokenizer.bytes(), "small BPE": small_bpe()}
@@ -28,11 +33,23 @@ def tok(request):
 
 
 load_gpt2 = functools.cache(Tokenizer.gpt2)  # building 50,000 ranks takes a moment
+load_llama3 = functools.cache(Tokenizer.llama3)
 
 
 @pytest.fixture
 def gpt2(test_data):
     return load_gpt2(test_data / "tok" / "gpt2_vocab.bpe", test_data / "tok" / "gpt2_encoder.json")
+
+
+@pytest.fixture
+def llama3(test_data):
+    return load_llama3(test_data / "tok" / "llama3_tokenizer.model")
+
+
+@pytest.fixture(params=["gpt2", "llama3"])
+def known(request):
+    """GPT-2's and Llama-3's: each split pattern with a real vocabulary."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -101,12 +118,178 @@ def test_a_lone_surrogate_is_refused_and_a_bad_byte_of_the_command_line_is_kept(
     assert tok.decode_bytes(tok.encode("a\udcff")) == b"a\xff"
 
 
-def test_a_million_spaces_are_encoded_as_a_thousand_are(gpt2):
-    """The engine behind the split pattern gives up on runs that long; we cut them where it would."""
-    for space, after in ((" ", "x"), ("\n", "1"), ("\u3000", "("), (" ", "\x1c"), (" ", "")):
-        short, long = (gpt2.encode(f"a{space * n}{after} b") for n in (1_000, 1_000_000))
-        assert gpt2.decode(long) == f"a{space * 1_000_000}{after} b"
-        assert long[-2:] == short[-2:] and long[:2] == short[:2]
+def pieces(pattern, text):
+    """What a split pattern makes of a text, by an engine that has the property classes and remembers less."""
+    regex = pytest.importorskip("regex")
+    return regex.findall(pattern.replace("$", r"\Z"), text)
+
+
+SPACES = [(" ", "x"), ("\n", "1"), ("\u3000", "("), (" ", "\x1c"), (" ", ""), ("\n ", "x"), (" ", "\n"), ("\n", "")]
+
+
+@pytest.mark.parametrize("before", ["a", "(", "a\n", ".\r\n"])
+def test_long_white_space_is_cut_as_the_pattern_cuts_it(known, before):
+    """tiktoken's engine gives up on runs of a million; from 10,000 on we cut them where the pattern does."""
+    for space, after in SPACES:
+        text = f"{before}{space * 20_000}{after} b"
+        assert known.encode(text) == [id for piece in pieces(known.pattern, text) for id in known.encode(piece)]
+
+
+@pytest.mark.parametrize("space, after", SPACES)
+def test_a_million_spaces_are_encoded(known, space, after):
+    text = f"a{space * 1_000_000}{after}"
+    assert known.decode(known.encode(text)) == text
+
+
+@pytest.mark.parametrize("run", ["a", "1", "=", "\n", "\t", "\x1c", "a1", "\u3000\n"])
+def test_a_megabyte_of_anything_is_encoded(known, run):
+    text = run * (1_000_000 // len(run))
+    ids = known.encode(text)
+    assert known.decode(ids) == text
+
+
+# ---- large texts --------------------------------------------------------------------------------------------------
+
+# What the patterns tell apart, densely: line ends, spaces of either opinion, contractions, digits, marks, folded cases.
+ALPHABET = "\n\r \t\u3000\u0085\x0b\x1caZ'sStTlLdm17\u0663.,(\u0301\u017f\u212aé東🦙\ufeff\u200b"
+CUT_TEXTS = st.lists(st.sampled_from([*ALPHABET, "\n", "\n", "'s", "'LL", ".\n", "\r\n", "123", "  "])).map("".join)
+
+
+@pytest.mark.parametrize("pattern", [split.GPT2_PATTERN, split.GPT4_PATTERN], ids=["GPT-2", "GPT-4"])
+@settings(deadline=None, database=None, max_examples=1000)
+@given(text=CUT_TEXTS, size=st.integers(1, 6))
+def test_parts_have_the_pieces_of_the_whole(pattern, text, size):
+    parts = split.parts(text, pattern, size)
+    assert "".join(parts) == text and all(parts)
+    assert [piece for part in parts for piece in pieces(pattern, part)] == pieces(pattern, text)
+
+
+@pytest.mark.parametrize("text", [".\na", "a\n'll", "a\n1", "x\n.", "'\ns", "é\né", "1\n東"])
+def test_a_line_end_between_two_characters_is_a_cut(text):
+    for pattern in (split.GPT2_PATTERN, split.GPT4_PATTERN):
+        assert split.parts(text, pattern, 1) == [text[:2], text[2:]]
+
+
+@pytest.mark.parametrize("text", ["a\n b", "a\n\nb", "a \nb", "a\r\nb", "\nb", "a\n", "a\n\u3000b"])
+def test_other_line_ends_are_no_cuts(text):
+    for pattern in (split.GPT2_PATTERN, split.GPT4_PATTERN):
+        assert split.parts(text, pattern, 1) == [text]
+
+
+def test_python_knows_every_space_that_the_engine_knows():
+    regex = pytest.importorskip("regex")
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    theirs, ours = set(regex.findall(r"\p{White_Space}", every)), {c for c in every if c.isspace()}
+    assert ours - theirs == set("\x1c\x1d\x1e\x1f") and theirs <= ours
+
+
+def uncut(tok, text):
+    """What tiktoken makes of a text as one."""
+    ids = tok._encoder.encode_ordinary(text) if tok._encoder else list(text.encode())
+    return ids if tok._rank_to_id is None else tok._rank_to_id[ids].tolist()
+
+
+@settings(deadline=None, database=None)
+@given(text=CUT_TEXTS | st.text(), size=st.integers(1, 5))
+def test_a_text_in_parts_has_the_ids_of_the_whole(text, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("barelm.tokenizer.PART", size)
+        for pattern in (split.GPT2_PATTERN, split.GPT4_PATTERN):
+            tok = small_bpe(pattern=pattern)
+            assert tok.encode(text) == uncut(tok, text)
+
+
+def test_a_large_text_has_the_ids_of_the_whole(known, test_data):
+    text = (test_data / "text" / "wiki_demo.txt").read_text(encoding="utf-8")
+    assert len(split.parts(text, known.pattern, 1 << 16)) > 10
+    assert known.encode(text) == uncut(known, text)
+
+
+def test_a_batch_has_the_ids_of_its_texts_one_by_one(tok):
+    texts = ["hello wé", b"he\xffhe", "", f"a{EOT}b", "hell\n" * 20_000, *("hello " * i for i in range(100))]
+    for special in (False, True):
+        batch = tok.encode_batch(texts, special)
+        assert [ids.tolist() for ids in batch] == [tok.encode(text, special) for text in texts]
+        assert all(ids.dtype == np.int32 for ids in batch)
+    assert tok.encode_batch(iter([])) == []
+
+
+def test_large_texts_are_encoded_by_several_threads(monkeypatch):
+    tok, used = small_bpe(), set()
+    plain = tok._text
+    monkeypatch.setattr("barelm._core.threads_get", lambda: 3)
+    monkeypatch.setattr(tok, "_text", lambda text: used.add(threading.get_ident()) or plain(text))
+    text = "hello he\n" * 200_000
+    assert tok.encode(text) == uncut(tok, text)
+    assert 1 < len(used) <= 3
+
+
+# ---- merges that never come about ---------------------------------------------------------------------------------
+
+
+def plain_bpe(merges, data):
+    """BPE as `tokenizers` describes it: the first merge of the list that fits anywhere, its leftmost place."""
+    parts = [bytes([b]) for b in data]
+    while True:
+        rank = {pair: i for i, pair in reversed(list(enumerate(merges)))}
+        fits = [(rank[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in rank]
+        if not fits:
+            return parts
+        i = min(fits)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def draw_merges(draw):
+    """Merges of a few letters, each of two tokens made before, several of which may never come about."""
+    tokens, merges = [b"a", b"b", b"c"], []
+    for _ in range(draw(st.integers(1, 12))):
+        pair = draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))
+        if pair[0] + pair[1] not in tokens and len(pair[0] + pair[1]) <= 16:
+            merges.append(pair)
+            tokens.append(pair[0] + pair[1])
+    return tokens, merges
+
+
+LETTERS = r"[abc]+|[^abc]+"
+
+
+@settings(deadline=None, database=None)
+@given(data=st.data(), word=st.text("abc", max_size=40))
+def test_any_list_of_merges_is_followed(data, word):
+    tokens, merges = draw_merges(data.draw)
+    vocab = {bytes([b]): b for b in range(256)} | {token: 256 + i for i, token in enumerate(tokens[3:])}
+    tok = Tokenizer(vocab, merges, {EOT: 1000}, LETTERS)
+    for text in (word, *(token.decode() for token in tokens)):
+        assert [tok.token_bytes(id) for id in tok.encode(text)] == plain_bpe(merges, text.encode())
+
+
+@settings(deadline=None, database=None)
+@given(tokens=st.lists(st.text("abc", min_size=2, max_size=6).map(str.encode), unique=True), word=st.text("abc"))
+def test_ranks_become_merges_that_mean_the_same(tokens, word):
+    ranks = abc_ranks(*tokens)
+    tok = _from_ranks(ranks, [EOT], LETTERS)
+    again = _from_huggingface(json.loads(tok.to_json()))
+    assert again.hash() == tok.hash()
+    for text in (word, *(token.decode() for token in tokens)):
+        ids = uncut(tok, text)
+        assert tok.encode(text) == again.encode(text) == ids
+        whole = [text.encode()] if text.encode() in ranks else None
+        if not tok.ignore_merges:  # then the merges alone say it
+            assert whole in (None, [tok.token_bytes(id) for id in ids])
+            assert [tok.token_bytes(id) for id in ids] == plain_bpe(tok._merges, text.encode())
+
+
+def abc_ranks(*tokens):
+    return {bytes([b]): b for b in range(256)} | {token: 256 + i for i, token in enumerate(tokens)}
+
+
+def test_a_token_that_no_merge_makes_is_met_as_a_whole():
+    """b + c joins first, so nothing makes ab + c; as a whole piece of the split the token is there all the same."""
+    tok = _from_ranks(abc_ranks(b"bc", b"ab", b"abca", b"aab"), [EOT], LETTERS)
+    assert tok.ignore_merges and tok.encode("abca") == [258]
+    assert tok.encode("abcac") == [97, 256, 97, 99]
+    assert tok.encode("aab") == [259] and (b"a", b"ab") in tok._merges
+    assert not _from_ranks(abc_ranks(b"bc", b"ab", b"aab"), [EOT], LETTERS).ignore_merges
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -129,22 +312,50 @@ def test_another_split_pattern_survives_the_file(tmp_path):
     assert again.encode("hello") == digits.encode("hello") != tok.encode("hello")
 
 
-def test_gpt2_gives_the_known_ids(gpt2, test_data):
-    vectors = test_data / "tok" / "ggml-vocab-gpt-2.gguf"
+@pytest.mark.parametrize("name, file", [("gpt2", "ggml-vocab-gpt-2"), ("llama3", "ggml-vocab-llama-bpe")])
+def test_known_vocabularies_give_the_known_ids(name, file, request, test_data, tmp_path):
+    tok = request.getfixturevalue(name)
+    vectors = test_data / "tok" / f"{file}.gguf"
     texts = vectors.with_suffix(".gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     wanted = vectors.with_suffix(".gguf.out").read_text().split("\n")
     wanted = [[int(id) for id in line.split()] for line in wanted[: len(texts)]]
     assert len(texts) == 47
-    assert [gpt2.encode(text) for text in texts] == wanted
-    assert [gpt2.decode(ids) for ids in wanted] == texts
+    again = Tokenizer.load(tok.save(tmp_path))
+    assert again.hash() == tok.hash()
+    for known in (tok, again):
+        assert [known.encode(text) for text in texts] == wanted
+        assert [known.decode(ids) for ids in wanted] == texts
+
+
+def test_llama3_has_its_sizes_and_special_tokens(llama3):
+    assert (llama3.n_vocab, llama3.eot, len(llama3.special)) == (128_256, 128_001, 256)
+    for name, id in {
+        "begin_of_text": 128_000,
+        "reserved_special_token_3": 128_005,
+        "start_header_id": 128_006,
+        "end_header_id": 128_007,
+        "reserved_special_token_4": 128_008,
+        "eot_id": 128_009,
+        "reserved_special_token_5": 128_010,
+        "reserved_special_token_250": 128_255,
+    }.items():
+        assert llama3.special[f"<|{name}|>"] == id
+
+
+def test_llama3_is_found_in_a_folder_and_by_every_way_to_its_tokens(llama3, test_data, tmp_path):
+    """Files in circulation list every merge of two tokens to a third: 280,147 in all."""
+    (tmp_path / "tokenizer.model").write_bytes((test_data / "tok" / "llama3_tokenizer.model").read_bytes())
+    assert Tokenizer.load(tmp_path).hash() == llama3.hash()
+    every = [pair for token in llama3._vocab for pair in ways(token, llama3._vocab)]
+    assert len(every) == 280_147
+    again = Tokenizer(llama3._vocab, every, llama3.special, llama3.pattern, ignore_merges=True)
+    assert again.hash() == llama3.hash()
 
 
 def test_gpt2_has_its_sizes_and_survives_the_file(gpt2, tmp_path):
     assert (gpt2.n_vocab, gpt2.eot) == (50257, 50256)
     gpt2.save(tmp_path)
-    again = Tokenizer.load(tmp_path)
-    assert again.hash() == gpt2.hash()
-    assert again.encode("def f(x):\n    return x") == gpt2.encode("def f(x):\n    return x")
+    assert Tokenizer.load(tmp_path).hash() == gpt2.hash()
 
 
 def test_gpt2_loads_from_a_folder_and_sees_a_changed_file(tmp_path):
@@ -174,6 +385,13 @@ def broken(change):
     return json.dumps(file)
 
 
+def unreachable(model):
+    """he comes before it, so nothing makes h + el; there is also hel = he + l, which the file does not list."""
+    model["ignore_merges"] = True
+    model["vocab"] |= {"el": 900, "hel": 901}
+    model["merges"] += ["e l", "h el"]
+
+
 HOSTILE = {
     "not UTF-8": (b"\xff\xfe", "not UTF-8"),
     "not JSON": ("{", "not JSON"),
@@ -191,6 +409,11 @@ HOSTILE = {
     "merge of one number": (broken(lambda f: f["model"]["merges"].append(7)), "not a merge of two"),
     "merge too early": (broken(lambda f: f["model"]["merges"].reverse()), "comes before one of its parts"),
     "no merge": (broken(lambda f: f["model"]["merges"].pop()), "no merge makes the token"),
+    "merges that go astray": (
+        broken(lambda f: (f["model"].update(ignore_merges=True), f["model"]["merges"].insert(0, "e l"))),
+        "makes a token that is not in the vocabulary",
+    ),
+    "one of many ways": (broken(lambda f: unreachable(f["model"])), "neither one that comes about nor all there are"),
     "no byte's character": (broken(lambda f: f["model"]["vocab"].update({"\u4e00": 999})), "stands for no byte"),
     "no end of text": (broken(lambda f: f.update(added_tokens=[])), "stands for no byte|no merge|end-of-text"),
     "added tokens of numbers": (broken(lambda f: f.update(added_tokens=[1])), "added_tokens"),
@@ -207,6 +430,70 @@ def test_a_hostile_file_is_refused_by_name_and_reason(tmp_path, text, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         Tokenizer.load(tmp_path)
     assert str(path) in str(caught.value)
+
+
+def rank_file(change=lambda lines: lines):
+    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)] + ["aGU= 256", "aGVs 257"]
+    return "\n".join(change(lines)) + "\n"
+
+
+def with_line(line):
+    return rank_file(lambda lines: [*lines, line])
+
+
+HOSTILE_RANKS = {
+    "too few": (rank_file(), "258 ranks, where Llama-3 has 128000"),
+    "not UTF-8": (b"\x0a\x0e\xff\xfe", "not UTF-8"),
+    "bad base64": (with_line("a*== 258"), "line 259: .*not base64"),
+    "short base64": (with_line("aGV 258"), "line 259: .*not base64"),
+    "no rank": (with_line("aGVsbA=="), "line 259: .*and its rank"),
+    "three words": (with_line("aGVsbA== 258 1"), "line 259: .*and its rank"),
+    "a negative rank": (with_line("aGVsbA== -1"), "line 259: .*and its rank"),
+    "no decimal digits": (with_line("aGVsbA== \u0663"), "line 259: .*and its rank"),
+    "a huge rank": (with_line(f"aGVsbA== {1 << 60}"), "line 259: .*and its rank"),
+    "a long line": (with_line("A" * 4000 + " 258"), "line 259: .*and its rank"),
+    "a rank twice": (with_line("aGVsbA== 257"), "line 259: the rank 257 is there twice"),
+    "a gap": (with_line("aGVsbA== 259"), "no token has the rank 258"),
+    "a token twice": (with_line("aGU= 258"), "the token b'he' is there twice"),
+    "JSON": ("{}", "line 1: .*and its rank"),
+    "nothing": ("", "0 ranks"),
+}
+
+
+@pytest.mark.parametrize("data, reason", HOSTILE_RANKS.values(), ids=HOSTILE_RANKS.keys())
+def test_a_hostile_rank_file_is_refused_by_name_and_reason(tmp_path, data, reason):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(ValueError, match=reason) as caught:
+        Tokenizer.load(path)
+    assert str(path) in str(caught.value)
+
+
+@settings(deadline=None, database=None)
+@given(data=st.binary() | st.binary().map(lambda b: rank_file().encode() + b))
+def test_no_bytes_of_a_rank_file_crash_us(data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.model"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="fuzzed"):
+        Tokenizer.load(path)
+
+
+def test_a_rank_file_lacks_no_byte_and_holds_no_monster():
+    ranks = {bytes([b]): b for b in range(256)}
+    with pytest.raises(ValueError, match="byte 0xff has no token"):
+        _from_ranks({token: rank for token, rank in ranks.items() if rank < 255}, [EOT], LETTERS)
+    with pytest.raises(ValueError, match=r"1025 bytes.* too long"):
+        _from_ranks(ranks | {b"a" * 1025: 256}, [EOT], LETTERS)
+    with pytest.raises(ValueError, match="empty"):
+        _from_ranks(ranks | {b"": 256}, [EOT], LETTERS)
+
+
+def test_a_file_too_large_for_a_vocabulary_is_not_read(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    with open(path, "wb") as file:
+        file.truncate((256 << 20) + 1)
+    with pytest.raises(ValueError, match="too much for a vocabulary"):
+        Tokenizer.load(path)
 
 
 def test_missing_files_are_named(tmp_path):

@@ -1,21 +1,29 @@
 """Tokenizer: text to ids and back, byte-level BPE with special tokens.
 
-Encoding is tiktoken's; this file reads and writes the vocabularies.  Two forms are read: Hugging Face's
-`tokenizer.json` and GPT-2's pair `vocab.bpe` + `encoder.json`.  Nothing here touches a network.
+Encoding is tiktoken's; this file reads and writes the vocabularies.  Three forms are read: Hugging Face's
+`tokenizer.json`, GPT-2's pair `vocab.bpe` + `encoder.json`, and Llama-3's rank file.  Nothing here touches a network.
 
 Byte-level BPE (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): text is cut by a regular
 expression, each piece is UTF-8 bytes, and the pair with the lowest rank merges until none is left.  Every byte is a
 token, so every byte string can be encoded, and decoding gives back exactly the bytes that went in.
 """
 
+import base64
+import binascii
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+
+from . import _core, split
+from .merges import Merges, ways
+from .split import GPT2_PATTERN, GPT4_PATTERN
 
 __all__ = ["Tokenizer"]
 
@@ -23,13 +31,11 @@ EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>")  # what the known families call the token between documents
 MAX_ID = 1 << 24  # far above any real vocabulary: a hostile file must not make us allocate by its ids
 MAX_FILE = 256 << 20  # bytes; Llama-3's tokenizer.json has 9 MB
+MAX_RANK_LINE = 2048  # characters; a token of 1,024 bytes has 1,376
+PART = 1 << 16  # characters that one thread encodes at a time: some milliseconds
 
-# GPT-2's split: contractions, letters, digits, the rest, white space.  Possessive runs (++) change no result and keep
-# the engine from backtracking.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# One part of it must backtrack, and the engine gives up on long runs.  A run of white space with something behind it is
-# always cut before its last character, so we may cut there ourselves.  (Python's \s has four characters more.)
-LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{10000,}(?=[\S\x1c-\x1f])")
+RANK_FILES = (".model", ".tiktoken")  # how the names of rank files end
+LLAMA3_RANKS = 128_000  # ordinary tokens; 256 special ones follow
 
 
 def _byte_chars() -> list[str]:
@@ -47,11 +53,19 @@ CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary.  Make one with `bytes()`, `gpt2()` or `load()`.
+    """A byte-level BPE vocabulary.  Ways to make one:
+
+    Tokenizer.bytes()                       the 256 bytes alone
+    Tokenizer.train(documents, vocab_size)  learnt from text
+    Tokenizer.load(path)                    from a file or folder of any form below, known by its name
+    Tokenizer.gpt2(vocab_bpe, encoder_json) GPT-2's two files
+    Tokenizer.llama3(path)                  Llama-3's rank file
+    Tokenizer(vocab, merges, special, ...)  from its parts
 
     n_vocab    the largest id + 1
     eot        the id of the end-of-text token, which begins every document
     special    {text: id} of the special tokens
+    pattern    the regular expression that cuts text into pieces
     """
 
     def __init__(
@@ -60,12 +74,14 @@ class Tokenizer:
         merges: Sequence[tuple[bytes, bytes]],
         special: dict[str, int],
         pattern: str = GPT2_PATTERN,
+        ignore_merges: bool = False,
     ):
-        """vocab: the bytes of each ordinary token and its id; merges: pairs, the first merges first.
+        """vocab: the bytes of each ordinary token and its id; merges: pairs, the first merges first; ignore_merges: a
+        piece of the split that is a token as a whole is that token, even where the merges lead elsewhere (Llama-3).
 
         ValueError: a byte has no id, an id is used twice, a merge is not in the vocabulary, or there is no end-of-text.
         """
-        self.pattern, self.special, self._vocab, self._merges = pattern, dict(special), vocab, list(merges)
+        self.pattern, self.special, self._vocab = pattern, dict(special), vocab
         self._check_ids()
         self.n_vocab = 1 + max([*vocab.values(), *special.values()])
         self.eot = next((special[name] for name in EOT_NAMES if name in special), -1)
@@ -79,7 +95,7 @@ class Tokenizer:
         self._byte_ids = np.array([vocab[bytes([b])] for b in range(256)], np.int32)
         longest_first = sorted(special, key=len, reverse=True)
         self._special_split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self._make_encoder()
+        self._make_encoder(Merges(vocab, merges, ignore_merges))
 
     # ---- making one -----------------------------------------------------------------------------------------------
 
@@ -103,16 +119,35 @@ class Tokenizer:
             raise ValueError(f"{vocab_bpe} and {encoder_json} are not GPT-2's vocabulary: {error}") from None
 
     @classmethod
+    def llama3(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Llama-3's vocabulary from its rank file (Meta's tokenizer.model): "token rank" a line, the token in base64.
+
+        Such a file says neither its split pattern nor its special tokens: they are Llama-3's as first published.
+        """
+        ranks = _read_ranks(path)
+        if len(ranks) != LLAMA3_RANKS:
+            raise ValueError(f"{path}: {len(ranks)} ranks, where Llama-3 has {LLAMA3_RANKS}; others are not known")
+        return _from_ranks(ranks, _llama3_special(), GPT4_PATTERN)
+
+    @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """From a tokenizer.json, or a folder that holds one, or a folder with vocab.bpe and encoder.json."""
+        """From a tokenizer.json, or a rank file of Llama-3 (its name ends in .model or .tiktoken), or a folder that
+        holds one of them (tokenizer.json, tokenizer.model) or vocab.bpe and encoder.json.
+        """
         path = Path(path)
         if path.is_dir():
             if (path / "tokenizer.json").exists():
                 path = path / "tokenizer.json"
             elif (path / "vocab.bpe").exists() and (path / "encoder.json").exists():
                 return cls.gpt2(path / "vocab.bpe", path / "encoder.json")
+            elif (path / "tokenizer.model").exists():
+                path = path / "tokenizer.model"
             else:
-                raise FileNotFoundError(f"{path}: no tokenizer.json, nor vocab.bpe with encoder.json, in this folder")
+                raise FileNotFoundError(
+                    f"{path}: no tokenizer.json, nor vocab.bpe with encoder.json, nor tokenizer.model, in this folder"
+                )
+        if path.suffix in RANK_FILES:
+            return cls.llama3(path)
         try:
             return _from_huggingface(_json(path))
         except ValueError as error:
@@ -140,16 +175,21 @@ class Tokenizer:
         return self.encode_to_array(text, special).tolist()
 
     def encode_to_array(self, text: "str | bytes", special: bool = False) -> np.ndarray:
-        """As encode, an int32 array (n)."""
-        data = _to_bytes(text)
-        if not special:
-            return self._ordinary(data)
-        parts = self._special_split.split(data.decode("utf-8", "surrogateescape"))
-        ids = [
-            [self.special[part]] if i % 2 else self._ordinary(part.encode("utf-8", "surrogateescape"))
-            for i, part in enumerate(parts)
-        ]
-        return np.concatenate([np.asarray(part, np.int32) for part in ids])
+        """As encode, an int32 array (n).  A long text is encoded by several threads."""
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self, texts: "Iterable[str | bytes]", special: bool = False) -> list[np.ndarray]:
+        """encode_to_array of each text, by as many threads as the kernels use."""
+        rows = [list(self._parts(_to_bytes(text), special)) for text in texts]
+        jobs = list(_jobs(chain.from_iterable(rows)))
+        threads = min(len(jobs), _core.threads_get())
+        if threads > 1:
+            with ThreadPoolExecutor(threads) as pool:  # tiktoken lets go of Python's lock
+                done = list(pool.map(self._encode_job, jobs))
+        else:
+            done = map(self._encode_job, jobs)
+        ids = chain.from_iterable(done)
+        return [np.concatenate([np.zeros(0, np.int32), *(next(ids) for _ in row)]) for row in rows]
 
     def decode_bytes(self, ids: Iterable[int]) -> "bytes":
         """The exact bytes of the ids.  ValueError: an id that no token has."""
@@ -195,53 +235,66 @@ class Tokenizer:
                 raise ValueError(f"{id!r} is not a token id")
         if len(set(ids)) < len(ids):
             raise ValueError("two tokens have the same id")
-        if "" in self.special:
-            raise ValueError("a special token is empty")
+        if "" in self.special or b"" in self._vocab:
+            raise ValueError("a token is empty")
 
-    def _make_encoder(self) -> None:
+    def _make_encoder(self, merges: Merges) -> None:
         """tiktoken wants one number per token that is both its id and its rank; where a file has them apart, we map."""
-        ranks = {bytes([b]): rank for rank, b in enumerate(sorted(range(256), key=lambda b: self._vocab[bytes([b])]))}
-        last = None
-        for left, right in self._merges:
-            token = left + right
-            if left not in ranks or right not in ranks:
-                raise ValueError(f"the merge {left!r} + {right!r} comes before one of its parts is made")
-            if token not in self._vocab:
-                raise ValueError(f"the merge {left!r} + {right!r} makes a token that is not in the vocabulary")
-            if token in ranks and token != last:  # Llama-3's file lists every way to one token in a row: the same thing
-                raise ValueError(f"two merges far apart make {token!r}: not a vocabulary that ranks alone describe")
-            ranks.setdefault(token, len(ranks))
-            last = token
-        unreachable = next((token for token in self._vocab if token not in ranks), None)
-        if unreachable is not None:
-            raise ValueError(f"no merge makes the token {unreachable!r}")
+        self._merges, self.ignore_merges, ranks = merges.kept, merges.ignore_merges, merges.ranks
         ids = np.array([self._vocab[token] for token in ranks], np.int32)
         self._rank_to_id = None if np.array_equal(ids, np.arange(len(ids))) else ids
         self._encoder = None
-        if self._merges:
+        if len(ranks) > 256:
             import tiktoken  # here: a byte vocabulary does without
 
-            self._encoder = tiktoken.Encoding("barelm", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+            pattern = split.engine_pattern(self.pattern)
+            self._encoder = tiktoken.Encoding("barelm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def _ordinary(self, data: "bytes") -> np.ndarray:
-        """Ids of bytes in which nothing is special."""
-        if self._encoder is None or not data:
-            return self._byte_ids[np.frombuffer(data, np.uint8)] if data else np.zeros(0, np.int32)
+    def _parts(self, data: "bytes", special: bool) -> Iterator[str | np.ndarray]:
+        """Texts that can be encoded each by itself, and between them the ids of what is no text."""
+        if not special:
+            yield from self._ordinary(data)
+            return
+        for i, part in enumerate(self._special_split.split(data.decode("utf-8", "surrogateescape"))):
+            if i % 2:
+                yield np.array([self.special[part]], np.int32)
+            else:
+                yield from self._ordinary(part.encode("utf-8", "surrogateescape"))
+
+    def _ordinary(self, data: "bytes") -> Iterator[str | np.ndarray]:
+        """_parts of bytes in which nothing is special."""
+        if self._encoder is None:
+            yield self._byte_ids[np.frombuffer(data, np.uint8)]
+            return
         try:
-            return self._text(data.decode("utf-8"))
+            yield from split.parts(data.decode("utf-8"), self.pattern, PART)
         except UnicodeDecodeError:
             runs = re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))  # every second one is bad
-            return np.concatenate([self._single_bytes(run) if i % 2 else self._text(run) for i, run in enumerate(runs)])
+            for i, run in enumerate(runs):
+                yield from [self._single_bytes(run)] if i % 2 else split.parts(run, self.pattern, PART)
 
     def _single_bytes(self, escaped: str) -> np.ndarray:
         return self._byte_ids[np.frombuffer(escaped.encode("utf-8", "surrogateescape"), np.uint8)]
 
+    def _encode_job(self, parts: list[str | np.ndarray]) -> list[np.ndarray]:
+        return [self._text(part) if isinstance(part, str) else part for part in parts]
+
     def _text(self, text: str) -> np.ndarray:
-        cuts = [run.end() - 1 for run in LONG_SPACE.finditer(text)] if self.pattern == GPT2_PATTERN else []
-        parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        ranks = [self._encoder.encode_to_numpy(part, disallowed_special=()) for part in parts if part]
-        ranks = np.concatenate([np.zeros(0, np.uint32), *ranks])
+        ranks = self._encoder.encode_to_numpy(text, disallowed_special=())
         return ranks.astype(np.int32) if self._rank_to_id is None else self._rank_to_id[ranks]
+
+
+def _jobs(parts: Iterable[str | np.ndarray]) -> Iterator[list[str | np.ndarray]]:
+    """Parts in groups of about PART characters: a thread that changes for every few would cost more than it gives."""
+    group, size = [], 0
+    for part in parts:
+        group.append(part)
+        size += len(part) if isinstance(part, str) else 0
+        if size >= PART:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -271,6 +324,52 @@ def _json(path: str | os.PathLike) -> dict:
     return value
 
 
+def _read_ranks(path: str | os.PathLike) -> dict["bytes", int]:
+    """{token: rank} of a rank file, in the order of the ranks, which are 0, 1, 2 ..."""
+    tokens: dict[int, bytes] = {}
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if line.strip():
+            try:
+                rank, token = _read_rank(line.rstrip("\r"))
+                if rank in tokens:
+                    raise ValueError(f"the rank {rank} is there twice")
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number}: {error}") from None
+            tokens[rank] = token
+    missing = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
+    if missing is not None:
+        raise ValueError(f"{path}: no token has the rank {missing}")
+    ranks = {tokens[rank]: rank for rank in range(len(tokens))}
+    twice = next((tokens[rank] for rank in range(len(tokens)) if ranks[tokens[rank]] != rank), None)
+    if twice is not None:
+        raise ValueError(f"{path}: the token {twice!r} is there twice")
+    return ranks
+
+
+def _read_rank(line: str) -> tuple[int, "bytes"]:
+    word, _, rank = line.partition(" ")
+    if len(line) > MAX_RANK_LINE or not rank.isascii() or not rank.isdigit() or int(rank) >= MAX_ID:
+        raise ValueError(f"{line[:40]!r} is not a token in base64 and its rank")
+    try:
+        return int(rank), base64.b64decode(word, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{word[:40]!r} is not base64 ({error})") from None
+
+
+def _from_ranks(ranks: dict["bytes", int], special: Sequence[str], pattern: str) -> Tokenizer:
+    """Every merge of two tokens to a token, in the order of the ranks; special tokens follow the last rank."""
+    merges = [pair for token in ranks for pair in ways(token, ranks)]
+    ids = {text: len(ranks) + i for i, text in enumerate(special)}
+    return Tokenizer(ranks, merges, ids, pattern, ignore_merges=True)
+
+
+def _llama3_special() -> list[str]:
+    """The 256 special tokens of Llama-3, in the order of their ids (3.1 has new names for three reserved ones)."""
+    names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+    reserved = (f"reserved_special_token_{i}" for i in range(256))
+    return [f"<|{names[i] if i in names else next(reserved)}|>" for i in range(256)]
+
+
 def _to_bytes(text: "str | bytes") -> "bytes":
     if isinstance(text, bytes | bytearray | memoryview):
         return bytes(text)
@@ -293,7 +392,7 @@ def _to_chars(token: "bytes") -> str:
     return "".join([BYTE_TO_CHAR[b] for b in token])
 
 
-def _build(vocab: dict, merges: list, special: dict, pattern: str) -> Tokenizer:
+def _build(vocab: dict, merges: list, special: dict, pattern: str, ignore_merges: bool = False) -> Tokenizer:
     """A Tokenizer from the characters of a file; merges are "a b" or ["a", "b"]."""
     pairs = []
     for merge in merges:
@@ -301,7 +400,7 @@ def _build(vocab: dict, merges: list, special: dict, pattern: str) -> Tokenizer:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise ValueError(f"{merge!r} is not a merge of two tokens")
         pairs.append((_from_chars(pair[0]), _from_chars(pair[1])))
-    return Tokenizer({_from_chars(token): id for token, id in vocab.items()}, pairs, special, pattern)
+    return Tokenizer({_from_chars(token): id for token, id in vocab.items()}, pairs, special, pattern, ignore_merges)
 
 
 def _from_huggingface(file: dict) -> Tokenizer:
@@ -322,7 +421,9 @@ def _from_huggingface(file: dict) -> Tokenizer:
         raise ValueError("added_tokens: a list of objects with id and content is expected")
     special = {a["content"]: a.get("id") for a in added}
     vocab = {token: id for token, id in vocab.items() if token not in special}
-    return _build(vocab, merges, special, _read_pattern(file.get("pre_tokenizer")))
+    return _build(
+        vocab, merges, special, _read_pattern(file.get("pre_tokenizer")), bool(model.get("ignore_merges", False))
+    )
 
 
 def _read_pattern(pre: object) -> str:
@@ -370,7 +471,7 @@ def _to_huggingface(tok: Tokenizer) -> dict:
         "end_of_word_suffix": None,
         "fuse_unk": False,
         "byte_fallback": False,
-        "ignore_merges": False,
+        "ignore_merges": tok.ignore_merges,
         "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
         "merges": [f"{_to_chars(left)} {_to_chars(right)}" for left, right in tok._merges],
     }
