@@ -29,6 +29,10 @@ COMMANDS = {
     "data": Command(
         "prepare", "PrepareConfig", "look at text: documents, tokens, what is refused; make token shards of it"
     ),
+    "tokenizer train": Command("vocabulary.train", "TrainConfig", "learn a vocabulary from text"),
+    "tokenizer encode": Command("vocabulary.encode", "EncodeConfig", "the ids of a text"),
+    "tokenizer show": Command("vocabulary.show", "ShowConfig", "the tokens of a text, in colour"),
+    "tokenizer compare": Command("vocabulary.compare", "CompareConfig", "how well tokenizers compress texts"),
     "train": Command("train", "TrainConfig", "train a model on your text"),
     "sample": Command("sample", "SampleConfig", "let a trained model continue a prompt"),
     "doctor": Command("doctor", "DoctorConfig", "what was built, what this machine has, what is missing"),
