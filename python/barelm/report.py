@@ -1,5 +1,6 @@
 """What a run tells: a progress line, its logs, and report.md with its curves."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -54,21 +55,40 @@ class Log:
     """log.jsonl: one JSON object a line, each with the `step` it belongs to (updates done so far).
 
     A resumed run gives the step it resumes from: later records are dropped, for they will be written again, and so is a
-    last line that a crash cut in half.
+    last line that a crash cut in half.  With the `mark` of that time it is as long as it was then, and if it is another
+    one that is a ValueError; a log that was removed begins anew.
     """
 
-    def __init__(self, path: str | os.PathLike, resume: int | None = None):
+    def __init__(self, path: str | os.PathLike, resume: int | None = None, mark: dict | None = None):
         self.path = Path(path)
         self.records: list[dict] = []
+        self._sha256 = hashlib.sha256()
         if resume is not None and self.path.exists():
-            self.records = [record for record in read_log(self.path) if record["step"] <= resume]
+            self._take(resume, mark)
         write_file(self.path, "".join(_line(record) for record in self.records))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
 
+    def _take(self, resume: int, mark: dict | None) -> None:
+        records = read_log(self.path)
+        self.records = records[: mark["lines"]] if mark else [r for r in records if r["step"] <= resume]
+        for record in self.records:
+            self._sha256.update(_line(record).encode())
+        if mark and self.mark() != mark:
+            raise ValueError(
+                f"{self.path}: was altered after it was written (its checksum differs); if you remove it, the run goes "
+                "on with a new one"
+            )
+
+    def mark(self) -> dict:
+        """What a checkpoint keeps of the log: how many lines there are, and their sha256."""
+        return {"lines": len(self.records), "sha256": self._sha256.hexdigest()}
+
     def write(self, step: int, **values: object) -> None:
         record = {"step": step, **values}
-        self._file.write(_line(record))
+        line = _line(record)
+        self._file.write(line)
         self._file.flush()  # whoever follows the file sees whole lines
+        self._sha256.update(line.encode())
         self.records.append(record)
 
     def sync(self) -> None:

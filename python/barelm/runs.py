@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from . import checkpoint
+from .files import digest_of
 from .model import Model
 from .report import Log, write_file
 from .tokenizer import Tokenizer
@@ -42,11 +43,12 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path:
 
 
 def write_description(folder: Path, description: dict) -> None:
-    write_file(folder / "run.json", json.dumps(description, indent=1) + "\n")
+    sealed = description | {"sha256": digest_of(description)}
+    write_file(folder / "run.json", json.dumps(sealed, indent=1) + "\n")
 
 
 def read_description(folder: Path) -> dict:
-    """run.json.  FileNotFoundError: there is none; ValueError: it is none."""
+    """run.json.  FileNotFoundError: there is none; ValueError: it is none, or not as it was written."""
     path = folder / "run.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -54,8 +56,10 @@ def read_description(folder: Path) -> dict:
         raise FileNotFoundError(f"{folder}: holds no run to resume (no run.json)") from None
     except ValueError as error:
         raise ValueError(f"{path}: not the description of a run ({error})") from None
-    if not isinstance(description, dict):
+    if not isinstance(description, dict) or "config" not in description:
         raise ValueError(f"{path}: not the description of a run")
+    if description.get("sha256") != digest_of(description):
+        raise ValueError(f"{path}: was altered after it was written (its checksum differs)")
     return description
 
 
@@ -69,7 +73,10 @@ def save(folder: Path, model: Model, tok: Tokenizer, step: int, state: dict, log
     shutil.rmtree(path, ignore_errors=True)  # one that was refused as torn may lie there
     try:
         checkpoint.save(
-            model, path, state={"train": state | {"step": step}}, files={"tokenizer.json": tok.to_json().encode()}
+            model,
+            path,
+            state={"train": state | {"step": step, "log": log.mark()}},
+            files={"tokenizer.json": tok.to_json().encode()},
         )
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error}); {last_good(folder)}") from error
@@ -108,7 +115,7 @@ def load_newest(folder: Path, precision: str, identity: dict, say) -> tuple[Mode
                 if state["identity"].get(name) != value:
                     raise ValueError(f"it learned from another {name}")
             return Model.load(path, precision=precision), Tokenizer.load(path), state, path
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, KeyError, TypeError) as error:
             say(f"refused   {path}: {error}")
     if found:
         raise ValueError(f"{folder}: has no checkpoint that can be resumed")

@@ -227,16 +227,20 @@ def _begin(config: TrainConfig, folder: Path, dataset: Dataset) -> Run:
     _check_data(dataset, config)
     model = Model(_model_config(config, dataset.tok.n_vocab), seed=config.seed, precision=config.precision)
     folder.mkdir(parents=True, exist_ok=True)
-    run = _open(config, folder, model, dataset, None)
+    run = _open(config, folder, model, dataset)
     _describe(run)
     return run
 
 
-def _open(config: TrainConfig, folder: Path, model: Model, dataset: Dataset, step: int | None) -> Run:
-    """A run with its logs; `step`: the one it resumes from."""
-    logs = (Log(folder / name, resume=step) for name in ("log.jsonl", "speed.jsonl"))
-    guard = Guard(config.guard, patience=config.guard_stop)
-    run = Run(config, folder, model, dataset.tok, dataset, *logs, guard, step or 0)
+def _open(config: TrainConfig, folder: Path, model: Model, dataset: Dataset, state: dict | None = None) -> Run:
+    """A run with its logs; `state`: that of the checkpoint it resumes from."""
+    step, mark = (state["step"], state["log"]) if state else (None, None)
+    logs = Log(folder / "log.jsonl", step, mark), Log(folder / "speed.jsonl", step)
+    run = Run(config, folder, model, dataset.tok, dataset, *logs, Guard(config.guard, patience=config.guard_stop))
+    if state:
+        run.guard.restore(state["guard"])
+        run.step = run.saved = state["step"]
+        run.seconds = state["seconds"]
     run.board = Board.open(folder / "tensorboard", run.step) if config.tensorboard else None
     return run
 
@@ -253,9 +257,7 @@ def _resume(config: TrainConfig, screen) -> Run:
         say(f"resumed   {folder}: it has no checkpoint yet, it begins again")
         return _begin(merged, folder, dataset)
     model, _, state, path = found
-    run = _open(merged, folder, model, dataset, state["step"])
-    run.guard.restore(state["guard"])
-    run.seconds, run.saved = state["seconds"], run.step
+    run = _open(merged, folder, model, dataset, state)
     _describe(run)
     say(f"resumed   {path}")
     return run

@@ -36,7 +36,7 @@ SCRIPTS = {
 
 
 def kinds() -> dict[str, list[bytes]]:
-    """{what it is: documents}.  The first two are the standard library's, on which a vocabulary may have been trained."""
+    """{what it is: documents}.  The first two are the standard library's, what a vocabulary may have learned from."""
     files = _spread(list(Documents()))
     return {
         "Python code (standard library)": files,
