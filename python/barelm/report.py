@@ -154,6 +154,7 @@ class Board:
 class Progress:
     """A bar on a terminal, plain lines elsewhere: step, loss, tokens/s, share of peak, time left.
 
+    unit     what comes before the name of each step
     flops    floating-point operations per token; None: the share of peak is not shown
     peak     what this machine reached in a test, FLOP/s
     done     share of the run that lies behind already (a resumed run); the time left counts from there
@@ -162,8 +163,10 @@ class Progress:
     PLAIN_SECONDS = 5.0  # between two plain lines
     MEMORY = 0.95  # how much of the speed average the past keeps each step
 
-    def __init__(self, console, flops: float | None = None, peak: float | None = None, done: float = 0.0):
-        self._console, self._flops, self._peak, self._first = console, flops, peak, done
+    def __init__(
+        self, console, flops: float | None = None, peak: float | None = None, done: float = 0.0, unit: str = "step "
+    ):
+        self._console, self._flops, self._peak, self._first, self._unit = console, flops, peak, done, unit
         self._start = time.perf_counter()
         self._tokens = self._seconds = 0.0
         self._last_plain = -math.inf
@@ -199,10 +202,10 @@ class Progress:
         if left is not None:
             parts.append(f"{duration(left)} left")
         if self._bar:
-            self._bar.update(self._task, completed=done, description=f"step {step}", text="  ".join(parts))
+            self._bar.update(self._task, completed=done, description=f"{self._unit}{step}", text="  ".join(parts))
         elif time.perf_counter() - self._last_plain >= self.PLAIN_SECONDS or done >= 1:
             self._last_plain = time.perf_counter()
-            self.say(f"step {step}  " + "  ".join(parts))
+            self.say(f"{self._unit}{step}  " + "  ".join(parts))
 
     def say(self, text: str) -> None:
         """A line above the bar."""
