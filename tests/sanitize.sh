@@ -29,6 +29,7 @@ tsan)
 esac
 # Left out: what measures the process itself, whose memory and time are the sanitizer's here.
 set -- --deselect tests/test_model.py::test_memory_is_what_the_process_takes \
+    --deselect tests/test_plan.py::test_memory_is_what_a_process_takes \
     --deselect tests/test_threads.py::test_ctrl_c_ends_a_long_call \
     --deselect tests/test_threads.py::test_a_handler_may_ask_the_model_that_computes "$@"
 "$python" -m pip install --quiet --disable-pip-version-check pybind11 cmake ninja

@@ -301,7 +301,7 @@ def _read(path: str) -> str:
 
 # ---- time ---------------------------------------------------------------------------------------------------------
 
-SECONDS_AT_MOST = 8.0  # of one micro-batch that is timed
+SECONDS_AT_MOST = {"whole": 6.0, "part": 4.0}  # of one micro-batch that is timed
 SECONDS_IN_ALL, REPEATS = 6.0, 5  # of the steps that are timed, whichever is reached first; one at least
 EXPECTED_SHARE = 0.5  # of peak: only to choose what is timed
 FREE_SHARE = 0.9  # of the free memory that timing may take
@@ -326,26 +326,31 @@ def measure(
 ) -> Timing | None:
     """Time steps of the model with micro-batches of B whole windows on this machine.
 
-    Where a micro-batch takes too long or the model does not fit into `free` bytes, fewer windows through 1 and 2 layers
-    of the same width are timed, and time is taken to be linear in layers and windows.  None: not even that fits.
+    Where a micro-batch takes too long or the model does not fit into `free` bytes, fewer windows through one layer and
+    through a few of the same width are timed, and time is taken to be linear in layers and windows.  None: not even
+    that fits.
     """
     T = config.context
-    if _fits(config, B, T, free, peak):
+
+    def fits(layers: int, b: int, t: int, part: str) -> bool:
+        some = replace(config, n_layer=layers)
+        seconds = flops_per_token(some, t) * b * t / (peak * EXPECTED_SHARE)
+        return seconds <= SECONDS_AT_MOST[part] and sum(some.memory(b, t).values()) <= free * FREE_SHARE
+
+    if fits(config.n_layer, B, T, "whole"):
         say(f"timing {B} windows of {T} tokens")
         return _time(config, B, T, precision)._replace(how="timed")
-    b, t = B, T
-    while not _fits(replace(config, n_layer=2), b, t, free, peak):
+    layers, b, t = 2, B, T
+    while not fits(layers, b, t, "part"):
         if t == 1:
             return None
         b, t = (b // 2, t) if b > 1 else (1, t // 2)
-    say(f"timing 1 and 2 layers, {b} windows of {t} tokens")
-    one, two = (_time(replace(config, n_layer=n), b, t, precision) for n in (1, 2))
-    return _extrapolate(config, B, b, t, one, two)
-
-
-def _fits(config: Config, B: int, T: int, free: int, peak: float) -> bool:
-    seconds = flops_per_token(config, T) * B * T / (peak * EXPECTED_SHARE)
-    return seconds <= SECONDS_AT_MOST and sum(config.memory(B, T).values()) <= free * FREE_SHARE
+    while layers < 8 and fits(2 * layers, b, t, "part"):  # the more layers, the less the noise of two timings counts
+        layers *= 2
+    what = f"1 and {layers} layers, {b} window{'s' * (b > 1)} of {t} tokens"
+    say(f"timing {what}")
+    one, several = (_time(replace(config, n_layer=n), b, t, precision) for n in (1, layers))
+    return _extrapolate(config, B, b, t, layers, one, several)._replace(how=f"extrapolated from {what}")
 
 
 def _time(config: Config, B: int, T: int, precision: str) -> Timing:
@@ -368,18 +373,17 @@ def _seconds(part: Callable[[], object]) -> float:
     return clock() - began
 
 
-def _extrapolate(config: Config, B: int, b: int, t: int, one: Timing, two: Timing) -> Timing:
-    """From 1 and 2 layers and b windows of t to all layers and B whole windows."""
+def _extrapolate(config: Config, B: int, b: int, t: int, layers: int, one: Timing, several: Timing) -> Timing:
+    """From 1 and several layers and b windows of t to all layers and B whole windows."""
     T, windows = config.context, B * config.context / (b * t)
     longer = _layer_flops(config, T) / _layer_flops(config, t)  # attention sees more keys in a longer window
 
-    def whole(a: float, b: float, tokens: float, longer: float) -> float:
-        layer = max(0.0, b - a)
-        return tokens * (max(0.0, a - layer) + config.n_layer * layer * longer)
+    def whole(of_one: float, of_several: float, windows: float, longer: float) -> float:
+        layer = max(0.0, of_several - of_one) / (layers - 1)
+        return windows * (max(0.0, of_one - layer) + config.n_layer * layer * longer)
 
-    parts = [whole(one[i], two[i], windows, longer) for i in (0, 1)]
-    how = f"extrapolated from 1 and 2 layers, {b} windows of {t} tokens"
-    return Timing(*parts, whole(one.update, two.update, 1.0, 1.0), how)
+    passes = [whole(one[i], several[i], windows, longer) for i in (0, 1)]
+    return Timing(*passes, whole(one.update, several.update, 1.0, 1.0), "")
 
 
 def _layer_flops(config: Config, T: int) -> float:
@@ -522,7 +526,8 @@ def _time_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         return [*lines, ("", f"{peak}, {spent['how']}"), ("", note), ("money", money)]
     dollars = spent["dollars"]
     money = "unknown: --price says what an hour of this machine costs" if dollars is None else f"${dollars:,.2f}"
-    return [*lines, ("", f"this machine, {spent['how']}"), ("money", money)]
+    note = f"this machine, {spent['how']}; evaluations, samples and checkpoints come on top"
+    return [*lines, ("", note), ("money", money)]
 
 
 def _long(seconds: float) -> str:
