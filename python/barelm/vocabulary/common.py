@@ -28,8 +28,8 @@ def read_text(text: str, data: str) -> "str | bytes":
 
 
 def visible(token: bytes) -> str:
-    r"""A token in characters that a terminal shows and does not obey: \n, \x1b, \u202e and so on for all others, \xNN
-    for bytes that are not UTF-8 (half of a character, say), and \\ for a backslash, so that no two tokens look alike.
+    r"""A token in characters that a terminal shows and does not obey: \n, \x1b, \u202e and so on for all others, \x80
+    to \xff for bytes that are not UTF-8 (half of a character, say), and \\ for a backslash: no two tokens look alike.
     """
     return "".join(_visible(char) for char in token.decode("utf-8", "surrogateescape"))
 
@@ -42,4 +42,6 @@ def _visible(char: str) -> str:
         return f"\\x{code - 0xDC00:02x}"
     if char == " " or unicodedata.category(char)[0] not in "CZ":  # not a control, format or unknown character, or space
         return char
+    if code < 0x80:
+        return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

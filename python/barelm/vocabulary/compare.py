@@ -56,10 +56,11 @@ def _show(toks: dict[str, Tokenizer], rows: list[dict]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("text", title="bytes per token: more is better", title_justify="left")
+    table = Table(title="bytes per token: more is better", title_justify="left")
+    table.add_column("text", overflow="fold")
     table.add_column("size", justify="right")
     for name, tok in toks.items():
-        table.add_column(Text(f"{printable(name)}\n{tok.n_vocab:,} tokens"), justify="right")
+        table.add_column(Text(f"{printable(name)}\n{tok.n_vocab:,} tokens"), justify="right", overflow="fold")
     for row in rows:
         cells = [_cell(row["bytes_per_token"], name) for name in toks]
         table.add_row(Text(printable(row["text"])), count(row["bytes"], "B"), *cells)

@@ -6,7 +6,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator
 from html.entities import html5
-from itertools import chain, islice
+from itertools import chain
 
 from ..data.documents import Documents
 
@@ -14,7 +14,7 @@ __all__ = ["beginning", "kinds"]
 
 LIMIT = 2 << 20  # bytes of each kind at most
 
-# First letter, last letter: words of these scripts are not to be had everywhere, their letters are.
+# First letter, last letter.  A Python installation has no words of these scripts, but it knows their letters.
 SCRIPTS = {
     "Latin, with marks": ("\u00c0", "\u017e"),
     "Greek": ("\u0391", "\u03c9"),
@@ -36,14 +36,14 @@ SCRIPTS = {
 
 
 def kinds() -> dict[str, list[bytes]]:
-    """{what it is: documents}.  The first two are the standard library's, what a vocabulary may have learned from."""
+    """{what it is: documents}.  The first two are the standard library's: a tokenizer may have seen them."""
     files = _spread(list(Documents()))
     return {
-        "Python code (standard library)": files,
-        "English (its docstrings)": list(chain.from_iterable(map(_docstrings, files))),
+        "code (standard library)": files,
+        "English (docstrings)": list(chain.from_iterable(map(_docstrings, files))),
         "digits": [_digits().encode()],
-        "white space (indented JSON)": [_indented().encode()],
-        f"letters of {len(SCRIPTS)} scripts, no words": [_letters().encode()],
+        "indented JSON": [_indented().encode()],
+        f"letters, {len(SCRIPTS)} scripts": [_letters().encode()],
     }
 
 
@@ -79,25 +79,22 @@ def _docstrings(source: bytes) -> Iterator[bytes]:
 
 
 def _digits() -> str:
-    return "\n".join(
-        f"{n} {n * n} {n**5} {1 / n:.12f} {n % 28 + 1:02}.{n % 12 + 1:02}.{1900 + n % 150}" for n in _NUMBERS
+    """Numbers as they are met: counts, squares, fractions, dates."""
+    lines = (
+        f"{n} {n * n} {n**5} {1 / n:.12f} {n % 28 + 1:02}.{n % 12 + 1:02}.{1900 + n % 150}" for n in range(1, 5000)
     )
-
-
-_NUMBERS = range(1, 5000)
+    return "\n".join(lines)
 
 
 def _indented() -> str:
     return json.dumps({name: [hex(ord(char)) for char in text] for name, text in html5.items()}, indent=8)
 
 
-def _letters() -> str:
+def _letters(most: int = 200, group: int = 5) -> str:
+    """A line for each script: its first letters in groups, as words have them."""
     lines = []
     for first, last in SCRIPTS.values():
         letters = [c for c in map(chr, range(ord(first), ord(last) + 1)) if unicodedata.category(c).startswith("L")]
-        lines.append(" ".join(_in_groups("".join(islice(letters, 200)), 5)))
+        text = "".join(letters[:most])
+        lines.append(" ".join(text[at : at + group] for at in range(0, len(text), group)))
     return "\n".join(lines)
-
-
-def _in_groups(text: str, size: int) -> list[str]:
-    return [text[at : at + size] for at in range(0, len(text), size)]
