@@ -16,6 +16,7 @@ from .data.shards import Dataset, check_found, is_dataset
 from .data.tokens import Tokens
 from .model import Model
 from .report import Progress, console, printable
+from .runs import newest_checkpoint
 from .tokenizer import Tokenizer
 
 __all__ = ["EvalConfig", "Evaluation", "Scores", "evaluate", "evaluation", "main", "score", "together"]
@@ -135,7 +136,6 @@ def together(texts: Iterable[Scores]) -> Scores:
 
 
 def main(config: EvalConfig) -> int:
-    from .train import newest_checkpoint  # train imports this module
 
     _check(config)
     names = _names(config.data)
