@@ -442,6 +442,21 @@ def test_sample_continues_from_a_run_the_same_for_the_same_seed(text, tmp_path, 
     assert len(two) == 2 and two[0]["text"] != two[1]["text"]
 
 
+def test_what_sample_says_of_its_tokens_is_what_forward_says(text, tmp_path, capsys):
+    """Whatever distribution they were drawn from.  Tolerance: forward rounds to float32, a few units of 6e-8 at values
+    up to 20."""
+    assert run(text, tmp_path / "run", steps=20) == 0
+    capsys.readouterr()
+    argv = ["sample", "--checkpoint", str(tmp_path / "run"), "--json", "--max-tokens", "12", "--prompt", "1 a"]
+    assert command.main([*argv, "--temperature", "1.5", "--top-k", "30"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    model, tok = Model.load(tmp_path / "run" / "step_20"), Tokenizer.load(tmp_path / "run" / "step_20")
+    ids = np.array([tok.encode("1 a") + said["ids"]], np.int32)
+    want = model.forward(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]))[0, 2:]
+    assert tok.decode(said["ids"]) == said["text"] and len(said["logprobs"]) == 12
+    np.testing.assert_allclose(said["logprobs"], want, rtol=0, atol=5e-6)
+
+
 def test_doctor_tells_what_is_here(monkeypatch, capsys):
     assert command.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

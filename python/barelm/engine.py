@@ -2,13 +2,19 @@
 
 import codecs
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from . import _core
 
-__all__ = ["generate", "sample_token"]
+__all__ = ["Drawn", "draw_tokens", "generate", "sample_token", "text_of"]
+
+
+class Drawn(NamedTuple):
+    id: int
+    logprob: float  # log p(id) under the model as it is, before temperature, top_k and top_p; nats
 
 
 def sample_token(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float, u: float) -> int:
@@ -64,26 +70,53 @@ def generate(
 
     ValueError, before anything runs: an argument out of its range, or a prompt with an id that the model lacks.
     """
-    ids = tok.encode(prompt) if isinstance(prompt, str | bytes) else [int(id) for id in prompt]
     stops = [stop] if isinstance(stop, str) else list(stop)
-    _check(model, tok, ids, stops, max_tokens, temperature, top_k, top_p, seed, row)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise ValueError("stop: each must be a string that is not empty")
+    drawn = draw_tokens(
+        model,
+        tok,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        row=row,
+    )
+    return text_of((token.id for token in drawn), tok, stops)
+
+
+def draw_tokens(
+    model,
+    tok,
+    prompt: "str | bytes | Sequence[int]" = "",
+    *,
+    max_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    row: int = 0,
+) -> Iterator[Drawn]:
+    """As generate, but the tokens themselves, each with its log-probability; the end-of-text token is not yielded."""
+    ids = tok.encode(prompt) if isinstance(prompt, str | bytes) else [int(id) for id in prompt]
+    _check(model, tok, ids, max_tokens, temperature, top_k, top_p, seed, row)
 
     def draw(logits: np.ndarray, position: int) -> int:
         u = _core.philox_uniform(seed, _core.STREAM_SAMPLE, row, position)
         return sample_token(logits, temperature, top_k, top_p, u)
 
-    return _text(_tokens(model, tok, ids or [tok.eot], max_tokens, draw), tok, stops)
+    return _tokens(model, tok, ids or [tok.eot], max_tokens, draw)
 
 
-def _check(model, tok, ids, stops, max_tokens, temperature, top_k, top_p, seed, row) -> None:
+def _check(model, tok, ids, max_tokens, temperature, top_k, top_p, seed, row) -> None:
     config = model.config
     if tok.n_vocab > config.vocab_size:
         raise ValueError(f"tok: its ids go up to {tok.n_vocab - 1}, the model's vocabulary has {config.vocab_size}")
     bad = next((id for id in ids if not 0 <= id < config.vocab_size), None)
     if bad is not None:
         raise ValueError(f"prompt: the id {bad} is not in [0, {config.vocab_size})")
-    if not all(isinstance(s, str) and s for s in stops):
-        raise ValueError("stop: each must be a string that is not empty")
     rules = [
         ("max_tokens", max_tokens, max_tokens >= 0, "0 or more"),
         ("temperature", temperature, 0 <= temperature < math.inf, "0 or more, and finite"),
@@ -97,18 +130,24 @@ def _check(model, tok, ids, stops, max_tokens, temperature, top_k, top_p, seed, 
             raise ValueError(f"{name}: must be {rule}, got {value}")
 
 
-def _tokens(model, tok, ids: list[int], max_tokens: int, draw: Callable[[np.ndarray, int], int]) -> Iterator[int]:
+def _tokens(model, tok, ids: list[int], max_tokens: int, draw: Callable[[np.ndarray, int], int]) -> Iterator[Drawn]:
     ids = list(ids)
     for position in range(max_tokens):
         window = np.array([ids[-model.config.context :]], np.int32)
-        token = draw(model.logits(window, last=True)[0, : tok.n_vocab], position)  # a model's vocabulary may be padded
+        logits = model.logits(window, last=True)[0]
+        token = draw(logits[: tok.n_vocab], position)  # a model's vocabulary may be padded
         if token == tok.eot:
             return
-        yield token
+        yield Drawn(token, _logprob(logits, token))
         ids.append(token)
 
 
-def _text(tokens: Iterator[int], tok, stops: list[str]) -> Iterator[str]:
+def _logprob(logits: np.ndarray, token: int) -> float:
+    shifted = logits.astype(np.float64) - logits.max()
+    return float(shifted[token] - np.log(np.exp(shifted).sum()))
+
+
+def text_of(tokens: Iterable[int], tok, stops: Sequence[str] = ()) -> Iterator[str]:
     """Tokens to text: bytes wait until they are whole characters, characters while they may begin a stop string."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     held = ""
@@ -128,7 +167,7 @@ def _text(tokens: Iterator[int], tok, stops: list[str]) -> Iterator[str]:
         yield held
 
 
-def _overlap(text: str, stops: list[str]) -> int:
+def _overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of text that begins a stop string."""
     longest = max((len(stop) - 1 for stop in stops), default=0)
     for n in range(min(longest, len(text)), 0, -1):

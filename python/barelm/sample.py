@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from . import _core
-from .engine import generate
+from .engine import draw_tokens, text_of
 from .model import Model
 from .report import printable
 from .runs import newest_checkpoint
@@ -28,7 +28,7 @@ class SampleConfig:
     seed: Annotated[int, "another seed, another text; the same seed, the same"] = 0
     n: Annotated[int, "texts to write"] = 1
     threads: Annotated[int, "0: as many as the machine grants"] = 0
-    json: Annotated[bool, "one JSON object a text, when it is whole"] = False
+    json: Annotated[bool, "one JSON object a text, when it is whole, with its ids and their log-probabilities"] = False
 
 
 def main(config: SampleConfig) -> int:
@@ -43,7 +43,7 @@ def main(config: SampleConfig) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" instead of stopping us
     for row in range(config.n):
-        pieces = generate(
+        drawn = draw_tokens(
             model,
             tok,
             config.prompt,
@@ -55,9 +55,12 @@ def main(config: SampleConfig) -> int:
             row=row,
         )
         if config.json:
-            print(json.dumps({"prompt": config.prompt, "text": "".join(pieces)}), flush=True)
+            tokens = list(drawn)
+            ids, logprobs = [token.id for token in tokens], [token.logprob for token in tokens]
+            text = "".join(text_of(ids, tok))
+            print(json.dumps({"prompt": config.prompt, "text": text, "ids": ids, "logprobs": logprobs}), flush=True)
         else:
-            _stream(config, row, pieces)
+            _stream(config, row, text_of((token.id for token in drawn), tok))
     return 0
 
 
