@@ -1,7 +1,8 @@
 """Tokenizer: text to ids and back, byte-level BPE with special tokens.
 
-Encoding is tiktoken's; this file reads and writes the vocabularies.  Three forms are read: Hugging Face's
-`tokenizer.json`, GPT-2's pair `vocab.bpe` + `encoder.json`, and Llama-3's rank file.  Nothing here touches a network.
+Encoding is tiktoken's, training is csrc/bpe.c; this file reads and writes the vocabularies.  Three forms are read:
+Hugging Face's `tokenizer.json`, GPT-2's pair `vocab.bpe` + `encoder.json`, and Llama-3's rank file.  Nothing here
+touches a network.
 
 Byte-level BPE (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): text is cut by a regular
 expression, each piece is UTF-8 bytes, and the pair with the lowest rank merges until none is left.  Every byte is a
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -36,6 +37,8 @@ PART = 1 << 16  # characters that one thread encodes at a time: some millisecond
 
 RANK_FILES = (".model", ".tiktoken")  # how the names of rank files end
 LLAMA3_RANKS = 128_000  # ordinary tokens; 256 special ones follow
+PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}  # csrc/split.c knows both
+MERGES_A_CALL = 64  # of training, between two calls of `progress`
 
 
 def _byte_chars() -> list[str]:
@@ -103,6 +106,49 @@ class Tokenizer:
     def bytes(cls) -> "Tokenizer":
         """The 256 bytes, each its own id, and <|endoftext|> = 256.  Needs no file and no training."""
         return cls({bytes([b]): b for b in range(256)}, [], {EOT: 256})
+
+    @classmethod
+    def train(
+        cls,
+        documents: "Iterable[str | bytes]",
+        vocab_size: int,
+        pattern: str = "gpt4",
+        special: Sequence[str] = (EOT,),
+        progress: Callable[[int, int], None] | None = None,
+        min_count: int = 2,
+    ) -> "Tokenizer":
+        """A vocabulary from text: the bytes are ids 0 .. 255, merges follow in their order, then the special tokens.
+
+        documents   any iterable, read once; only its distinct pieces are kept in memory.  Bytes that are not UTF-8 end
+                    the piece before them and are in none themselves
+        vocab_size  with the bytes and the special tokens
+        pattern     how text is cut into pieces, which no merge crosses: "gpt4" or "gpt2"
+        progress    called with (merges done, merges wanted) every few merges
+        min_count   a pair that occurs less often is not merged.  Where no pair is left n_vocab is below vocab_size
+
+        Each merge takes the most frequent pair; of equally frequent ones the pair whose (left bytes, right bytes) is
+        the larger.  With min_count=1 these are the merges of the textbook's loop until nothing is left to merge; 2
+        leaves out its last ones, of pairs that occur once.  The same for any number of threads.
+        """
+        special = _checked_special(special)
+        _check_whole("vocab_size", vocab_size, 256 + len(special), MAX_ID)
+        _check_whole("min_count", min_count, 1, 2**63 - 1)
+        if pattern not in PATTERNS:
+            raise ValueError(f"pattern: is {pattern!r}, must be one of {', '.join(map(repr, PATTERNS))}")
+        trainer = _core.Bpe(pattern, min_count)
+        for document in _each_document(documents):
+            trainer.add(document)
+        wanted, before, done = vocab_size - 256 - len(special), -1, 0
+        while before < done < wanted:
+            before, done = done, trainer.merge(min(MERGES_A_CALL, wanted - done))
+            if progress:
+                progress(done, wanted)
+        tokens, merges = [bytes([b]) for b in range(256)], []
+        for left, right in trainer.merges.tolist():
+            merges.append((tokens[left], tokens[right]))
+            tokens.append(tokens[left] + tokens[right])
+        vocab = {token: id for id, token in enumerate(tokens)}
+        return cls(vocab, merges, {text: len(vocab) + i for i, text in enumerate(special)}, PATTERNS[pattern])
 
     @classmethod
     def gpt2(cls, vocab_bpe: str | os.PathLike, encoder_json: str | os.PathLike) -> "Tokenizer":
@@ -237,6 +283,9 @@ class Tokenizer:
             raise ValueError("two tokens have the same id")
         if "" in self.special or b"" in self._vocab:
             raise ValueError("a token is empty")
+        for text in self.special:  # a file has one name for both
+            if CHAR_TO_BYTE.keys() >= set(text) and _from_chars(text) in self._vocab:
+                raise ValueError(f"the special token {text!r} is an ordinary token too")
 
     def _make_encoder(self, merges: Merges) -> None:
         """tiktoken wants one number per token that is both its id and its rank; where a file has them apart, we map."""
@@ -295,6 +344,43 @@ def _jobs(parts: Iterable[str | np.ndarray]) -> Iterator[list[str | np.ndarray]]
             group, size = [], 0
     if group:
         yield group
+
+
+# ---- arguments of train -------------------------------------------------------------------------------------------
+
+
+def _check_whole(name: str, value: int, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name}: is {value!r}, must be a whole number from {low} to {high}")
+
+
+def _checked_special(special: Sequence[str]) -> list[str]:
+    names = [] if isinstance(special, str) else list(special)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"special: is {special!r}, must be a sequence of texts")
+    if len(set(names)) < len(names):
+        raise ValueError(f"special: {names} has one twice")
+    if not set(names) & set(EOT_NAMES):
+        raise ValueError(f"special: no end-of-text token in {names} (one of {', '.join(EOT_NAMES)})")
+    return names
+
+
+def _each_document(documents: "Iterable[str | bytes]") -> "Iterator[bytes]":
+    """The bytes of each.  ValueError: there is none, or one is no text."""
+    text = str | bytes | bytearray | memoryview
+    if isinstance(documents, text) or not isinstance(documents, Iterable):
+        raise ValueError(f"documents: is a {type(documents).__name__}, must be an iterable of str or bytes")
+    n = 0
+    for n, document in enumerate(documents, 1):
+        if not isinstance(document, text):
+            raise ValueError(f"documents: number {n} is a {type(document).__name__}, must be str or bytes")
+        try:
+            data = _to_bytes(document)
+        except ValueError as error:
+            raise ValueError(f"documents: number {n}: {str(error).removeprefix('text: ')}") from None
+        yield data
+    if not n:
+        raise ValueError("documents: there is none")
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
