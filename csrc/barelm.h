@@ -50,7 +50,8 @@ typedef struct { /* some rows of a tensor, under Hugging Face's name */
     int decay;
 } Tensor;
 
-int model_tensors(const Model *m, Tensor *out); /* how many; `out` may be NULL */
+/* The parameters of a model of this config, which need not exist: how many; `out` may be NULL. */
+int model_tensors(const Config *c, Tensor *out);
 float *model_weights(Model *m);
 /* The blocks of gradients and moments (first, second); allocated here where they do not exist yet. */
 Status model_grads(Model *m, float **grads);

@@ -128,6 +128,19 @@ static int signal_pending() {
 
 // ---- Model ---------------------------------------------------------------------------------------------------------
 
+static std::vector<Tensor> tensors_of(const Config &c) {
+    std::vector<Tensor> all((size_t)model_tensors(&c, nullptr));
+    model_tensors(&c, all.data());
+    return all;
+}
+
+// Hugging Face's.
+static std::vector<int64_t> shape_of(const Tensor &t) {
+    if (!t.columns) return {t.rows};
+    if (t.transposed) return {t.columns, t.rows};
+    return {t.rows, t.columns};
+}
+
 class PyModel {
   public:
     PyModel(const Config &config, const std::string &precision, uint64_t seed) {
@@ -143,8 +156,7 @@ class PyModel {
         }
         if (!model_) raise(NO_MEMORY, error);
         model_set_poll(model_, signal_pending);
-        tensors_.resize((size_t)model_tensors(model_, nullptr));
-        model_tensors(model_, tensors_.data());
+        tensors_ = tensors_of(*model_config(model_));
     }
     PyModel(const PyModel &) = delete;
     ~PyModel() { model_free(model_); }
@@ -267,10 +279,10 @@ class PyModel {
         auto &me = self.cast<PyModel &>();
         py::dict out;
         for (const Tensor &t : me.tensors_) {
-            std::vector<int64_t> shape = {t.rows}, strides = {4};
-            if (t.columns) shape = {t.rows, t.columns}, strides = {4 * t.columns, 4};
-            if (t.transposed) std::swap(shape[0], shape[1]), std::swap(strides[0], strides[1]);
-            out[t.name] = Floats(shape, strides, block + t.offset, self);
+            std::vector<int64_t> strides = {4};
+            if (t.columns) strides = {4 * t.columns, 4};
+            if (t.transposed) std::swap(strides[0], strides[1]);
+            out[t.name] = Floats(shape_of(t), strides, block + t.offset, self);
         }
         return out;
     }
@@ -561,6 +573,15 @@ PYBIND11_MODULE(_core, m) {
         .def("add", &PyBpe::add, py::arg("document"))
         .def("merge", &PyBpe::merge, py::arg("n"))
         .def_property_readonly("merges", &PyBpe::merges);  // (n, 2) uint32: the tokens of each pair
+
+    m.def(
+        "model_tensors",  // {name: shape}, as Model.params would show them
+        [](const py::object &config) {
+            py::dict out;
+            for (const Tensor &t : tensors_of(config_of(config))) out[t.name] = py::tuple(py::cast(shape_of(t)));
+            return out;
+        },
+        py::arg("config"));
 
     py::class_<PyModel>(m, "Model")
         .def(py::init([](const py::object &config, const std::string &precision, uint64_t seed) {

@@ -301,9 +301,9 @@ void model_free(Model *m) {
 
 enum { GPT2, LLAMA };
 
-int model_tensors(const Model *m, Tensor *out) {
-    const Config *c = &m->c;
+int model_tensors(const Config *c, Tensor *out) {
     LIST_SIZES;
+    const Layout layout = param_layout(c);
     const struct {
         int family, param;
         int64_t row, rows;
@@ -315,13 +315,13 @@ int model_tensors(const Model *m, Tensor *out) {
     };
     int family = c->norm == NORM_LAYERNORM ? GPT2 : LLAMA, n = 0;
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
-        const Param *p = &m->layout.p[list[i].param];
+        const Param *p = &layout.p[list[i].param];
         if (list[i].family != family || !list[i].rows || !p->floats) continue;
         for (int l = 0; l < (p->where == LAYERED ? L : 1); l++, n++) {
             if (!out) continue;
             Tensor *t = &out[n];
             int64_t columns = p->columns ? p->columns : 1;
-            *t = (Tensor){.offset = param(m, m->weights, list[i].param, l) - m->weights + list[i].row * columns,
+            *t = (Tensor){.offset = p->offset + l * layout.layer_floats + list[i].row * columns,
                           .rows = list[i].rows,
                           .columns = p->columns,
                           .transposed = list[i].transposed,
@@ -348,9 +348,9 @@ static int64_t first_not_finite(const Model *m, const float *block, int64_t begi
 
 /* The name of the tensor that holds the float at this offset. */
 static void name_of(const Model *m, int64_t at, char name[64]) {
-    Tensor *all = malloc((size_t)model_tensors(m, NULL) * sizeof *all);
+    Tensor *all = malloc((size_t)model_tensors(&m->c, NULL) * sizeof *all);
     snprintf(name, 64, "value %" PRId64, at);
-    int n = all ? model_tensors(m, all) : 0;
+    int n = all ? model_tensors(&m->c, all) : 0;
     for (int i = 0; i < n; i++)
         if (at >= all[i].offset && at < all[i].offset + all[i].rows * (all[i].columns ? all[i].columns : 1))
             snprintf(name, 64, "%s", all[i].name);
