@@ -273,9 +273,9 @@ def _open_own(folder: Path, tok: Tokenizer | None) -> Dataset:
             raise ValueError(f"{folder / SIDECAR}: format {values['format']} is not one that this version reads")
         identity = {"corpus": str(values["corpus"]), "tokenizer": str(values["tokenizer"])}
         identity["split"] = f"val_fraction {values['val_fraction']}, seed {values['seed']}"
-        entries = [(str(e["name"]), (int(e["tokens"]), int(e["bytes"]), str(e["sha256"]))) for e in values["shards"]]
-        found = dict(values["summary"])
-    except (KeyError, TypeError, AttributeError):
+        entries = [(entry["name"], (entry["tokens"], entry["bytes"], entry["sha256"])) for entry in values["shards"]]
+        found = {**values["summary"]}
+    except (KeyError, TypeError):
         raise ValueError(f"{folder / SIDECAR}: is not the description of a dataset") from None
     own = _own_tokenizer(folder, identity["tokenizer"])
     if tok is not None and tok.hash() != identity["tokenizer"]:
@@ -310,7 +310,7 @@ def _own_tokenizer(folder: Path, want: str) -> Tokenizer:
 
 
 def _own_shard(folder: Path, name: str, want: tuple[int, int, str]) -> Shard:
-    if not re.fullmatch(r"(train|val)_\d{6,}\.bin", name):
+    if not isinstance(name, str) or not re.fullmatch(r"(train|val)_\d{6,}\.bin", name):
         raise ValueError(f"{folder / SIDECAR}: {name!r} is not the name of a shard")
     path = folder / name
     if not path.is_file():

@@ -67,11 +67,11 @@ class Shard:
     def open(cls, path: Path) -> "Shard":
         """Check header and size.  ValueError: what is wrong with them."""
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(4 * HEADER), "<i4")
+            header = file.read(4 * HEADER)
             status = os.fstat(file.fileno())
-        if len(header) < HEADER:
-            raise ValueError(f"{path}: is cut off, {status.st_size} bytes are less than a header")
-        magic, version, n = map(int, header[:3])
+        if len(header) < 4 * HEADER:
+            raise ValueError(f"{path}: is cut off, {len(header)} bytes are less than a header")
+        magic, version, n = np.frombuffer(header, "<i4", 3).tolist()
         dtype = FORMS.get((magic, version))
         if dtype is None:
             known = " or ".join(f"{magic} with version {version}" for magic, version in FORMS)
