@@ -334,7 +334,7 @@ def _pieces(file: BinaryIO, split_at: bytes) -> Iterator[tuple[bytes, bool]]:
     """(data, begins): what lies between the separators, and of that what is very long in parts.  Where the parts are
     cut depends on the bytes alone, not on how they come."""
     rest, begins, first = b"", True, True
-    while block := file.read(PART):
+    while block := _block(file):
         *complete, rest = (rest + block).split(split_at) if split_at else [rest + block]
         for data in complete:
             yield from _cut(data, begins)
@@ -345,6 +345,15 @@ def _pieces(file: BinaryIO, split_at: bytes) -> Iterator[tuple[bytes, bool]]:
             rest, begins, first = rest[at:], False, False
     if rest or first:
         yield from _cut(rest, begins)
+
+
+def _block(file: BinaryIO) -> bytes:
+    """PART bytes, or what there is until the end.  In steps: inside one long read of a pipe Ctrl-C could go unheard."""
+    found, size = [], 0
+    while size < PART and (step := file.read1(PART - size)):
+        found.append(step)
+        size += len(step)
+    return b"".join(found)
 
 
 def _cut(data: bytes, begins: bool = True) -> Iterator[tuple[bytes, bool]]:
