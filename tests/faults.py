@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("csrc", "cuda", "python", "tests", "CMakeLists.txt", "pyproject.toml")
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
-OPS, MODEL, THREADS, CHECKPOINT, INPUT = (
-    f"tests/test_{name}.py" for name in ("ops", "model", "threads", "checkpoint", "input")
+ALL = OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS = tuple(
+    f"tests/test_{name}.py" for name in ("ops", "model", "threads", "checkpoint", "input", "documents", "shards")
 )
 
 
@@ -367,6 +367,118 @@ FAULTS = [
         "    finally:\n        pass",
         CHECKPOINT,
     ),
+    Fault(
+        "documents: a separator across two blocks is not seen",
+        "python/barelm/data/documents.py",
+        "while len(rest) - len(split_at) > PART:",
+        "while len(rest) >= PART:",
+        DOCUMENTS,
+    ),
+    Fault(
+        "documents: a part ends inside a character",
+        "python/barelm/data/documents.py",
+        "at = character_start(data, PART)",
+        "at = PART",
+        DOCUMENTS,
+    ),
+    Fault(
+        "documents: a line that is too long leaves its end as a line",
+        "python/barelm/data/documents.py",
+        r'while line and not line.endswith(b"\n"):',
+        "while False:",
+        DOCUMENTS,
+    ),
+    Fault(
+        "documents: bytes that are no UTF-8 are replaced",
+        "python/barelm/data/documents.py",
+        'line.decode("utf-8", "surrogateescape")',
+        'line.decode("utf-8", "replace")',
+        DOCUMENTS,
+    ),
+    Fault(
+        "documents: the hash does not see where one ends",
+        "python/barelm/data/documents.py",
+        "self._hash.update(bytes([document.begins]) + hashlib.sha256(document.data).digest())",
+        "self._hash.update(document.data)",
+        DOCUMENTS,
+    ),
+    Fault(
+        "documents: hidden files are read",
+        "python/barelm/data/documents.py",
+        'skip=lambda name: name.startswith(".")',
+        "skip=lambda name: False",
+        DOCUMENTS,
+    ),
+    Fault(
+        "tokens: a window across two shards",
+        "python/barelm/data/tokens.py",
+        "i + (end == self._ends[i])",
+        "i + 1",
+        SHARDS,
+    ),
+    Fault(
+        "tokens: a changed file is read on",
+        "python/barelm/data/tokens.py",
+        "changed = _stamp(os.fstat(file)) != self.stamp",
+        "changed = False",
+        SHARDS,
+    ),
+    Fault(
+        "tokens: the last window is never drawn",
+        "python/barelm/data/tokens.py",
+        "places = len(self) - T  #",
+        "places = len(self) - T - 1  #",
+        SHARDS,
+    ),
+    Fault(
+        "tokens: a window in sequence ends at the last token",
+        "python/barelm/data/tokens.py",
+        "starts = [(first + b) * T % len(self)",
+        "starts = [(first + b) * T % (len(self) - T)",
+        SHARDS,
+    ),
+    Fault(
+        "tokens: threads give back in any order",
+        "python/barelm/data/tokens.py",
+        "yield from ahead.popleft().result()\n        while",
+        "yield from ahead.pop().result()\n        while",
+        SHARDS,
+    ),
+    Fault(
+        "shards: equal texts on both sides",
+        "python/barelm/data/shards.py",
+        'hashlib.sha256(seed.to_bytes(8, "little") + hashlib.sha256(data).digest()).digest()',
+        'hashlib.sha256(seed.to_bytes(8, "little") + os.urandom(8)).digest()',
+        SHARDS,
+    ),
+    Fault(
+        "shards: nothing may be left to train on",
+        "python/barelm/data/shards.py",
+        "held_out=bool(met[False]) and (number < fraction or not met[True])",
+        "held_out=number < fraction or not met[True]",
+        SHARDS,
+    ),
+    Fault(
+        "shards: the header says what a full shard has",
+        "python/barelm/data/shards.py",
+        'header[:3] = *self._form, self.shards[-1]["tokens"]',
+        "header[:3] = *self._form, self._limit",
+        SHARDS,
+    ),
+    Fault(
+        "shards: checksum not looked at",
+        "python/barelm/data/shards.py",
+        'if (shard.n, have["bytes"], have["sha256"]) != want:',
+        "if False:",
+        SHARDS,
+    ),
+    Fault(
+        "shards: ids of others not looked at",
+        "python/barelm/data/shards.py",
+        "        if len(bad):",
+        "        if False:",
+        SHARDS,
+    ),
 ]
 
 
@@ -471,7 +583,7 @@ def plant(tree, fault):
         errors = tree.build(fault.isa)
         if errors:
             return False, "does not compile: " + errors[-500:]
-        for files in ([fault.first], sorted({OPS, MODEL, THREADS, CHECKPOINT, INPUT} - {fault.first})):
+        for files in ([fault.first], sorted(set(ALL) - {fault.first})):
             passed, said = tree.test(fault.isa, *files)
             if not passed:
                 return True, said
@@ -492,7 +604,7 @@ def main():
         tree = Tree((args.keep or Path(folder)).resolve())
         if not args.skip_clean:
             errors = tree.build("avx2")
-            passed, said = (False, errors) if errors else tree.test("avx2", OPS, MODEL, THREADS, CHECKPOINT, INPUT)
+            passed, said = (False, errors) if errors else tree.test("avx2", *ALL)
             if not passed:
                 sys.exit(f"without any fault: {said}")
         missed = []
