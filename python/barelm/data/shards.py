@@ -40,9 +40,9 @@ def split(documents: Iterable[Document], seed: int, fraction: float) -> Iterator
     """Every document on its side, in one pass.
 
     A document is held out where sha256(seed, its bytes), as a number in [0, 1), is below `fraction`: its name and place
-    change nothing, and two that are equal are never on both sides.  The one with the lowest number is kept until the
-    end, so that of two documents or more at least one is on either side.  Of a document that is alone, and of each part
-    of a very long one, the end is held out.
+    change nothing, and equal documents go to the same side.  The one with the lowest number is kept until the end and
+    then goes where nothing is yet, so that of two documents or more one is on either side.  Of a document that is
+    alone, and of each part of a very long one, the end is held out.
     """
     lowest, met = None, {False: 0, True: 0}
     for document, is_part in _with_next(documents):
