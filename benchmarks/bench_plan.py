@@ -38,12 +38,12 @@ def train(name):
     """In a process of its own: the best time of a step, and the most memory that the process had."""
     from barelm import plan
     from barelm.loop import step
-    from barelm.model import Model
+    from barelm.model import Config, Model
 
     config = plan.PlanConfig(**WORKLOADS[name])
     sizes = plan.plan(plan.replace(config, measure=False))
-    model = Model(plan._model(config), precision=config.precision)
-    B, T, V = sizes["windows"]["B"], sizes["windows"]["T"], model.config.vocab_size
+    model = Model(Config(**sizes["model"]["config"]), precision=config.precision)
+    B, T, V = sizes["run"]["batch"], sizes["run"]["context"], model.config.vocab_size
     rng, seconds = np.random.default_rng(1), []
     for _ in range(STEPS + 1):
         began = time.perf_counter()

@@ -13,6 +13,7 @@ from barelm import plan as planning
 from barelm.hardware import GPUS, HISTORY, ON_A100, ON_H100
 from barelm.loop import flops_per_token
 from barelm.plan import PlanConfig, Timing, measure, memory, plan, tensors
+from barelm.train import TrainConfig, _settle
 
 COUNTED = dict(measure=False)
 
@@ -61,21 +62,22 @@ def test_gpt2_by_hand():
     assert found["flops"]["run"] == 797_870_592 * found["run"]["tokens"]
 
 
-def test_the_run_is_the_recipes():
+def test_the_run_is_the_one_that_train_would_make():
     run = plan(PlanConfig(**COUNTED, depth=12))["run"]
-    assert run["tokens_per_step"] == 2**18 and run["accumulate"] == 2**18 // (8 * 1024)
+    settled = _settle(TrainConfig(depth=12), 50257)
+    for name in ("batch", "context", "steps", "tokens_per_step", "lr"):
+        assert run[name] == getattr(settled, name)
+    assert run["accumulate"] * run["batch"] * run["context"] == run["tokens_per_step"] == 2**18
     assert run["tokens"] == run["steps"] * 2**18
-    assert run["tokens_per_weight"] == pytest.approx(10, rel=1 / run["steps"])
-    assert run["lr"] == pytest.approx(4.2e-4)  # 6e-4 at 2^19, the square root of the batch below
+    assert run["tokens_per_weight"] == pytest.approx(10, rel=1 / run["steps"])  # whole steps
 
 
 def test_the_run_is_as_asked():
     run = plan(PlanConfig(**COUNTED, depth=12, batch=4, tokens_per_step=2**19, tokens=2**29))["run"]
     assert (run["accumulate"], run["steps"], run["tokens"]) == (128, 1024, 2**29)
-    assert run["lr"] == pytest.approx(6e-4, rel=0.02)  # twice rounded to two digits
-    # a micro-batch beyond what suits the model is a step of its own
-    run = plan(PlanConfig(**COUNTED, n_layer=1, n_head=1, n_embd=8, vocab=10, context=8, batch=1000))["run"]
-    assert run["accumulate"] == 1 and run["tokens_per_step"] == 8000
+    run = plan(PlanConfig(gpu="h100", gpus=3, depth=12))["run"]  # a step that suits does not go onto 3: nearly as much
+    assert run["tokens_per_step"] % (3 * run["batch"] * 1024) == 0
+    assert run["tokens_per_step"] == pytest.approx(2**18, rel=3 * run["batch"] * 1024 / 2**18)
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ config = plan.PlanConfig(**json.loads(sys.argv[1]), measure=False)
 planned = plan.plan(config)
 model = Model(plan.Config(**planned["model"]["config"]), precision=config.precision)
 for _ in range(2):
-    shape = (2, planned["windows"]["B"], planned["windows"]["T"])
+    shape = (2, planned["run"]["batch"], planned["run"]["context"])
     n = planned["run"]["accumulate"]
     step(model, [np.random.default_rng(0).integers(0, config.vocab, shape, dtype=np.int32) for _ in range(n)], 1e-3)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
@@ -299,7 +301,7 @@ def test_json_is_all_there_is_on_standard_output(capsys):
     [
         ([], ["124,439,808", "wte.weight", "50257 x 768", "unknown: nothing was timed", "GPT-2 1558M, OpenAI"]),
         (["--gpu", "h100", "--gpus", "8"], ["on each of 8 GPUs", "989 TFLOP/s each", "$3.5 an hour", "fits"]),
-        (["--batch", "4096"], ["it does not fit"]),
+        (["--batch", "4096", "--tokens-per-step", str(2**22)], ["it does not fit"]),
     ],
     ids=["here", "gpu", "too much"],
 )
@@ -313,20 +315,22 @@ def test_people_are_told(capsys, flags, says):
 
 HOSTILE = [
     (["--preset", "gpt5"], "must be one of gpt2"),
-    (["--preset", "gpt2", "--depth", "4"], "depth: a preset has its own"),
+    (["--preset", "gpt2", "--depth", "4"], "--depth: a preset has its own"),
     (["--depth", "-1"], "--depth: must be 0 or more"),
     (["--depth", "1000000"], "too large"),
-    (["--batch", "0"], "--batch: must be above 0"),
-    (["--batch", "3000000"], "--batch: 3000000 windows of 1024 tokens are too many"),
+    (["--batch", "-1"], "--batch: must be 0 or more"),
+    (["--n-layer", "2", "--batch", "8388608"], "--batch: 8388608 windows of 256 tokens are too many"),
+    (["--batch", "3"], "is not a multiple of --batch x --context = 3072"),
     (["--context", "9999999999"], "--context: 9999999999 is too large"),
     (["--vocab", "-3"], "--vocab: must be 0 or more"),
-    (["--n-head", "7"], "n_embd"),
+    (["--n-head", "7"], "--n-embd: is 768, must be a multiple of n_head 7"),
     (["--tokens", "-1"], "--tokens: must be 0 or more"),
-    (["--tokens-per-step", "1000"], "--tokens-per-step: 1000 is not a multiple of 8 windows of 1024 tokens, 8192"),
+    (["--tokens-per-step", "1000"], "--tokens-per-step: 1000 is not a multiple of"),
     (["--price", "nan"], "--price: must be 0 or more, got nan"),
     (["--price", "inf"], "--price: must be 0 or more, got inf"),
     (["--gpu", "h1000"], "--gpu: 'h1000' is not in the table, which has a100-40"),
     (["--gpus", "8"], "--gpus: 8 of which?"),
+    (["--gpu", "h100", "--gpus", "3", "--tokens-per-step", "524288"], "does not go evenly onto 3 GPUs"),
     (["--gpu", "h100", "--gpus", "0"], "--gpus: must be above 0"),
     (["--precision", "int4"], "int4"),
     (["--threads", "-2"], "--threads: must be 0 or more"),
@@ -335,7 +339,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("flags, says", HOSTILE, ids=[" ".join(flags) for flags, _ in HOSTILE])
 def test_mistakes_are_one_line(capsys, flags, says):
-    base = [] if "--preset" in flags or "--depth" in flags else ["--preset", "gpt2"]
+    base = [] if {"--preset", "--depth", "--n-layer"} & set(flags) else ["--preset", "gpt2"]
     assert command.main(["plan", "--no-measure", *base, *flags]) == 2
     out, err = capsys.readouterr()
     assert out == "" and says in err and err.startswith("barelm: ") and err.count("\n") == 1

@@ -136,7 +136,6 @@ def together(texts: Iterable[Scores]) -> Scores:
 
 
 def main(config: EvalConfig) -> int:
-
     _check(config)
     names = _names(config.data)
     if config.threads:

@@ -18,8 +18,9 @@ from . import _core
 from .hardware import GPUS, HISTORY, Past
 from .loop import flops_per_token
 from .model import Config, Model
-from .recipe import FAMILIES, Pace, matrix_weights, model_config, pace
+from .recipe import FAMILIES, matrix_weights, model_config
 from .report import console, count, duration
+from .train import TrainConfig, _settle
 
 __all__ = ["PlanConfig", "Tensor", "Timing", "main", "measure", "memory", "plan", "tensors"]
 
@@ -39,9 +40,9 @@ class PlanConfig:
     n_embd: Annotated[int, "channels"] = 0
     context: Annotated[int, "tokens the model sees at once"] = 0
     vocab: Annotated[int, "ids of the tokenizer; 0: the preset's own, or GPT-2's 50257"] = 0
-    batch: Annotated[int, "windows in a micro-batch (on each GPU)"] = 8
-    tokens_per_step: Annotated[int, "tokens in a step; 0: as suits the model's size"] = 0
-    tokens: Annotated[int, "tokens of the whole run; 0: as suits the model's size"] = 0
+    batch: Annotated[int, "windows in a micro-batch (on each GPU); 0 here and below: as barelm train takes it"] = 0
+    tokens_per_step: Annotated[int, "tokens in a step"] = 0
+    tokens: Annotated[int, "tokens of the whole run"] = 0
     precision: Annotated[Literal["fp32", "bf16"], "of matrix products on this machine"] = "fp32"
     gpu: Annotated[str, f"plan for this GPU: {', '.join(GPUS)}; left out: for this machine"] = ""
     gpus: Annotated[int, "how many of them"] = 1
@@ -68,10 +69,11 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     _check(config)
     if config.threads:
         _core.threads_set(config.threads)
-    model = _model(config)
-    run = _run(config, model)
-    T, B = model.context, config.batch
-    flops = flops_per_token(model, T)
+    n_vocab = config.vocab or (Config.preset(config.preset).vocab_size if config.preset else Config.vocab_size)
+    settled = _as_trained(config, n_vocab)
+    model = model_config(n_vocab, config.preset, config.depth, config.family, **{n: getattr(config, n) for n in SIZES})
+    run = _run(config, settled, model)
+    flops = flops_per_token(model, model.context)
     found = {
         "model": {"summary": _summary(config, model), "config": model.to_dict()},
         "parameters": _parameters(model),
@@ -79,7 +81,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "flops": {"per_token": flops, "run": flops * run["tokens"]},
     }
     where = _on_gpu(config, model, run) if config.gpu else _on_this_machine(config, model, run)
-    return found | where | {"history": [past._asdict() for past in HISTORY], "windows": {"B": B, "T": T}}
+    return found | where | {"history": [past._asdict() for past in HISTORY]}
 
 
 # ---- what is asked ------------------------------------------------------------------------------------------------
@@ -91,8 +93,8 @@ def _flag(name: str) -> str:
 
 def _check(config: PlanConfig) -> None:
     """ValueError naming the flag whose value is out of range."""
-    positive = ("batch", "gpus")
-    not_negative = ("depth", *SIZES, "vocab", "tokens_per_step", "tokens", "price", "threads")
+    positive = ("gpus",)
+    not_negative = ("depth", *SIZES, "vocab", "batch", "tokens_per_step", "tokens", "price", "threads")
     for name in (*positive, *not_negative):
         value = getattr(config, name)
         if not (value > 0 if name in positive else value >= 0) or not math.isfinite(value):
@@ -105,13 +107,13 @@ def _check(config: PlanConfig) -> None:
         raise ValueError(f"--gpus: {config.gpus} of which? --gpu names it")
 
 
-def _model(config: PlanConfig) -> Config:
-    n_vocab = config.vocab or (Config.preset(config.preset).vocab_size if config.preset else Config.vocab_size)
-    sizes = {name: getattr(config, name) for name in SIZES}
-    model = model_config(n_vocab, config.preset, config.depth, config.family, **sizes)
-    if config.batch * model.context >= 2**31:
-        raise ValueError(f"--batch: {config.batch} windows of {model.context} tokens are too many for one micro-batch")
-    return model
+def _as_trained(config: PlanConfig, n_vocab: int) -> TrainConfig:
+    """What `barelm train` makes of the same flags."""
+    same = ("preset", "depth", "family", *SIZES, "batch", "tokens_per_step", "precision")
+    settled = _settle(TrainConfig(**{name: getattr(config, name) for name in same}), n_vocab)
+    if settled.batch * settled.context >= 2**31:
+        raise ValueError(f"--batch: {settled.batch} windows of {settled.context} tokens are too many for a micro-batch")
+    return settled
 
 
 def _summary(config: PlanConfig, model: Config) -> str:
@@ -123,24 +125,22 @@ def _summary(config: PlanConfig, model: Config) -> str:
     )
 
 
-def _run(config: PlanConfig, model: Config) -> dict[str, Any]:
-    """How long the run is.  A step is whole micro-batches: what is asked for must be, what suits is made so."""
-    suits: Pace = pace(model)
-    a_round = config.batch * model.context * config.gpus
+def _run(config: PlanConfig, settled: TrainConfig, model: Config) -> dict[str, Any]:
+    """How long the run is, in steps of whole micro-batches on every GPU."""
+    a_round = settled.batch * settled.context * config.gpus
     if config.tokens_per_step % a_round:
-        raise ValueError(
-            f"--tokens-per-step: {config.tokens_per_step} is not a multiple of {config.batch} windows of "
-            f"{model.context} tokens" + (f" on {config.gpus} GPUs" if config.gpus > 1 else "") + f", {a_round}"
-        )
-    accumulate = (config.tokens_per_step or max(a_round, suits.tokens_per_step)) // a_round
-    per_step, tokens = accumulate * a_round, config.tokens or suits.tokens
-    steps = max(1, round(tokens / per_step))
+        raise ValueError(f"--tokens-per-step: {config.tokens_per_step} does not go evenly onto {config.gpus} GPUs")
+    accumulate = max(1, settled.tokens_per_step // a_round)
+    per_step = accumulate * a_round
+    steps = max(1, round((config.tokens or settled.steps * settled.tokens_per_step) / per_step))
     return {
         "tokens": steps * per_step,
         "tokens_per_step": per_step,
         "steps": steps,
         "accumulate": accumulate,
-        "lr": float(f"{suits.lr * math.sqrt(per_step / suits.tokens_per_step):.2g}"),  # with the batch, as recipe.pace
+        "batch": settled.batch,
+        "context": settled.context,
+        "lr": settled.lr,
         "tokens_per_weight": steps * per_step / matrix_weights(model),
     }
 
@@ -396,7 +396,7 @@ def _layer_flops(config: Config, T: int) -> float:
 
 def _on_this_machine(config: PlanConfig, model: Config, run: dict[str, Any]) -> dict[str, Any]:
     screen = console(stderr=True)
-    needed = memory(model, config.batch, run["tokens_per_step"], config.precision)
+    needed = memory(model, run["batch"], run["tokens_per_step"], config.precision)
     program, free = needed["program"], _core.memory_available()
     total = sum(needed.values())
     found = {"memory": {"purposes": needed, "total": total, "there": free + program, "fits": total <= free + program}}
@@ -404,7 +404,7 @@ def _on_this_machine(config: PlanConfig, model: Config, run: dict[str, Any]) -> 
     if config.measure:
         peak = _core.peak_flops(config.precision, seconds=0.2)
         timing = measure(
-            model, config.batch, config.precision, free, peak, lambda text: screen.print(text, highlight=False)
+            model, run["batch"], config.precision, free, peak, lambda text: screen.print(text, highlight=False)
         )
     if not timing:
         return found | {"time": None}
@@ -423,7 +423,7 @@ def _on_this_machine(config: PlanConfig, model: Config, run: dict[str, Any]) -> 
 
 def _on_gpu(config: PlanConfig, model: Config, run: dict[str, Any]) -> dict[str, Any]:
     gpu = GPUS[config.gpu]
-    needed = model.memory(config.batch, model.context)
+    needed = model.memory(run["batch"])
     total, share = sum(needed.values()), gpu.reference.share
     flops = flops_per_token(model, model.context) * run["tokens_per_step"]
     step = flops / (config.gpus * gpu.flops * share)
@@ -479,9 +479,9 @@ def _counts(parameters: dict[str, Any]) -> str:
 
 
 def _micro_batches(found: dict[str, Any]) -> str:
-    windows, n = found["windows"], found["run"]["accumulate"]
+    run, n = found["run"], found["run"]["accumulate"]
     on = f" on each of {found['gpu']['n']} GPUs" if found.get("gpu", {}).get("n", 1) > 1 else ""
-    return f"{n} micro-batch{'es' * (n > 1)} of {windows['B']} x {windows['T']}{on}"
+    return f"{n} micro-batch{'es' * (n > 1)} of {run['batch']} x {run['context']}{on}"
 
 
 def _tensor_lines(rows: list[dict[str, Any]]) -> list[str]:
