@@ -43,23 +43,28 @@ def test_nothing_finite_is_an_outlier_before_enough_is_known():
         assert guard.loss_limit == math.inf and guard.norm_limit > 1e300
         guard.made(3.0, 0.5)
     guard.made(3.0, 0.5)
-    assert guard.loss_limit < 4 and guard.norm_limit < 1
+    assert guard.loss_limit < 4 and guard.norm_limit < 5
 
 
 def test_limits_are_so_many_deviations_above_the_mean():
-    guard = warm(loss=3.0, spread=0.1, deviations=5)
-    assert guard.loss_limit == pytest.approx(3.0 + 5 * 0.3)  # values 3.3 and 2.7: deviation 0.3
+    guard = warm(loss=3.0, spread=0.5, deviations=5)
+    assert guard.loss_limit == pytest.approx(3.0 + 5 * 1.5)  # values 4.5 and 1.5: deviation 1.5
     # ... and for the norm, of its logarithm
-    logs = [math.log(0.5 * 1.1), math.log(0.5 * 0.9)]
+    logs = [math.log(0.5 * 1.5), math.log(0.5 * 0.5)]
     assert guard.norm_limit == pytest.approx(math.exp(np.mean(logs) + 5 * np.std(logs)))
     assert warm(deviations=0).loss_limit == math.inf
+
+
+def test_an_even_window_does_not_make_a_small_difference_an_outlier():
+    guard = warm(loss=3.0, norm=0.5, spread=0.0, deviations=8)
+    assert guard.loss_limit == pytest.approx(3.4) and guard.norm_limit == pytest.approx(0.5 * math.exp(2))
 
 
 def test_the_window_forgets():
     guard = warm(loss=9.0)
     for _ in range(128):
         guard.made(3.0, 0.5)
-    assert guard.loss_limit < 3.2
+    assert guard.loss_limit < 3.5
 
 
 def test_an_infinite_gradient_is_named_by_its_tensor_and_leaves_no_trace():

@@ -11,8 +11,8 @@ from collections import deque
 __all__ = ["Guard", "TooManySkips"]
 
 WARM = 32  # good steps that must be known before anything finite can be an outlier
-LOSS_FLOOR = 0.01  # nats; a very even window must not make a small difference an outlier
-NORM_FLOOR = 0.05  # of the logarithm
+LOSS_FLOOR = 0.05  # nats; a very even window must not make a small difference an outlier
+NORM_FLOOR = 0.25  # of the logarithm: eight of them are a factor of seven
 
 
 class TooManySkips(FloatingPointError):
