@@ -18,7 +18,6 @@ from .engine import generate
 from .model import Model
 from .ngram import NGram
 from .report import console, count, duration, printable
-from .runs import newest_checkpoint
 from .tokenizer import Tokenizer
 from .train import TrainConfig, TrainResult, train
 
@@ -131,8 +130,8 @@ def _summary(result: TrainResult, counted: float) -> str:
     return f"""
 What was done   {count(result.n_params)} parameters, {result.step:,} steps on {count(result.tokens)} tokens, \
 {duration(result.seconds)}
-How well        {before:.2f} -> {after:.2f} bits per byte of text that it never saw ({counted:.2f} by counting: a {ORDER}-gram \
-model)
+How well        {before:.2f} -> {after:.2f} bits per byte of text that it never saw ({counted:.2f} \
+by counting, with a {ORDER}-gram model)
 How fast        {result.tokens_per_second:,.0f} tokens/s
 Where it is     {result.out}/report.md with curve.svg; {result.checkpoint}
 

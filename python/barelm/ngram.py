@@ -6,7 +6,7 @@ text,
 
     p(w | h) = max(c(h w) - D, 0) / c(h) + D * kinds(h) / c(h) * p(w | h')        kinds(h): different tokens after h
     p(w | h) = p(w | h')                                                          where h never came
-    D = n1 / (n1 + 2 n2)                                     n1, n2: n-grams that came once, twice (of each order)
+    D = (n1 + 1) / (n1 + 2 n2 + 2)                           n1, n2: n-grams that came once, twice (of each order)
 
 down to the uniform distribution over the vocabulary below single tokens.
 """
@@ -56,7 +56,7 @@ class _Table:
         self._total = np.bincount(histories, weights=counts)
         self._kinds = np.bincount(histories)
         once, twice = np.count_nonzero(counts == 1), np.count_nonzero(counts == 2)
-        self._discount = once / (once + 2 * twice) if once else 0.0
+        self._discount = (once + 1) / (once + 2 * twice + 2)  # never 0: nothing is impossible
 
     def find(self, history: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(number, count) of each n-gram; (-1, 0) where it never came."""
