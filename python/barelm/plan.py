@@ -6,7 +6,9 @@ What can be counted is counted, what this machine can do in seconds is timed, an
 import json
 import math
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,55 +165,9 @@ class Tensor(NamedTuple):
 
 def tensors(config: Config) -> list[Tensor]:
     """The parameters of a model that does not exist yet, kind by kind, as `Model.params` would show them."""
-    return _gpt2_tensors(config) if config.norm == "layernorm" else _llama_tensors(config)
-
-
-def _gpt2_tensors(c: Config) -> list[Tensor]:
-    C, F, AO, KV = c.n_embd, c.n_inner, c.n_head * c.head_size, c.n_kv_head * c.head_size
-
-    def norm(name: str, copies: int) -> list[Tensor]:
-        return [Tensor(f"{name}.{part}", (C,), copies) for part in ("weight", "bias")[: 1 + c.bias]]
-
-    def linear(name: str, inputs: int, outputs: int) -> list[Tensor]:
-        both = [Tensor(f"h.*.{name}.weight", (inputs, outputs), c.n_layer)]
-        return both + [Tensor(f"h.*.{name}.bias", (outputs,), c.n_layer)] * c.bias
-
-    return [
-        Tensor("wte.weight", (c.vocab_size, C), 1),
-        *[Tensor("wpe.weight", (c.context, C), 1)] * (c.pos == "learned"),
-        *norm("h.*.ln_1", c.n_layer),
-        *linear("attn.c_attn", C, AO + 2 * KV),
-        *linear("attn.c_proj", AO, C),
-        *norm("h.*.ln_2", c.n_layer),
-        *linear("mlp.c_fc", C, 2 * F if c.act == "swiglu" else F),
-        *linear("mlp.c_proj", F, C),
-        *norm("ln_f", 1),
-        *[Tensor("lm_head.weight", (c.vocab_size, C), 1)] * (not c.tied),
-    ]
-
-
-def _llama_tensors(c: Config) -> list[Tensor]:
-    C, F, AO, KV = c.n_embd, c.n_inner, c.n_head * c.head_size, c.n_kv_head * c.head_size
-
-    def linear(name: str, inputs: int, outputs: int) -> list[Tensor]:
-        both = [Tensor(f"layers.*.{name}.weight", (outputs, inputs), c.n_layer)]
-        return both + [Tensor(f"layers.*.{name}.bias", (outputs,), c.n_layer)] * c.bias
-
-    return [
-        Tensor("embed_tokens.weight", (c.vocab_size, C), 1),
-        *[Tensor("embed_positions.weight", (c.context, C), 1)] * (c.pos == "learned"),
-        Tensor("layers.*.input_layernorm.weight", (C,), c.n_layer),
-        *linear("self_attn.q_proj", C, AO),
-        *linear("self_attn.k_proj", C, KV),
-        *linear("self_attn.v_proj", C, KV),
-        *linear("self_attn.o_proj", AO, C),
-        Tensor("layers.*.post_attention_layernorm.weight", (C,), c.n_layer),
-        *(linear("mlp.gate_proj", C, F) if c.act == "swiglu" else []),
-        *linear("mlp.up_proj", C, F),
-        *linear("mlp.down_proj", F, C),
-        Tensor("norm.weight", (C,), 1),
-        *[Tensor("lm_head.weight", (c.vocab_size, C), 1)] * (not c.tied),
-    ]
+    shapes = _core.model_tensors(config)
+    kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in shapes)
+    return [Tensor(kind, shapes[kind.replace("*", "0")], copies) for kind, copies in kinds.items()]
 
 
 def _parameters(config: Config) -> dict[str, Any]:
