@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <pybind11/numpy.h>
@@ -413,6 +414,33 @@ static py::list split(const std::string &pattern, const py::bytes &text) {
     return pieces;
 }
 
+[[noreturn]] static void raise(BpeStatus s) {
+    if (s == BPE_INTERRUPTED && PyErr_Occurred()) throw py::error_already_set();  // the signal handler's exception
+    if (s == BPE_INTERRUPTED) throw std::runtime_error("the training was interrupted");
+    if (s == BPE_TOO_LARGE) throw py::value_error("documents: their distinct pieces have 4 GiB or more");
+    PyErr_SetString(PyExc_MemoryError, "documents: no memory for their distinct pieces");
+    throw py::error_already_set();
+}
+
+// {piece: how often it occurs in the documents}, for tests
+static py::dict piece_counts(const std::string &pattern, const std::vector<py::bytes> &documents) {
+    ready();
+    std::unique_ptr<Pieces, void (*)(Pieces *)> pieces(pieces_create(split_of(pattern)), pieces_free);
+    BpeStatus s = pieces ? BPE_OK : BPE_NO_MEMORY;
+    for (size_t i = 0; i < documents.size() && !s; i++) {
+        std::string_view text = documents[i];
+        s = pieces_add(pieces.get(), reinterpret_cast<const uint8_t *>(text.data()), text.size(), signal_pending);
+    }
+    if (!s) s = pieces_flush(pieces.get(), signal_pending);
+    if (s) raise(s);
+    std::vector<Piece> all;
+    auto take = [](void *out, const Piece *piece) { static_cast<std::vector<Piece> *>(out)->push_back(*piece); };
+    pieces_visit(pieces.get(), take, &all);
+    py::dict out;
+    for (const Piece &p : all) out[py::bytes(reinterpret_cast<const char *>(p.bytes), p.size)] = p.count;
+    return out;
+}
+
 class PyBpe {
   public:
     PyBpe(const std::string &pattern, int64_t min_count) {
@@ -468,14 +496,6 @@ class PyBpe {
             s = f();
         }
         if (s) raise(s);
-    }
-
-    [[noreturn]] static void raise(BpeStatus s) {
-        if (s == BPE_INTERRUPTED && PyErr_Occurred()) throw py::error_already_set();  // the signal handler's exception
-        if (s == BPE_INTERRUPTED) throw std::runtime_error("the training was interrupted");
-        if (s == BPE_TOO_LARGE) throw py::value_error("documents: their distinct pieces have 4 GiB or more");
-        PyErr_SetString(PyExc_MemoryError, "documents: no memory for their distinct pieces");
-        throw py::error_already_set();
     }
 
     Bpe *bpe_ = nullptr;
@@ -567,6 +587,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("config"), py::arg("B"), py::arg("T"), py::arg("training"));
 
     m.def("split", split, py::arg("pattern"), py::arg("text"));  // the pieces; bytes that are not UTF-8 are in none
+
+    m.def("piece_counts", piece_counts, py::arg("pattern"), py::arg("documents"));
 
     py::class_<PyBpe>(m, "Bpe")
         .def(py::init<const std::string &, int64_t>(), py::arg("pattern"), py::arg("min_count"))

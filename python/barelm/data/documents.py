@@ -25,6 +25,7 @@ MAX_LINE = 64 << 20  # bytes of a JSONL line
 ROWS = 256  # of a parquet file at a time
 NAMED = 5  # of the refused, and of those that are not UTF-8, how many are remembered by name
 
+MADE_BY_US = {"run.json", "dataset.json"}  # a run or a dataset is in the folder that has one of them
 # Not text about Python but its tests, its editor's innards, what others installed, and what the build left behind.
 STDLIB_SKIP = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 STDLIB_SKIP_PREFIX = ("_sysconfigdata", "__phello__")
@@ -298,12 +299,15 @@ def _stdlib() -> list[tuple[str, str]]:
 
 
 def _walk(root: Path, skip: Callable[[str], bool]) -> Iterator[str]:
-    """Paths, relative to root and with "/", of the regular files below it."""
+    """Paths, relative to root and with "/", of the regular files below it; runs and datasets of ours are no text."""
 
     def fail(error: OSError) -> None:
         raise error
 
     for folder, folders, files in os.walk(root, onerror=fail):
+        if MADE_BY_US & set(files):
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not skip(name))
         for name in files:
             path = Path(folder, name)
