@@ -429,3 +429,11 @@ def test_parquet_inside_gzip_is_refused(tmp_path):
     write(tmp_path, {"a.parquet.gz": gzip.compress(b"PAR1"), "b.txt": b"b"})
     found, counts = read(tmp_path)
     assert names(found) == ["b.txt"] and counts.refused_first[0][0] == "a.parquet.gz"
+
+
+def test_runs_and_datasets_below_a_folder_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for made in ("runs/x/run.json", "runs/x/data/train.txt", "shards/dataset.json", "shards/notes.txt", "runs/b.txt"):
+        (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / made).write_text("x")
+    assert [document.name for document in Documents(str(tmp_path))] == ["a.txt", "runs/b.txt"]
