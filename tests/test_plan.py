@@ -13,7 +13,7 @@ from barelm import plan as planning
 from barelm.hardware import GPUS, HISTORY, ON_A100, ON_H100
 from barelm.loop import flops_per_token
 from barelm.plan import PlanConfig, Timing, measure, memory, plan, tensors
-from barelm.train import TrainConfig, _settle
+from barelm.train import TrainConfig, settle
 
 COUNTED = dict(measure=False)
 
@@ -64,7 +64,7 @@ def test_gpt2_by_hand():
 
 def test_the_run_is_the_one_that_train_would_make():
     run = plan(PlanConfig(**COUNTED, depth=12))["run"]
-    settled = _settle(TrainConfig(depth=12), 50257)
+    settled = settle(TrainConfig(depth=12), 50257)
     for name in ("batch", "context", "steps", "tokens_per_step", "lr"):
         assert run[name] == getattr(settled, name)
     assert run["accumulate"] * run["batch"] * run["context"] == run["tokens_per_step"] == 2**18

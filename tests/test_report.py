@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 from barelm.curve import curve_svg
-from barelm.report import Log, Progress, count, duration, printable, read_log, write_report
+from barelm.report import Board, Log, Progress, count, duration, printable, read_log, write_report
 from rich.console import Console
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -145,3 +145,18 @@ def test_log_lines_are_json(tmp_path):
     log.close()
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").split("\n")
     assert json.loads(lines[0])["sample"] == "é\n\u2028" and lines[1:] == [""]
+
+
+@pytest.mark.peers
+def test_tensorboard_reads_its_files_and_forgets_what_a_stopped_run_did_later(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step, losses in ((0, {1: 2.5, 2: 2.0, 3: 9.0}), (2, {3: 1.5})):
+        board = Board.open(tmp_path, step)
+        for number, loss in losses.items():
+            board.write(number, {"loss": loss, "sample": "text is no number"})
+        board.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 2.0), (3, 1.5)]

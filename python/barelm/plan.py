@@ -22,7 +22,7 @@ from .loop import flops_per_token
 from .model import Config, Model
 from .recipe import FAMILIES, matrix_weights, model_config
 from .report import console, count, duration
-from .train import TrainConfig, _settle
+from .train import TrainConfig, settle
 
 __all__ = ["PlanConfig", "Tensor", "Timing", "main", "measure", "memory", "plan", "tensors"]
 
@@ -112,7 +112,7 @@ def _check(config: PlanConfig) -> None:
 def _as_trained(config: PlanConfig, n_vocab: int) -> TrainConfig:
     """What `barelm train` makes of the same flags."""
     same = ("preset", "depth", "family", *SIZES, "batch", "tokens_per_step", "precision")
-    settled = _settle(TrainConfig(**{name: getattr(config, name) for name in same}), n_vocab)
+    settled = settle(TrainConfig(**{name: getattr(config, name) for name in same}), n_vocab)
     if settled.batch * settled.context >= 2**31:
         raise ValueError(f"--batch: {settled.batch} windows of {settled.context} tokens are too many for a micro-batch")
     return settled

@@ -131,8 +131,8 @@ class Board:
 
         self._pb, self._events = summary_pb2, event_pb2
         self._writer = EventFileWriter(str(folder))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # later steps of a stopped run are hidden
-        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # what a stopped run did later is hidden
+        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     @classmethod
     def open(cls, folder: Path, step: int) -> "Board | None":

@@ -30,7 +30,7 @@ from .recipe import model_config, pace
 from .report import Board, Log, Progress, Reading, console, count, duration, printable, write_report
 from .tokenizer import Tokenizer
 
-__all__ = ["TrainConfig", "TrainResult", "main", "train"]
+__all__ = ["TrainConfig", "TrainResult", "main", "settle", "train"]
 
 # What a resumed run may have otherwise than before: its length, and what it shows and keeps.
 FREE = {
@@ -213,7 +213,7 @@ def _start(config: TrainConfig, screen) -> Run:
         dataset = Dataset.open(config.data, tok)
     else:
         tok = Tokenizer.bytes() if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer)
-        _settle(config, tok.n_vocab)  # what cannot be is said before the text is read
+        settle(config, tok.n_vocab)  # what cannot be is said before the text is read
         documents = Documents(config.data, field=config.field, split_at=config.split_at)
         split = dict(val_fraction=config.val_fraction, seed=config.seed)
         with Reading(screen) as reading:
@@ -223,7 +223,7 @@ def _start(config: TrainConfig, screen) -> Run:
 
 def _begin(config: TrainConfig, folder: Path, dataset: Dataset) -> Run:
     """A run from its first step, on data that is there."""
-    config = _settle(config, dataset.tok.n_vocab)
+    config = settle(config, dataset.tok.n_vocab)
     _check_data(dataset, config)
     model = Model(_model_config(config, dataset.tok.n_vocab), seed=config.seed, precision=config.precision)
     folder.mkdir(parents=True, exist_ok=True)
@@ -298,7 +298,7 @@ def _check_data(dataset: Dataset, config: TrainConfig) -> None:
 # ---- what was asked -----------------------------------------------------------------------------------------------
 
 
-def _settle(config: TrainConfig, n_vocab: int) -> TrainConfig:
+def settle(config: TrainConfig, n_vocab: int) -> TrainConfig:
     """The config with every 0 that stands for "by the size" filled in.  ValueError names the flag that cannot be."""
     try:
         sizes = _model_config(config, n_vocab)
