@@ -44,31 +44,41 @@ struct Pieces {
 
 /* ---- tables ---- */
 
-static uint64_t load(const uint8_t *p, int bytes) {
-    uint64_t x = 0;
-    uint32_t y;
-    if (bytes == 8) return memcpy(&x, p, 8), x;
-    return memcpy(&y, p, 4), y;
+static uint64_t load4(const uint8_t *p) {
+    uint32_t x;
+    return memcpy(&x, p, sizeof x), x;
 }
 
-static uint32_t hash(const uint8_t *p, size_t n) {
-    const uint64_t odd = 0x9E3779B97F4A7C15u; /* 2^64 / golden ratio */
-    uint64_t h = n * odd;
-    for (; n > 8; n -= 8, p += 8) h = (h ^ load(p, 8)) * odd, h ^= h >> 29;
-    uint64_t x = n == 8   ? load(p, 8)
-                 : n >= 4 ? load(p, 4) | load(p + n - 4, 4) << 32
-                 : n      ? p[0] | (uint64_t)p[n / 2] << 8 | (uint64_t)p[n - 1] << 16
-                          : 0;
-    h = (h ^ x) * odd;
-    h = (h ^ h >> 32) * odd;
-    return (uint32_t)(h >> 32);
+static uint64_t load8(const uint8_t *p) {
+    uint64_t x;
+    return memcpy(&x, p, sizeof x), x;
+}
+
+#define ODD 0x9E3779B97F4A7C15u /* 2^64 / golden ratio */
+
+/* Of pieces of one size: different for different pieces of up to 8 bytes, for longer ones in all likelihood. */
+static uint64_t key_of(const uint8_t *p, size_t n) {
+    uint64_t h = 0;
+    for (; n > 8; n -= 8, p += 8) h = (h ^ load8(p)) * ODD, h ^= h >> 29;
+    return n >= 4 ? h ^ load4(p) ^ load4(p + n - 4) << 32
+                  : h ^ p[0] ^ (uint64_t)p[n / 2] << 8 ^ (uint64_t)p[n - 1] << 16;
+}
+
+static Piece piece_of(const uint8_t *p, size_t size) {
+    uint64_t key = key_of(p, size), h = (key ^ size) * ODD;
+    h = (h ^ h >> 32) * ODD;
+    return (Piece){p, 1, key, (uint32_t)size, (uint32_t)(h >> 32)};
+}
+
+static int is_same(const Piece *a, const Piece *b) {
+    return a->key == b->key && a->size == b->size && (a->size <= 8 || !memcmp(a->bytes, b->bytes, a->size));
 }
 
 /* The slot of a piece: where it is, or the empty one where it belongs. */
-static Piece *find(const Table *t, const uint8_t *bytes, uint32_t size, uint32_t h) {
-    for (size_t i = h & (t->slots - 1);; i = (i + 1) & (t->slots - 1)) {
+static Piece *find(const Table *t, const Piece *piece) {
+    for (size_t i = piece->hash & (t->slots - 1);; i = (i + 1) & (t->slots - 1)) {
         Piece *s = &t->slot[i];
-        if (!s->count || (s->hash == h && s->size == size && !memcmp(s->bytes, bytes, size))) return s;
+        if (!s->count || is_same(s, piece)) return s;
     }
 }
 
@@ -78,7 +88,7 @@ static int grow(Table *t) {
     if (!(t->slot = calloc(t->slots, sizeof *t->slot))) return *t = old, -1;
     for (size_t i = 0; i < old.slots; i++) {
         const Piece *s = &old.slot[i];
-        if (s->count) *find(t, s->bytes, s->size, s->hash) = *s;
+        if (s->count) *find(t, s) = *s;
     }
     free(old.slot);
     return 0;
@@ -87,7 +97,7 @@ static int grow(Table *t) {
 /* Add to the count of a piece; its slot, or NULL: no memory.  A new piece still points to the caller's bytes. */
 static Piece *add(Table *t, const Piece *piece, int *is_new) {
     if (2 * t->used >= t->slots && grow(t)) return NULL;
-    Piece *s = find(t, piece->bytes, piece->size, piece->hash);
+    Piece *s = find(t, piece);
     *is_new = !s->count;
     if (!*is_new) return s->count += piece->count, s;
     t->used++;
@@ -131,9 +141,9 @@ static const uint8_t *chunk_begin(const Round *r, size_t i) {
 
 static BpeStatus count_piece(Counts *counts, const uint8_t *p, size_t size) {
     if (size > UINT32_MAX) return BPE_TOO_LARGE;
-    uint32_t h = hash(p, size);
+    const Piece piece = piece_of(p, size);
     int is_new;
-    return add(&counts->shard[h >> SHARD_SHIFT], &(Piece){p, 1, (uint32_t)size, h}, &is_new) ? BPE_OK : BPE_NO_MEMORY;
+    return add(&counts->shard[piece.hash >> SHARD_SHIFT], &piece, &is_new) ? BPE_OK : BPE_NO_MEMORY;
 }
 
 static BpeStatus count_chunk(const Round *r, size_t i, Counts *counts) {

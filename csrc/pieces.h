@@ -9,6 +9,7 @@ typedef enum { BPE_OK, BPE_NO_MEMORY, BPE_TOO_LARGE, BPE_INTERRUPTED } BpeStatus
 typedef struct {
     const uint8_t *bytes;
     int64_t count; /* 0: an empty slot of a table */
+    uint64_t key;  /* up to 8 bytes are their own key: comparing them needs no look at `bytes` */
     uint32_t size, hash;
 } Piece;
 
