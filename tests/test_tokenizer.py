@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from barelm import Tokenizer, split
 from barelm.merges import ways
-from barelm.tokenizer import _from_huggingface, _from_ranks
+from barelm.tokenizer import _from_huggingface, _from_ranks, _jobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -214,6 +214,11 @@ def test_a_batch_has_the_ids_of_its_texts_one_by_one(tok):
     assert tok.encode_batch(iter([])) == []
 
 
+def test_small_texts_share_a_job():
+    assert [len(job) for job in _jobs(["hello"] * 100)] == [100]
+    assert [len(job) for job in _jobs(["a" * 40_000] * 5)] == [2, 2, 1]
+
+
 def test_large_texts_are_encoded_by_several_threads(monkeypatch):
     tok, used = small_bpe(), set()
     plain = tok._text
@@ -281,6 +286,10 @@ def test_ranks_become_merges_that_mean_the_same(tokens, word):
 
 def abc_ranks(*tokens):
     return {bytes([b]): b for b in range(256)} | {token: 256 + i for i, token in enumerate(tokens)}
+
+
+def test_of_several_ways_to_a_token_the_one_that_comes_about_is_kept():
+    assert _from_ranks(abc_ranks(b"aa", b"aaa"), [EOT], LETTERS)._merges == [(b"a", b"a"), (b"aa", b"a")]
 
 
 def test_a_token_that_no_merge_makes_is_met_as_a_whole():

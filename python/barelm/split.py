@@ -19,12 +19,11 @@ GPT4_PATTERN = (
 
 # The engine must backtrack in \s+(?!\S), remembers every character there, and gives up on a run of a million.  What
 # stands behind such a run decides what we do.
-#   Nothing: GPT-2's pattern has \s++$ for it.  GPT-4's gets [^\S\r\n]++$ in front of \s+(?!\S), which matches there and
-#   then the same characters: whatever has a line end in it is gone before.
+#   Nothing: GPT-2's pattern has \s++$ for it.  GPT-4's gets it in front of \s+(?!\S), which would match the same there.
 #   A character: the last one of the run is always a piece's first, so we may cut there ourselves.  In GPT-4's pattern
 #   that is true of what follows the last line end of the run.
 # (Python's \s has four characters more than the engine's: U+001C to U+001F.)
-_ENGINE = {GPT4_PATTERN: GPT4_PATTERN.replace(r"|\s+(?!\S)", r"|[^\S\r\n]++$|\s+(?!\S)")}
+_ENGINE = {GPT4_PATTERN: GPT4_PATTERN.replace(r"|\s+(?!\S)", r"|\s++$|\s+(?!\S)")}
 _LONG_SPACE = {
     GPT2_PATTERN: re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{10000,}+(?=[\S\x1c-\x1f])"),
     GPT4_PATTERN: re.compile(r"(?<![^\S\r\n\x1c-\x1f])[^\S\r\n\x1c-\x1f]{10000,}+(?=[\S\x1c-\x1f])"),
