@@ -296,8 +296,13 @@ class Tokenizer:
         if len(ranks) > 256:
             import tiktoken  # here: a byte vocabulary does without
 
-            pattern = split.engine_pattern(self.pattern)
-            self._encoder = tiktoken.Encoding("barelm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            # One special token, never allowed: with none tiktoken searches for the empty one at every character.
+            self._encoder = tiktoken.Encoding(
+                "barelm",
+                pat_str=split.engine_pattern(self.pattern),
+                mergeable_ranks=ranks,
+                special_tokens={EOT: len(ranks)},
+            )
 
     def _parts(self, data: "bytes", special: bool) -> Iterator[str | np.ndarray]:
         """Texts that can be encoded each by itself, and between them the ids of what is no text."""
