@@ -89,9 +89,10 @@ def _settings(config: DemoConfig, out: str) -> TrainConfig:
         lr=3e-3,
         lr_end=0.03,
         warmup=50,
-        eval_every=500,
-        eval_batches=40,
-        sample_every=1000,
+        val_fraction=0.05,
+        eval_every=1000,
+        eval_batches=0,
+        sample_every=0,
         save_every=0,
         keep=1,
     )

@@ -26,8 +26,9 @@ ROWS = 256  # of a parquet file at a time
 NAMED = 5  # of the refused, and of those that are not UTF-8, how many are remembered by name
 
 MADE_BY_US = {"run.json", "dataset.json"}  # a run or a dataset is in the folder that has one of them
-# Not text about Python but its tests, its editor's innards, what others installed, and what the build left behind.
-STDLIB_SKIP = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# Not text about Python but its tests, its editor's innards, tables of characters (an eighth of all bytes), what others
+# installed, and what the build left behind.
+STDLIB_SKIP = {"test", "tests", "idlelib", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
 STDLIB_SKIP_PREFIX = ("_sysconfigdata", "__phello__")
 
 
