@@ -475,3 +475,20 @@ def test_doctor_says_what_is_broken(monkeypatch, capsys):
     monkeypatch.setattr(barelm._core, "peak_flops", no_kernels)
     assert command.main(["doctor"]) == 1
     assert "broken: the kernels do not run: RuntimeError: no kernels" in capsys.readouterr().out
+
+
+def test_what_is_not_named_follows_from_what_is():
+    def settled(**flags):
+        return training.settle(training.TrainConfig(**flags), 4096)
+
+    small = settled()
+    assert (small.n_layer, small.n_embd, small.context, small.batch, small.steps) == (4, 256, 256, 8, 1000)
+    assert small.tokens_per_step == 8 * 256 and small.lr == 1e-3
+    by_depth = settled(depth=4)
+    assert (by_depth.n_layer, by_depth.n_embd, by_depth.context) == (4, 256, 512)
+    assert by_depth.tokens_per_step == 2**16 and by_depth.batch == 8 and by_depth.steps > 500
+    odd = settled(depth=4, batch=3)  # the step is made of whole micro-batches
+    assert odd.tokens_per_step % (3 * 512) == 0 and abs(odd.tokens_per_step - 2**16) <= 3 * 256
+    named = settled(preset="gpt2", steps=7, lr=1e-5, tokens_per_step=2048, batch=1)
+    assert (named.n_layer, named.steps, named.lr, named.tokens_per_step) == (12, 7, 1e-5, 2048)
+    assert settled(minutes=2.0).steps == 0

@@ -32,7 +32,7 @@ from .tokenizer import Tokenizer
 
 __all__ = ["TrainConfig", "TrainResult", "main", "settle", "train"]
 
-# What a resumed run may have otherwise than before: its length, and what it shows and keeps.
+# What a resumed run may have otherwise than before: its length, when it stops, and what it shows and keeps.
 FREE = {
     "out",
     "resume",
@@ -40,6 +40,8 @@ FREE = {
     "threads",
     "steps",
     "minutes",
+    "guard",
+    "guard_stop",
     "eval_every",
     "save_every",
     "keep",
@@ -319,14 +321,13 @@ def settle(config: TrainConfig, n_vocab: int) -> TrainConfig:
     )
     settled.given = config.given
     windows = settled.batch * settled.context
-    if not settled.tokens_per_step:
-        settled.tokens_per_step = windows
-    if settled.tokens_per_step % windows:
-        nearest = max(1, round(settled.tokens_per_step / windows)) * windows
+    nearest = max(1, round(settled.tokens_per_step / windows)) * windows
+    if config.tokens_per_step not in (0, nearest):
         raise ValueError(
             f"--tokens-per-step: {settled.tokens_per_step} is not a multiple of --batch x --context = {windows}; "
             f"{nearest} is"
         )
+    settled.tokens_per_step = nearest
     return settled
 
 
