@@ -17,7 +17,8 @@ import pytest
 from barelm import Model, Tokenizer
 from barelm import __main__ as command
 from barelm import train as training
-from barelm.data.tokens import Tokens
+from barelm.data.shards import Dataset
+from barelm.data.tokens import Tokens, document_starts
 from barelm.guard import WARM
 
 TINY = {
@@ -112,6 +113,25 @@ def test_every_step_and_micro_batch_draws_its_own_windows(text, tmp_path, monkey
     monkeypatch.setattr(Tokens, "batch", batch)
     assert run(text, tmp_path / "run", steps=2, tokens_per_step=3 * 4 * 16) == 0
     assert drawn == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_windows_may_follow_the_text_and_attention_stay_within_documents(tmp_path, monkeypatch):
+    (tmp_path / "many.txt").write_text("".join(f"{i} is a number|" for i in range(400)))
+    drawn, real = [], training.step
+
+    def record(model, batches, *args, **options):
+        drawn.extend(batches)
+        return real(model, batches, *args, **options)
+
+    monkeypatch.setattr(training, "step", record)
+    flags = dict(split_at="|", order="sequential", steps=3)
+    assert run(tmp_path / "many.txt", tmp_path / "run", "--within", **flags) == 0
+    text = np.concatenate([tokens.ravel() for tokens, _, _ in drawn])
+    train = Dataset.open(tmp_path / "run" / "data").train
+    np.testing.assert_array_equal(text, train.read(0, len(text)))
+    for tokens, _, starts in drawn:
+        np.testing.assert_array_equal(starts, document_starts(tokens, 256))
+        assert starts.max() > 0
 
 
 # ---- stop and resume ----------------------------------------------------------------------------------------------
