@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .curve import curve_svg
 
-__all__ = ["Board", "Log", "Progress", "Reading", "count", "duration", "printable", "write_file", "write_report"]
+__all__ = ["Bar", "Board", "Log", "Progress", "Reading", "count", "duration", "printable", "write_file", "write_report"]
 
 
 # ---- numbers for people -------------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ class Progress:
         return spent * (1 - done) / (done - self._first) if done > self._first else None
 
 
-class Reading:
-    """Documents, bytes of text, MB/s and the time left: a bar on a terminal, a line now and then elsewhere."""
+class Bar:
+    """Progress of work that is no training: a bar with a text on a terminal, the text now and then elsewhere."""
 
     PLAIN_SECONDS = 5.0  # between two lines
 
@@ -231,7 +231,7 @@ class Reading:
         self._bar = RichProgress(*columns, console=console, transient=True)
         self._task = self._bar.add_task("", total=None, text="")
 
-    def __enter__(self) -> "Reading":
+    def __enter__(self):
         if self._screen.is_terminal:
             self._bar.start()
         return self
@@ -240,22 +240,25 @@ class Reading:
         if self._screen.is_terminal:
             self._bar.stop()
 
-    def __call__(self, documents, tokens: int) -> None:
+    def show(self, text: str, done: float, total: float | None) -> None:
         if self._screen.is_terminal:
-            text = self._text(documents, tokens)
-            self._bar.update(self._task, total=documents.size, completed=documents.done, text=text)
+            self._bar.update(self._task, total=total, completed=done, text=text)
         elif time.perf_counter() - self._last >= self.PLAIN_SECONDS:
             self._last = time.perf_counter()
-            self._screen.print(self._text(documents, tokens), markup=False, highlight=False, soft_wrap=True)
+            self._screen.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _text(self, documents, tokens: int) -> str:
+
+class Reading(Bar):
+    """Documents that become tokens: how many, MB/s and the time left."""
+
+    def __call__(self, documents, tokens: int) -> None:
         counts, spent = documents.counts, time.perf_counter() - self._start
         parts = [f"{counts.documents:,} documents", count(counts.bytes, "B"), f"{count(tokens)} tokens"]
         parts.append(count(counts.bytes / max(spent, 1e-9), "B/s"))
         done = documents.done / documents.size if documents.size else math.nan
         if done > 0:
             parts.append(f"{duration(spent * (1 - done) / done)} left")
-        return "  ".join(parts)
+        self.show("  ".join(parts), documents.done, documents.size)
 
 
 def _rich_bar(console):

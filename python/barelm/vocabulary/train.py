@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from .. import _core
 from ..data.documents import Documents
-from ..report import console, count, duration, printable
+from ..report import Bar, console, count, duration, printable
 from ..tokenizer import EOT, Tokenizer
 from .common import visible
 
@@ -126,38 +126,12 @@ def _facts(result: dict, tok: Tokenizer) -> dict[str, str]:
     }
 
 
-class _Progress:
-    """What is read, then the merges: a bar on a terminal, a line now and then elsewhere."""
-
-    PLAIN_SECONDS = 5.0  # between two lines
-
-    def __init__(self, screen):
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._screen, self._start = screen, time.perf_counter()
-        self._last = self._start
-        self._bar = Progress(BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), console=screen, transient=True)
-        self._task = self._bar.add_task("", total=None, text="")
-
-    def __enter__(self) -> "_Progress":
-        if self._screen.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._screen.is_terminal:
-            self._bar.stop()
+class _Progress(Bar):
+    """What is read, then the merges."""
 
     def reading(self, documents: Documents) -> None:
         counts = documents.counts
-        self._show(f"reads  {counts.documents:,} documents  {count(counts.bytes, 'B')}", documents.done, documents.size)
+        self.show(f"reads  {counts.documents:,} documents  {count(counts.bytes, 'B')}", documents.done, documents.size)
 
     def merging(self, done: int, total: int) -> None:
-        self._show(f"merges  {done:,} of {total:,}", done, total)
-
-    def _show(self, text: str, done: int, total: int | None) -> None:
-        if self._screen.is_terminal:
-            self._bar.update(self._task, total=total, completed=done, text=text)
-        elif time.perf_counter() - self._last >= self.PLAIN_SECONDS:
-            self._last = time.perf_counter()
-            self._screen.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.show(f"merges  {done:,} of {total:,}", done, total)
