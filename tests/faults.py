@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("csrc", "cuda", "python", "tests", "CMakeLists.txt", "pyproject.toml")
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
-ALL = OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS = tuple(
-    f"tests/test_{name}.py" for name in ("ops", "model", "threads", "checkpoint", "input", "documents", "shards")
+ALL = OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE = tuple(
+    f"tests/test_{name}.py" for name in ("ops", "model", "threads", "checkpoint", "input", "documents", "shards", "bpe")
 )
 
 
@@ -478,6 +478,110 @@ FAULTS = [
         "        if len(bad):",
         "        if False:",
         SHARDS,
+    Fault("split: surrogates are letters", "csrc/split.c", " || (code >= 0xD800 && code < 0xE000)", "", BPE),
+    Fault("split: longer than need be", "csrc/split.c", "code < least[size] || ", "code < least[size] / 2 || ", BPE),
+    Fault("split: above U+10FFFF", "csrc/split.c", " || code > 0x10FFFF", "", BPE),
+    Fault("split: the long s is none", "csrc/split.c", "fold && *p == 0xC5", "0 && *p == 0xC5", BPE),
+    Fault(
+        "split: contractions in capitals with GPT-2",
+        "csrc/split.c",
+        "contraction(p + 1, end, 0)",
+        "contraction(p + 1, end, 1)",
+        BPE,
+    ),
+    Fault("split: four digits", "csrc/split.c", "i < 3 &&", "i < 4 &&", BPE),
+    Fault(
+        "split: a line end before letters",
+        "csrc/split.c",
+        "second.class == LETTER && !is_newline(*p)",
+        "second.class == LETTER",
+        BPE,
+    ),
+    Fault(
+        "split: line ends do not belong to others", "csrc/split.c", "while (p < end && is_newline(*p)) p++;", "", BPE
+    ),
+    Fault("split: the last space begins at a byte", "csrc/split.c", "while ((*last & 0xC0) == 0x80) last--;", "", BPE),
+    Fault(
+        "split: cut before white space beyond ASCII",
+        "csrc/split.c",
+        "if (after != 0xC2 && after != 0xE1 && after != 0xE2 && after != 0xE3) return p;",
+        "return p;",
+        BPE,
+    ),
+    Fault(
+        "split: cut behind any line end",
+        "csrc/split.c",
+        "if (before != '\\n' || (after < 0x80 && unicode_ascii[after] == SPACE)) continue;",
+        "if (before != '\\n') continue;",
+        BPE,
+    ),
+    Fault("pieces: documents run together", "csrc/pieces.c", "p->buffer[p->buffered++] = BETWEEN_DOCUMENTS;", "", BPE),
+    Fault(
+        "pieces: equal keys are equal pieces",
+        "csrc/pieces.c",
+        " && (a->size <= 8 || !memcmp(a->bytes, b->bytes, a->size))",
+        "",
+        BPE,
+    ),
+    Fault(
+        "pieces: workers' counts stay for the next round",
+        "csrc/pieces.c",
+        "if (t->slots) memset(t->slot, 0, t->slots * sizeof *t->slot);",
+        "",
+        BPE,
+    ),
+    Fault(
+        "pieces: bytes are not kept",
+        "csrc/pieces.c",
+        "!(s->bytes = keep(",
+        "!(keep(",
+        BPE,
+    ),
+    Fault("pieces: no poll", "csrc/pieces.c", "if (poll()) return", "if (0 && poll()) return", BPE),
+    Fault(
+        "bpe: smaller of equals",
+        "csrc/bpe.c",
+        "compare_tokens(b, p->right, q->right)) > 0",
+        "compare_tokens(b, p->right, q->right)) < 0",
+        BPE,
+    ),
+    Fault(
+        "bpe: right tokens do not count",
+        "csrc/bpe.c",
+        "return (order ? order : compare_tokens(b, p->right, q->right)) > 0;",
+        "return order > 0;",
+        BPE,
+    ),
+    Fault(
+        "bpe: a beginning is equal",
+        "csrc/bpe.c",
+        "return order ? order : (x->size > y->size) - (x->size < y->size);",
+        "return order;",
+        BPE,
+    ),
+    Fault(
+        "bpe: outdated counts win",
+        "csrc/bpe.c",
+        "else b->heap[0].count = count;",
+        "else return b->heap[0] = b->heap[--b->heap_size], sift_down(b), top.pair;",
+        BPE,
+    ),
+    Fault(
+        "bpe: the new token's own pair is not taken back",
+        "csrc/bpe.c",
+        "add_side(b, &m, new, RIGHT) || add_side(b, &m, new, LEFT)",
+        "add_side(b, &m, new, LEFT) || add_side(b, &m, new, RIGHT)",
+        BPE,
+    ),
+    Fault("bpe: places inside a token stay", "csrc/bpe.c", "p[j - 1].symbol = p[j].symbol = INSIDE;", "", BPE),
+    Fault("bpe: pieces count once", "csrc/bpe.c", "int64_t count = b->count[p[i].piece];", "int64_t count = 1;", BPE),
+    Fault("bpe: no poll", "csrc/bpe.c", "if (!b->status && poll())", "if (0 && poll())", BPE),
+    Fault(
+        "bpe: min_count is one too many",
+        "csrc/bpe.c",
+        "n->listed = n->count >= b->min_count;",
+        "n->listed = n->count > b->min_count;",
+        BPE,
     ),
 ]
 
@@ -584,6 +688,7 @@ def plant(tree, fault):
         if errors:
             return False, "does not compile: " + errors[-500:]
         for files in ([fault.first], sorted(set(ALL) - {fault.first})):
+        for files in ([fault.first], sorted({OPS, MODEL, THREADS, CHECKPOINT, INPUT, BPE} - {fault.first})):
             passed, said = tree.test(fault.isa, *files)
             if not passed:
                 return True, said
@@ -605,6 +710,7 @@ def main():
         if not args.skip_clean:
             errors = tree.build("avx2")
             passed, said = (False, errors) if errors else tree.test("avx2", *ALL)
+            passed, said = (False, errors) if errors else tree.test("avx2", OPS, MODEL, THREADS, CHECKPOINT, INPUT, BPE)
             if not passed:
                 sys.exit(f"without any fault: {said}")
         missed = []

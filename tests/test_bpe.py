@@ -16,7 +16,7 @@ import regex
 import tiktoken
 from barelm import Tokenizer, _core
 from barelm.tokenizer import GPT2_PATTERN, GPT4_PATTERN
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import threads
 
@@ -40,7 +40,7 @@ TRICKY = (
     "aé中\u01c5\u02b0\u0130019\u0663\u2167\xb2\xbd\U0001d7d9\u0301\u0903\u20dd\U00010348\U0001f600.-!_\u2019\xad"
 )
 # A stray byte, sequences cut short, longer than need be, surrogates, what lies above U+10FFFF.
-BAD = "ff 80 c3 e4b8 f09f98 c0af e080af f08080af eda080 f4908080 f888"
+BAD = "ff 80 c3 e4b8 f09f98 c0af c1bf e080af e09fbf f08080af f08fbfbf eda080 edbfbf f4908080 f888"
 BAD = [bytes.fromhex(part) for part in BAD.split()]
 texts = st.text(st.sampled_from(TRICKY), max_size=40)
 dirty = st.lists(st.sampled_from([*map(str.encode, TRICKY), *BAD]), max_size=40).map(b"".join)
@@ -179,6 +179,14 @@ def test_every_character_is_what_tiktoken_takes_it_for():
 
 
 @both_patterns
+def test_contractions_end_where_the_regular_expression_says(pattern):
+    ends = ["s", "t", "m", "d", "ll", "ve", "re", "\u017f", "l", "v", "r", "e", "le", "vl", "\u212a", "S\u0301"]
+    for end in {"".join(case) for word in ends for case in itertools.product(*({c, c.upper()} for c in word))}:
+        for text in (f"'{end}", f"'{end}x", f"a'{end}x", f" '{end}x", f"''{end}1", f"1'{end}'{end}"):
+            assert ours(pattern, text) == PATTERNS[pattern].findall(text)
+
+
+@both_patterns
 @quietly(1000)
 @given(text=texts)
 def test_text_is_split_as_the_regular_expression_does(pattern, text):
@@ -228,6 +236,11 @@ def test_a_long_run_of_white_space_is_encoded_as_it_was_trained(pattern, after):
 
 @both_patterns
 @quietly(20)
+@example(part="\n\xa0", bad=b"\xff")
+@example(part="\n\u1680", bad=b"\xff")
+@example(part="\n\u2028", bad=b"\xff")
+@example(part="\n\u3000", bad=b"\xff")
+@example(part="\n\r \t\x0b\x0c", bad=b"\xff")
 @given(
     part=st.text(st.sampled_from(TRICKY) | st.sampled_from("ab \n"), min_size=1, max_size=200), bad=st.sampled_from(BAD)
 )
@@ -242,11 +255,11 @@ def test_a_long_document_is_cut_into_chunks_where_no_piece_is(pattern, part, bad
 # ---- counting
 
 
-def lines(n):
-    """n bytes of documents, none like the other."""
-    words = OWN_TEXT.split(" ")
+def documents_of(n):
+    """Documents of n bytes in all, none like another; each ends with a letter."""
+    words = [word for word in OWN_TEXT.split(" ") if word]
     for i in itertools.count():
-        text = f"{i} " + " ".join(words[i % len(words) :][:50])
+        text = f"{i} {' '.join(words[i % len(words) :][:50])} end"
         yield text.encode()
         n -= len(text)
         if n < 0:
@@ -257,7 +270,7 @@ def lines(n):
 def test_counts_do_not_depend_on_threads_or_batches(pattern):
     """Documents are buffered up to 8 MB, and one that is longer is counted where it lies.  A letter before a space ends
     a piece, so that documents can be joined there."""
-    documents = [line for line in lines(12 * MIB) if re.search(rb"[a-z]$", line)]
+    documents = list(documents_of(12 * MIB))
     joined = [b" ".join(documents), b""]
     documents[1:] = [b" " + document for document in documents[1:]]
     want = counted(pattern, documents)
@@ -281,8 +294,9 @@ def test_a_piece_does_not_cross_documents():
 
 
 def test_pieces_of_any_length_are_told_apart():
-    letters = (b"x" * n + end for n in [*range(1, 40), 2**17, 2**19] for end in (b"a", b"b", b"b"))
-    document = b"1".join(letters)
+    """The last two have one key in the hash table: found by a search."""
+    letters = [b"x" * n + end for n in [*range(1, 40), 2**17, 2**19] for end in (b"a", b"b", b"b")]
+    document = b"1".join([*letters, b"coxqmdgvaaaaaaad", b"xlhuazxficiexcwy"])
     assert _core.piece_counts("gpt4", [document]) == counted("gpt4", [document])
 
 
