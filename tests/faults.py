@@ -478,10 +478,7 @@ FAULTS = [
         "        if len(bad):",
         "        if False:",
         SHARDS,
-    Fault("split: surrogates are letters", "csrc/split.c", " || (code >= 0xD800 && code < 0xE000)", "", BPE),
-    Fault("split: longer than need be", "csrc/split.c", "code < least[size] || ", "code < least[size] / 2 || ", BPE),
-    Fault("split: above U+10FFFF", "csrc/split.c", " || code > 0x10FFFF", "", BPE),
-    Fault("split: the long s is none", "csrc/split.c", "fold && *p == 0xC5", "0 && *p == 0xC5", BPE),
+    ),
     Fault(
         "split: contractions in capitals with GPT-2",
         "csrc/split.c",
@@ -489,7 +486,6 @@ FAULTS = [
         "contraction(p + 1, end, 1)",
         BPE,
     ),
-    Fault("split: four digits", "csrc/split.c", "i < 3 &&", "i < 4 &&", BPE),
     Fault(
         "split: a line end before letters",
         "csrc/split.c",
@@ -500,7 +496,6 @@ FAULTS = [
     Fault(
         "split: line ends do not belong to others", "csrc/split.c", "while (p < end && is_newline(*p)) p++;", "", BPE
     ),
-    Fault("split: the last space begins at a byte", "csrc/split.c", "while ((*last & 0xC0) == 0x80) last--;", "", BPE),
     Fault(
         "split: cut before white space beyond ASCII",
         "csrc/split.c",
@@ -515,7 +510,6 @@ FAULTS = [
         "if (before != '\\n') continue;",
         BPE,
     ),
-    Fault("pieces: documents run together", "csrc/pieces.c", "p->buffer[p->buffered++] = BETWEEN_DOCUMENTS;", "", BPE),
     Fault(
         "pieces: equal keys are equal pieces",
         "csrc/pieces.c",
@@ -537,7 +531,6 @@ FAULTS = [
         "!(keep(",
         BPE,
     ),
-    Fault("pieces: no poll", "csrc/pieces.c", "if (poll()) return", "if (0 && poll()) return", BPE),
     Fault(
         "bpe: smaller of equals",
         "csrc/bpe.c",
@@ -573,9 +566,6 @@ FAULTS = [
         "add_side(b, &m, new, LEFT) || add_side(b, &m, new, RIGHT)",
         BPE,
     ),
-    Fault("bpe: places inside a token stay", "csrc/bpe.c", "p[j - 1].symbol = p[j].symbol = INSIDE;", "", BPE),
-    Fault("bpe: pieces count once", "csrc/bpe.c", "int64_t count = b->count[p[i].piece];", "int64_t count = 1;", BPE),
-    Fault("bpe: no poll", "csrc/bpe.c", "if (!b->status && poll())", "if (0 && poll())", BPE),
     Fault(
         "bpe: min_count is one too many",
         "csrc/bpe.c",
@@ -688,7 +678,6 @@ def plant(tree, fault):
         if errors:
             return False, "does not compile: " + errors[-500:]
         for files in ([fault.first], sorted(set(ALL) - {fault.first})):
-        for files in ([fault.first], sorted({OPS, MODEL, THREADS, CHECKPOINT, INPUT, BPE} - {fault.first})):
             passed, said = tree.test(fault.isa, *files)
             if not passed:
                 return True, said
@@ -710,7 +699,6 @@ def main():
         if not args.skip_clean:
             errors = tree.build("avx2")
             passed, said = (False, errors) if errors else tree.test("avx2", *ALL)
-            passed, said = (False, errors) if errors else tree.test("avx2", OPS, MODEL, THREADS, CHECKPOINT, INPUT, BPE)
             if not passed:
                 sys.exit(f"without any fault: {said}")
         missed = []

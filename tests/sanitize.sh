@@ -23,13 +23,14 @@ tsan)
     # what runs on several threads; avx2 stands for all, for the threads are the same
     export BARELM_ISA=avx2
     set -- -m "not slow and not peers" -k "thread or fork or same_bits" tests/test_threads.py tests/test_model.py \
-        tests/test_ops.py "$@"
+        tests/test_ops.py tests/test_bpe.py "$@"
     ;;
 *) echo "sanitize.sh: asan or tsan, not $kind" >&2 && exit 2 ;;
 esac
 # Left out: what measures the process itself, whose memory and time are the sanitizer's here.
 set -- --deselect tests/test_model.py::test_memory_is_what_the_process_takes \
     --deselect tests/test_plan.py::test_memory_is_what_a_process_takes \
+    --deselect tests/test_bpe.py::test_too_little_memory_is_an_error \
     --deselect tests/test_threads.py::test_ctrl_c_ends_a_long_call \
     --deselect tests/test_threads.py::test_a_handler_may_ask_the_model_that_computes "$@"
 "$python" -m pip install --quiet --disable-pip-version-check pybind11 cmake ninja

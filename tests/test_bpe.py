@@ -605,6 +605,33 @@ def test_ctrl_c_ends_a_long_call(call):
     assert script(INTERRUPT, call) == "the training was interrupted\n"
 
 
+NO_MEMORY = """
+import resource
+import numpy as np
+from barelm import _core
+
+rng = np.random.default_rng(0)
+words = rng.integers(97, 123, (50, 200_000, 9), np.uint8)
+words[..., -1] = 32
+documents = [block.tobytes() for block in words]
+_core.threads_set(1)
+trainer = _core.Bpe("gpt4", 1)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2)
+for call in (lambda: [trainer.add(document) for document in documents], lambda: trainer.merge(1)):
+    try:
+        call()
+        print("enough")
+    except MemoryError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="nothing here says how large a process is")
+def test_too_little_memory_is_an_error():
+    assert script(NO_MEMORY) == "documents: no memory for their distinct pieces\n" * 2
+
+
 STREAM = """
 import numpy as np
 from barelm import Tokenizer
