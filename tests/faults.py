@@ -19,8 +19,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("csrc", "cuda", "python", "tests", "CMakeLists.txt", "pyproject.toml")
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
-ALL = OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE = tuple(
-    f"tests/test_{name}.py" for name in ("ops", "model", "threads", "checkpoint", "input", "documents", "shards", "bpe")
+ALL = OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD, TRAIN, TRUST, NGRAM, LOOP = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        "ops",
+        "model",
+        "threads",
+        "checkpoint",
+        "input",
+        "documents",
+        "shards",
+        "bpe",
+        "guard",
+        "train",
+        "trust",
+        "ngram",
+        "loop",
+    )
 )
 
 
@@ -200,7 +215,13 @@ FAULTS = [
         MODEL,
     ),
     Fault("update: biases decay", "csrc/model.c", "m->decays[i] ? weight_decay : 0", "weight_decay", MODEL),
-    Fault("update: gradients not forgotten", "csrc/model.c", "m->step++;\n    m->grads_live = 0;", "m->step++;", MODEL),
+    Fault(
+        "update: gradients not forgotten",
+        "csrc/model.c",
+        "m->grads_live = 0;\n    if (*norm > skip_above)",
+        "if (*norm > skip_above)",
+        MODEL,
+    ),
     Fault("update: a bad gradient is used", "csrc/model.c", "if (!isfinite(*norm)) {", "if (0) {", MODEL),
     Fault(
         "names: a transposed matrix taken straight",
@@ -275,8 +296,8 @@ FAULTS = [
     Fault(
         "model: an update keeps the older forward",
         "csrc/model.c",
-        "m->grads_live = 0;\n    m->kept = 0;\n    return OK;",
-        "m->grads_live = 0;\n    return OK;",
+        "m->step++;\n    m->kept = 0;\n    return OK;",
+        "m->step++;\n    return OK;",
         MODEL,
     ),
     Fault("model: half a gradient is kept", "csrc/model.c", "m->grads_live = s == OK;", "m->grads_live = 1;", THREADS),
@@ -321,8 +342,8 @@ FAULTS = [
     Fault(
         "binding: a view does not keep its block",
         "csrc/bindings.cpp",
-        "Floats(shape, strides, block + t.offset, self)",
-        "Floats(shape, strides, block + t.offset, py::none())",
+        "Floats(shape_of(t), strides, block + t.offset, self)",
+        "Floats(shape_of(t), strides, block + t.offset, py::none())",
         MODEL,
     ),
     Fault(
@@ -573,6 +594,35 @@ FAULTS = [
         "n->listed = n->count > b->min_count;",
         BPE,
     ),
+    Fault(
+        "guard: what is not finite passes", "python/barelm/loop.py", "if not math.isfinite(value):", "if False:", LOOP
+    ),
+    Fault("guard: a skipped step enters the window", "python/barelm/loop.py", "if why:", "if False:", GUARD),
+    Fault(
+        "train: the guard forgets on resume",
+        "python/barelm/train.py",
+        'run.guard.restore(state["guard"])',
+        "pass",
+        TRAIN,
+    ),
+    Fault(
+        "train: a checkpoint before its log", "python/barelm/report.py", 'records[: mark["lines"]]', "records", TRUST
+    ),
+    Fault(
+        "runs: an altered run.json is believed",
+        "python/barelm/runs.py",
+        'if description.get("sha256") != digest_of(description):',
+        "if False:",
+        TRUST,
+    ),
+    Fault(
+        "ngram: the discount is lost",
+        "python/barelm/ngram.py",
+        "self._discount * kinds * lower",
+        "0.0 * kinds * lower",
+        NGRAM,
+    ),
+    Fault("recipe: the batch grows with the square root", "python/barelm/recipe.py", "** 0.383", "** 0.5", LOOP),
 ]
 
 

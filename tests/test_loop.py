@@ -87,6 +87,12 @@ def test_the_dial_turns_everything_the_right_way():
         assert p.steps * p.tokens_per_step == pytest.approx(p.tokens, rel=0.01)
 
 
+def test_depth_2_by_hand():
+    """917,504 weights: 4,096 x 128 of the head and 12 x 128^2 of each layer.  2^18 x (917,504 / 123,532,032)^0.383 =
+    40,080 tokens a step, of which 2^15 is the nearest power of two; 6e-4 x sqrt(2^15 / 2^19) x 768 / 128 = 9e-4."""
+    assert pace(model_config(4096, depth=2)) == (9_175_040, 2**15, 280, 9e-4)
+
+
 @pytest.mark.parametrize("preset", ["gpt2-xl", "llama-3.2-1b"])
 def test_a_preset_keeps_what_is_not_overridden(preset):
     known = barelm.Config.preset(preset)

@@ -126,6 +126,16 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path, whole, capsys, name, where):
             checkpoint.verify(folder)
 
 
+def test_a_description_that_was_edited_is_refused(tmp_path, whole, capsys):
+    """It would be another run, and nothing else would say so."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    asked = (out / "run.json").read_text()
+    assert '"weight_decay": 0.1,' in asked
+    (out / "run.json").write_text(asked.replace('"weight_decay": 0.1,', '"weight_decay": 0.2,'))
+    assert "run.json: was altered" in refused(capsys, ["train", "--resume", "--out", str(out)])
+
+
 def test_without_its_log_a_run_goes_on_with_a_new_one(tmp_path, whole):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
