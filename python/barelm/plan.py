@@ -71,7 +71,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     _check(config)
     if config.threads:
         _core.threads_set(config.threads)
-    n_vocab = config.vocab or (Config.preset(config.preset).vocab_size if config.preset else Config.vocab_size)
+    n_vocab = config.vocab or _own_vocab(config.preset)
     settled = _as_trained(config, n_vocab)
     model = model_config(n_vocab, config.preset, config.depth, config.family, **{n: getattr(config, n) for n in SIZES})
     run = _run(config, settled, model)
@@ -107,6 +107,14 @@ def _check(config: PlanConfig) -> None:
         raise ValueError(f"--gpu: '{config.gpu}' is not in the table, which has {', '.join(GPUS)}")
     if config.gpus > 1 and not config.gpu:
         raise ValueError(f"--gpus: {config.gpus} of which? --gpu names it")
+
+
+def _own_vocab(preset: str) -> int:
+    """Ids of a preset, or GPT-2's."""
+    try:
+        return Config.preset(preset or "gpt2").vocab_size
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
 
 
 def _as_trained(config: PlanConfig, n_vocab: int) -> TrainConfig:
