@@ -10,7 +10,7 @@ from pathlib import Path
 import machine
 import numpy as np
 from barelm import Tokenizer, _core
-from barelm.data.corpus import read_documents
+from barelm.data.documents import Documents
 from barelm.tokenizer import EOT, GPT4_PATTERN
 
 HEADER = ("documents", "MB", "vocabulary", "trainer", "s", "MB/s", "x tokenizers", "spread %", "runs", "bytes a token")
@@ -106,8 +106,8 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON, every time included")
     options = parser.parse_args()
     os.environ |= {"RAYON_NUM_THREADS": str(_core.threads_get()), "TOKENIZERS_PARALLELISM": "true"}
-    corpus = read_documents(options.data)
-    documents = [text for _, text in corpus]
+    corpus = Documents(options.data)
+    documents = [document.data.decode(errors="replace") for document in corpus]  # they take only str
     about = machine.describe() | {"tokenizers": machine.version("tokenizers")}
     machine.show(about)
     print(f"- tokenizers {about['tokenizers']}")
@@ -121,7 +121,7 @@ def main():
     after = machine.load_average()
     print(f"\nLoad average {about['load_average']} before, {after} after.")
     if options.json:
-        everything = {"machine": about | {"load_average_after": after}, "corpus": corpus.hash(), "results": found}
+        everything = {"machine": about | {"load_average_after": after}, "corpus": corpus.counts.hash, "results": found}
         Path(options.json).write_text(json.dumps(everything, indent=1) + "\n")
 
 
