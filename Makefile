@@ -1,4 +1,4 @@
-# make demo   build barelm into .venv, then train and sample a small GPT-2 (about two minutes on two cores)
+# make demo   build barelm into .venv, then learn a vocabulary, train and sample a small GPT-2 (three minutes on two cores)
 # make test   everything that needs nothing heavier than pytest
 # The rest is for those who work on barelm: see `make help`.
 

@@ -13,7 +13,7 @@ from barelm import plan as planning
 from barelm.hardware import GPUS, HISTORY, ON_A100, ON_H100
 from barelm.loop import flops_per_token
 from barelm.plan import PlanConfig, Timing, measure, memory, plan, tensors
-from barelm.train import TrainConfig, settle
+from barelm.settings import TrainConfig, settle
 
 COUNTED = dict(measure=False)
 

@@ -364,6 +364,7 @@ BAD = {
     "--guard": -1,
     "--guard-stop": 0,
     "--val-fraction": 1,
+    "--val-fraction ": 0,
     "--lr-end": 1.5,
     "--decay": -0.1,
     "--depth": -1,
@@ -475,6 +476,19 @@ def test_what_sample_says_of_its_tokens_is_what_forward_says(text, tmp_path, cap
     want = model.forward(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]))[0, 2:]
     assert tok.decode(said["ids"]) == said["text"] and len(said["logprobs"]) == 12
     np.testing.assert_allclose(said["logprobs"], want, rtol=0, atol=5e-6)
+
+
+@pytest.mark.slow
+def test_the_demo_does_all_that_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)  # taken
+    assert command.main(["demo", "--minutes", "0.1"]) == 0
+    said = capsys.readouterr().out
+    scores = re.search(r"([\d.]+) -> ([\d.]+) bits per byte .* \(([\d.]+) by counting, with a 5-gram model\)", said)
+    before, after, counted = map(float, scores.groups())
+    assert before > after and before > counted > 1
+    assert "4,096 learned in" in said and "'def '" in said and "runs/demo-2/report.md" in said
+    assert Tokenizer.load(tmp_path / "runs" / "demo-2").n_vocab == 4096
 
 
 def test_doctor_tells_what_is_here(monkeypatch, capsys):

@@ -22,7 +22,7 @@ from .loop import flops_per_token
 from .model import Config, Model
 from .recipe import FAMILIES, matrix_weights, model_config
 from .report import console, count, duration
-from .train import TrainConfig, settle
+from .settings import TrainConfig, settle
 
 __all__ = ["PlanConfig", "Tensor", "Timing", "main", "measure", "memory", "plan", "tensors"]
 

@@ -1,0 +1,184 @@
+"""What a run of `barelm train` is asked: its flags, what follows from those left out, and what may change on resume."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .model import Config
+from .recipe import model_config, pace
+
+__all__ = ["TrainConfig", "check", "fields", "merge", "model_of", "settle"]
+
+# What a resumed run may have otherwise than before: its length, when it stops, and what it shows and keeps.
+FREE = {
+    "out",
+    "resume",
+    "json",
+    "threads",
+    "steps",
+    "minutes",
+    "guard",
+    "guard_stop",
+    "eval_every",
+    "save_every",
+    "keep",
+    "keep_best",
+    "sample_every",
+    "prompt",
+    "tensorboard",
+}
+SMALL_PACE = dict(batch=8, steps=1000, lr=1e-3, warmup=20)  # for a model without preset or depth
+MICRO_BATCH = 4096  # tokens of a micro-batch where --batch is left to a preset or to the depth
+
+
+@dataclass
+class TrainConfig:
+    """Train a GPT-2- or Llama-like model on next-token prediction.  Each field is a flag of `barelm train`."""
+
+    data: Annotated[
+        str, "text, .jsonl, .parquet, .gz, .zst: file, folder, pattern, -; or shards; left out: Python's own library"
+    ] = ""
+    field: Annotated[str, "the field of JSONL lines, or the column of parquet, that holds the text"] = "text"
+    split_at: Annotated[str, "what stands between the documents of a text file, such as <|endoftext|>"] = ""
+    val_fraction: Annotated[float, "share of the documents that is held out"] = 0.1
+    tokenizer: Annotated[str, "'bytes', or a tokenizer.json, or a folder with one or with GPT-2's files"] = "bytes"
+    preset: Annotated[str, "a known size: gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama, llama-3.2-1b ..."] = ""
+    depth: Annotated[int, "one dial for sizes, batch, learning rate and length: layers; 12 is GPT-2 124M"] = 0
+    family: Annotated[Literal["gpt2", "llama"], "form of the model where there is no preset"] = "gpt2"
+    n_layer: Annotated[int, "blocks; this and what is 0 below: as preset or depth say, or a small model's"] = 0
+    n_head: Annotated[int, "query heads"] = 0
+    n_kv_head: Annotated[int, "key/value heads"] = 0
+    n_embd: Annotated[int, "channels"] = 0
+    context: Annotated[int, "tokens the model sees at once"] = 0
+    batch: Annotated[int, "windows in a micro-batch"] = 0
+    tokens_per_step: Annotated[int, "tokens of a step, in as many micro-batches as it takes; 0: by the size"] = 0
+    steps: Annotated[int, "steps of the whole run; 0: as many as fit into --minutes, or by the size"] = 0
+    minutes: Annotated[float, "stop after so many minutes, the learning rate follows; 0: no limit"] = 0.0
+    lr: Annotated[float, "highest learning rate; 0: by the size"] = 0.0
+    warmup: Annotated[int, "steps over which the learning rate rises; 0: by the length, 1: none"] = 0
+    schedule: Annotated[Literal["cosine", "wsd"], "wsd: warm-up, stable, and a straight decay at the end"] = "cosine"
+    lr_end: Annotated[float, "share of --lr that is left at the end"] = 0.1
+    decay: Annotated[float, "share of the run over which wsd decays"] = 0.2
+    weight_decay: Annotated[float, "AdamW's weight decay: on matrices and embeddings, never on vectors"] = 0.1
+    beta1: Annotated[float, "AdamW's memory of the gradient"] = 0.9
+    beta2: Annotated[float, "AdamW's memory of its square"] = 0.95
+    clip: Annotated[float, "largest norm of the gradient; 0: not clipped"] = 1.0
+    guard: Annotated[float, "skip steps with a loss or norm so many deviations too high; 0: only not finite"] = 8.0
+    guard_stop: Annotated[int, "skipped steps in a row after which the run stops"] = 10
+    order: Annotated[Literal["random", "sequential"], "windows anywhere in the text, or in its order"] = "random"
+    within: Annotated[bool, "attention stays within a document"] = False
+    seed: Annotated[int, "of the split, the initial weights, the batches and the samples"] = 0
+    precision: Annotated[Literal["fp32", "bf16"], "bf16 rounds the operands of matrix products"] = "fp32"
+    eval_every: Annotated[int, "steps between evaluations; 0: only before and after"] = 250
+    eval_batches: Annotated[int, "batches of held-out text in an evaluation; 0: all of it"] = 20
+    save_every: Annotated[int, "steps between checkpoints; 0: only at the end"] = 500
+    keep: Annotated[int, "newest checkpoints to keep; 0: all"] = 2
+    keep_best: Annotated[bool, "save after each evaluation that is the best so far, and keep the best one"] = False
+    sample_every: Annotated[int, "steps between samples; 0: none"] = 0
+    prompt: Annotated[str, "what the samples continue"] = "def "
+    tensorboard: Annotated[bool, "write TensorBoard's files too, where that package is installed"] = True
+    out: Annotated[str, "folder of the run"] = "runs/train"
+    resume: Annotated[bool, "continue the run in --out from its newest good checkpoint"] = False
+    threads: Annotated[int, "0: as many as the machine grants"] = 0
+    json: Annotated[bool, "print the result as JSON on standard output, everything else on standard error"] = False
+    # Which fields the user named (the command line says); None: all.  A resumed run compares only these with its own.
+    given: frozenset[str] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+
+
+def settle(config: TrainConfig, n_vocab: int) -> TrainConfig:
+    """The config with every 0 that stands for "by the size" filled in.  ValueError names the flag that cannot be."""
+    try:
+        sizes = model_of(config, n_vocab)
+    except ValueError as error:
+        name, _, says = str(error).partition(": ")
+        raise ValueError(f"{_flag(name)}: {says}") from None
+    wanted = dict(SMALL_PACE)
+    if config.preset or config.depth:
+        by_size = pace(sizes)
+        batch = max(1, 2 ** int(math.log2(max(1, MICRO_BATCH // sizes.context))))
+        wanted = dict(batch=min(batch, by_size.tokens_per_step // sizes.context), steps=by_size.steps, lr=by_size.lr)
+        wanted |= dict(tokens_per_step=by_size.tokens_per_step, warmup=max(20, by_size.steps // 50))
+    if config.minutes:
+        del wanted["steps"]
+    wanted |= {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "context")}
+    settled = dataclasses.replace(
+        config, **{name: value for name, value in wanted.items() if not getattr(config, name)}
+    )
+    settled.given = config.given
+    windows = settled.batch * settled.context
+    nearest = max(1, round(settled.tokens_per_step / windows)) * windows
+    if config.tokens_per_step not in (0, nearest):
+        raise ValueError(
+            f"--tokens-per-step: {settled.tokens_per_step} is not a multiple of --batch x --context = {windows}; "
+            f"{nearest} is"
+        )
+    settled.tokens_per_step = nearest
+    return settled
+
+
+def model_of(config: TrainConfig, n_vocab: int) -> Config:
+    """The model that is asked for."""
+    return model_config(
+        n_vocab,
+        config.preset,
+        config.depth,
+        config.family,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_kv_head=config.n_kv_head,
+        n_embd=config.n_embd,
+        context=config.context,
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check(config: TrainConfig) -> None:
+    """ValueError naming the flag whose value is out of range."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if type(value) not in (int, float):
+            continue
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{_flag(f.name)}: must be 0 or more, got {value}")
+        if type(value) is int and value >= 2**31 and f.name != "seed":
+            raise ValueError(f"{_flag(f.name)}: {value} is too large")
+    for name in ("beta1", "beta2", "val_fraction"):
+        if not getattr(config, name) < 1:
+            raise ValueError(f"{_flag(name)}: must be in [0, 1), got {getattr(config, name)}")
+    for name in ("lr_end", "decay"):
+        if not getattr(config, name) <= 1:
+            raise ValueError(f"{_flag(name)}: must be in [0, 1], got {getattr(config, name)}")
+    for name in ("precision", "schedule", "order", "family"):
+        choices = _choices(name)
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{_flag(name)}: must be one of {', '.join(choices)}, got {getattr(config, name)}")
+    for name in ("guard_stop", "val_fraction"):
+        if not getattr(config, name):
+            raise ValueError(f"{_flag(name)}: must be above 0, got 0")
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    hint = TrainConfig.__annotations__[name]
+    return hint.__origin__.__args__
+
+
+def fields(config: TrainConfig) -> dict:
+    """{name: value} of all flags."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+
+
+def merge(old: TrainConfig, new: TrainConfig, free: set[str]) -> TrainConfig:
+    """The old run's config with what may change (FREE and `free`) taken from the new one.  ValueError: what may not
+    change does."""
+    given = {f.name for f in dataclasses.fields(new) if f.init} if new.given is None else new.given
+    free = FREE | free
+    for name in sorted(given - free):
+        if getattr(new, name) != getattr(old, name):
+            raise ValueError(
+                f"{_flag(name)}: {getattr(new, name)} contradicts the run in {new.out}, which has {getattr(old, name)}"
+            )
+    return dataclasses.replace(old, **{name: getattr(new, name) for name in (given & free) | {"out", "resume"}})
