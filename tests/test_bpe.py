@@ -366,15 +366,6 @@ def test_merges_in_many_calls_are_those_of_one():
     assert tokens[256:] == [left + right for left, right in want]
 
 
-@pytest.mark.slow
-def test_counts_have_64_bits():
-    document = b"a" * 2**22 + b" "
-    trainer = _core.Bpe("gpt2", 2**31)
-    for _ in range(2**9 + 1):
-        trainer.add(document)
-    assert trainer.merge(1) == 1  # (2**22 - 1) * (2**9 + 1) > 2**31
-
-
 # ---- Tokenizer.train
 
 
