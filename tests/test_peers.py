@@ -242,12 +242,16 @@ def train_torch(model, text):
 
 
 @pytest.mark.slow
-def test_pytorch_and_barelm_learn_the_same(test_data, two_torch_threads):
+def test_nanogpts_recipe_reaches_its_loss_and_pytorchs(test_data, two_torch_threads):
     text = recipe.Text.read(test_data / "text" / "tinyshakespeare.txt")
     model, rng = recipe.make_model(text), np.random.default_rng(0)
     theirs = train_torch(model, text)
     for n in range(recipe.STEPS):
         step(model, [text.batch(rng)], recipe.learning_rate(n), clip=recipe.CLIP, **recipe.ADAMW)
     ours = recipe.validation_loss(model.forward, text)
+    # nanoGPT's README says 1.88, from 20 batches at random.  Over the whole part, in windows side by side, seeds give
+    # 1.897 to 1.902.
+    assert ours <= 1.91
+    assert ours > 1.7, "better than the recipe can be: it has seen the answers"
     # Rounding errors of 2,000 steps have come to 3e-7, and may grow otherwise elsewhere; another seed makes 3e-3.
     assert abs(ours - theirs) < 1e-3

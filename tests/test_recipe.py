@@ -1,5 +1,6 @@
-"""Real learning and a real model: nanoGPT's recipe reaches its published loss, and a model trained elsewhere (minGPT's
-gpt-nano, which sorts three letters) computes here what it computed there, intermediate by intermediate."""
+"""Real learning and a real model: nanoGPT's recipe learns (to its published loss, and as PyTorch does, in test_peers.py),
+and a model trained elsewhere (minGPT's gpt-nano, which sorts three letters) computes here what it computed there,
+intermediate by intermediate."""
 
 import base64
 import json
@@ -15,17 +16,15 @@ from barelm.loop import step
 
 
 @pytest.mark.slow
-def test_nanogpts_recipe_reaches_its_loss(test_data):
+def test_nanogpts_recipe_is_on_its_way_after_400_steps(test_data):
     text = recipe.Text.read(test_data / "text" / "tinyshakespeare.txt")
     assert (text.vocab_size, len(text.train), len(text.validation)) == (65, 1_003_854, 111_540)
     model, rng = recipe.make_model(text), np.random.default_rng(0)
-    for n in range(recipe.STEPS):
+    for n in range(400):
         step(model, [text.batch(rng)], recipe.learning_rate(n), clip=recipe.CLIP, **recipe.ADAMW)
     loss = recipe.validation_loss(model.forward, text)
-    # nanoGPT's README says 1.88, from 20 batches at random.  Over the whole part, in windows side by side, seeds give
-    # 1.897 to 1.902; rounding moves a run far less (test_peers.py).
-    assert loss <= 1.91
-    assert loss > 1.7, "better than the recipe can be: it has seen the answers"
+    # Seeds give 2.318 to 2.347; a fifth of the recipe is behind, and the frequencies of letters alone give 3.3.
+    assert 2.2 < loss <= 2.4
 
 
 # ---- gpt-nano-sort
