@@ -1,4 +1,4 @@
-"""Real learning and a real model: nanoGPT's recipe learns (to its published loss, and as PyTorch does, in test_peers.py),
+"""Real learning and a real model: nanoGPT's recipe learns (to its published loss, as PyTorch does, in test_peers.py);
 and a model trained elsewhere (minGPT's gpt-nano, which sorts three letters) computes here what it computed there,
 intermediate by intermediate."""
 
