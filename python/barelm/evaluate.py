@@ -17,6 +17,7 @@ from .data.tokens import Tokens
 from .model import Model
 from .report import Progress, console, printable
 from .runs import newest_checkpoint
+from .settings import flag
 from .tokenizer import Tokenizer
 
 __all__ = ["EvalConfig", "Evaluation", "Scores", "evaluate", "evaluation", "main", "score", "together"]
@@ -161,11 +162,11 @@ def main(config: EvalConfig) -> int:
 def _check(config: EvalConfig) -> None:
     """ValueError naming the flag whose value is out of range."""
     for name, low in {"batch": 1, "context": 0, "max_tokens": 0, "threads": 0}.items():
-        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        value = getattr(config, name)
         if value < low:
-            raise ValueError(f"{flag}: must be {'above 0' if low else '0 or more'}, got {value}")
+            raise ValueError(f"{flag(name)}: must be {'above 0' if low else '0 or more'}, got {value}")
         if value >= 2**31 and name != "max_tokens":
-            raise ValueError(f"{flag}: {value} is too large")
+            raise ValueError(f"{flag(name)}: {value} is too large")
 
 
 STDLIB = "the Python standard library"

@@ -22,7 +22,7 @@ from .loop import flops_per_token
 from .model import Config, Model
 from .recipe import FAMILIES, matrix_weights, model_config
 from .report import console, count, duration
-from .settings import TrainConfig, settle
+from .settings import TrainConfig, flag, settle
 
 __all__ = ["PlanConfig", "Tensor", "Timing", "main", "measure", "memory", "plan", "tensors"]
 
@@ -89,10 +89,6 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 # ---- what is asked ------------------------------------------------------------------------------------------------
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _check(config: PlanConfig) -> None:
     """ValueError naming the flag whose value is out of range."""
     positive = ("gpus",)
@@ -100,9 +96,9 @@ def _check(config: PlanConfig) -> None:
     for name in (*positive, *not_negative):
         value = getattr(config, name)
         if not (value > 0 if name in positive else value >= 0) or not math.isfinite(value):
-            raise ValueError(f"{_flag(name)}: must be {'above 0' if name in positive else '0 or more'}, got {value}")
+            raise ValueError(f"{flag(name)}: must be {'above 0' if name in positive else '0 or more'}, got {value}")
         if type(value) is int and value >= (2**63 if name == "tokens" else 2**31):
-            raise ValueError(f"{_flag(name)}: {value} is too large")
+            raise ValueError(f"{flag(name)}: {value} is too large")
     if config.gpu and config.gpu not in GPUS:
         raise ValueError(f"--gpu: '{config.gpu}' is not in the table, which has {', '.join(GPUS)}")
     if config.gpus > 1 and not config.gpu:

@@ -5,10 +5,11 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from .loop import SCHEDULES
 from .model import Config
-from .recipe import model_config, pace
+from .recipe import FAMILIES, model_config, pace
 
-__all__ = ["TrainConfig", "check", "fields", "merge", "model_of", "settle"]
+__all__ = ["TrainConfig", "check", "fields", "flag", "merge", "model_of", "settle"]
 
 # What a resumed run may have otherwise than before: its length, when it stops, and what it shows and keeps.
 FREE = {
@@ -45,7 +46,7 @@ class TrainConfig:
     tokenizer: Annotated[str, "'bytes', or a tokenizer.json, or a folder with one or with GPT-2's files"] = "bytes"
     preset: Annotated[str, "a known size: gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama, llama-3.2-1b ..."] = ""
     depth: Annotated[int, "one dial for sizes, batch, learning rate and length: layers; 12 is GPT-2 124M"] = 0
-    family: Annotated[Literal["gpt2", "llama"], "form of the model where there is no preset"] = "gpt2"
+    family: Annotated[Literal[FAMILIES], "form of the model where there is no preset"] = "gpt2"
     n_layer: Annotated[int, "blocks; this and what is 0 below: as preset or depth say, or a small model's"] = 0
     n_head: Annotated[int, "query heads"] = 0
     n_kv_head: Annotated[int, "key/value heads"] = 0
@@ -57,7 +58,7 @@ class TrainConfig:
     minutes: Annotated[float, "stop after so many minutes, the learning rate follows; 0: no limit"] = 0.0
     lr: Annotated[float, "highest learning rate; 0: by the size"] = 0.0
     warmup: Annotated[int, "steps over which the learning rate rises; 0: by the length, 1: none"] = 0
-    schedule: Annotated[Literal["cosine", "wsd"], "wsd: warm-up, stable, and a straight decay at the end"] = "cosine"
+    schedule: Annotated[Literal[tuple(SCHEDULES)], "wsd: warm-up, stable, and a straight decay at the end"] = "cosine"
     lr_end: Annotated[float, "share of --lr that is left at the end"] = 0.1
     decay: Annotated[float, "share of the run over which wsd decays"] = 0.2
     weight_decay: Annotated[float, "AdamW's weight decay: on matrices and embeddings, never on vectors"] = 0.1
@@ -92,7 +93,7 @@ def settle(config: TrainConfig, n_vocab: int) -> TrainConfig:
         sizes = model_of(config, n_vocab)
     except ValueError as error:
         name, _, says = str(error).partition(": ")
-        raise ValueError(f"{_flag(name)}: {says}") from None
+        raise ValueError(f"{flag(name)}: {says}") from None
     wanted = dict(SMALL_PACE)
     if config.preset or config.depth:
         by_size = pace(sizes)
@@ -132,7 +133,8 @@ def model_of(config: TrainConfig, n_vocab: int) -> Config:
     )
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """A field as the command line names it."""
     return "--" + name.replace("_", "-")
 
 
@@ -143,22 +145,22 @@ def check(config: TrainConfig) -> None:
         if type(value) not in (int, float):
             continue
         if not 0 <= value < math.inf:
-            raise ValueError(f"{_flag(f.name)}: must be 0 or more, got {value}")
+            raise ValueError(f"{flag(f.name)}: must be 0 or more, got {value}")
         if type(value) is int and value >= 2**31 and f.name != "seed":
-            raise ValueError(f"{_flag(f.name)}: {value} is too large")
+            raise ValueError(f"{flag(f.name)}: {value} is too large")
     for name in ("beta1", "beta2", "val_fraction"):
         if not getattr(config, name) < 1:
-            raise ValueError(f"{_flag(name)}: must be in [0, 1), got {getattr(config, name)}")
+            raise ValueError(f"{flag(name)}: must be in [0, 1), got {getattr(config, name)}")
     for name in ("lr_end", "decay"):
         if not getattr(config, name) <= 1:
-            raise ValueError(f"{_flag(name)}: must be in [0, 1], got {getattr(config, name)}")
+            raise ValueError(f"{flag(name)}: must be in [0, 1], got {getattr(config, name)}")
     for name in ("precision", "schedule", "order", "family"):
         choices = _choices(name)
         if getattr(config, name) not in choices:
-            raise ValueError(f"{_flag(name)}: must be one of {', '.join(choices)}, got {getattr(config, name)}")
+            raise ValueError(f"{flag(name)}: must be one of {', '.join(choices)}, got {getattr(config, name)}")
     for name in ("guard_stop", "val_fraction"):
         if not getattr(config, name):
-            raise ValueError(f"{_flag(name)}: must be above 0, got 0")
+            raise ValueError(f"{flag(name)}: must be above 0, got 0")
 
 
 def _choices(name: str) -> tuple[str, ...]:
@@ -179,6 +181,6 @@ def merge(old: TrainConfig, new: TrainConfig, free: set[str]) -> TrainConfig:
     for name in sorted(given - free):
         if getattr(new, name) != getattr(old, name):
             raise ValueError(
-                f"{_flag(name)}: {getattr(new, name)} contradicts the run in {new.out}, which has {getattr(old, name)}"
+                f"{flag(name)}: {getattr(new, name)} contradicts the run in {new.out}, which has {getattr(old, name)}"
             )
     return dataclasses.replace(old, **{name: getattr(new, name) for name in (given & free) | {"out", "resume"}})
