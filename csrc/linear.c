@@ -16,9 +16,9 @@
 #include "tile.h"
 
 #if defined(__AVX512F__)
-enum { MR = 8, NV = 3 };
+enum { MR = 8, NV = 3, ROWS_OF_CHAINS = 4 };
 #else
-enum { MR = 6, NV = 2 };
+enum { MR = 6, NV = 2, ROWS_OF_CHAINS = 3 };
 #endif
 enum { NR = NV * W, MC = 64 * MR, PACKED_A_UNITS = 4 << 20 };
 
@@ -28,7 +28,7 @@ typedef struct {
     int64_t a_i, a_k, b_j, b_k;
     float *c; /* (M, N) */
     int prec;
-    int over_rows;      /* K are the rows of a batch: shorter chains, and blocks added in double */
+    int over_rows;      /* K are the rows of a batch: short chains, and blocks added in double */
     int grid_m, grid_n; /* tasks along M and N */
     /* epilogue, in this order */
     const float *bias; /* (N) */
@@ -42,10 +42,8 @@ typedef struct {
 
 static int pairs_of(const Gemm *g) { return g->prec == PREC_BF16 && HAVE_PAIRS; }
 static int values_a_unit(const Gemm *g) { return pairs_of(g) ? 2 : 1; }
-static int values_a_block(const Gemm *g) { return K_BLOCK * (g->prec == PREC_BF16 ? 2 : 1); }
-static int chains_a_block(const Gemm *g) { return g->over_rows ? K_BLOCK / ROW_CHAIN : 1; }
-static int values_a_chain(const Gemm *g) { return values_a_block(g) / chains_a_block(g); }
-static int adds_in_double(const Gemm *g) { return g->over_rows && g->K > values_a_block(g); }
+static int values_of_units(const Gemm *g, int units) { return units * (g->prec == PREC_BF16 ? 2 : 1); }
+static int values_a_block(const Gemm *g) { return values_of_units(g, g->over_rows ? ROW_BLOCK : K_BLOCK); }
 static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->over_rows; }
 
 /* ---- packing: [k][width], zero beyond `valid` columns ------------------------------------------------------------ */
@@ -146,6 +144,33 @@ static __attribute__((noinline)) void sums_pairs(int units, const float *A, cons
     tile(MR, NV, HAVE_PAIRS, units, A, 1, MR, B, NR, S, NR, add);
 }
 
+/* Over rows: a block's sums are added to D, and behind the last block S takes the rounded total. */
+INLINE void sums_over_rows(const int pairs, int chain, int units, const float *A, const float *B, float *S, double *D,
+                           int first, int last) {
+    for (int i0 = 0; i0 < MR; i0 += ROWS_OF_CHAINS) {
+        vf sums[8][4];
+        tile_of_chains(ROWS_OF_CHAINS, NV, pairs, chain, units, A + i0, 1, MR, B, NR, sums);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS_OF_CHAINS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) {
+                int64_t at = (i0 + i) * NR + j * W;
+                vd low = vdlow(sums[i][j]), high = vdhigh(sums[i][j]);
+                if (!first) low = low + vdload(D + at), high = high + vdload(D + at + W / 2);
+                if (last) vstore_all(S + at, vdround(low, high));
+                else vdstore(D + at, low), vdstore(D + at + W / 2, high);
+            }
+    }
+}
+static __attribute__((noinline)) void sums_over_rows_packed(int chain, int units, const float *A, const float *B,
+                                                            float *S, double *D, int first, int last) {
+    sums_over_rows(0, chain, units, A, B, S, D, first, last);
+}
+static __attribute__((noinline)) void sums_over_rows_pairs(int chain, int units, const float *A, const float *B,
+                                                           float *S, double *D, int first, int last) {
+    sums_over_rows(HAVE_PAIRS, chain, units, A, B, S, D, first, last);
+}
+
 /* ---- epilogue ---------------------------------------------------------------------------------------------------- */
 
 static void finish_row(const Gemm *g, const float *S, int i, int j0, int columns) {
@@ -167,7 +192,7 @@ static void finish_row(const Gemm *g, const float *S, int i, int j0, int columns
 
 typedef struct {
     float *S, *b, *a, *sums; /* [MC][NR], [2 * K_BLOCK][NR], packed rows of A, [MR] */
-    double *D;               /* [MC][NR]: sums of finished blocks */
+    double *D;               /* [MC][NR]: sums of finished blocks, over rows */
 } Work;
 
 static Work work_of_task(void) {
@@ -189,7 +214,7 @@ static int block_rows(const Gemm *g) {
 
 /* Pack rows i0 .. i1 of A, all of K: panel after panel, in each the K blocks one behind the other. */
 static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
-    int chain = values_a_chain(g), per_unit = values_a_unit(g);
+    int chain = values_of_units(g, ROW_CHAIN), per_unit = values_a_unit(g);
     int64_t panel = (int64_t)((g->K + per_unit - 1) / per_unit) * MR;
     for (int i = i0; i < i1; i += MR) {
         float *out = w.a + (i - i0) / MR * panel;
@@ -204,33 +229,20 @@ static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
     }
 }
 
-/* Add the tile S of a finished block to D; behind the last block S takes the rounded total. */
-static __attribute__((noinline)) void add_block(double *D, float *S, int first, int last) {
-    for (int i = 0; i < MR * NR; i += W) {
-        vf x = vload_all(S + i);
-        vd low = vdlow(x), high = vdhigh(x);
-        if (!first) low = low + vdload(D + i), high = high + vdload(D + i + W / 2);
-        if (last) vstore_all(S + i, vdround(low, high));
-        else vdstore(D + i, low), vdstore(D + i + W / 2, high);
-    }
-}
-
-/* The sums of rows i0 .. i1 over one K block, against one packed panel of B: added to S, or S alone goes on to D. */
+/* The sums of rows i0 .. i1 over one K block, against one packed panel of B, added to S. */
 static void block_sums(const Gemm *g, Work w, int i0, int i1, int k, int values) {
     int per_unit = values_a_unit(g), units = (values + per_unit - 1) / per_unit;
-    int chain = values_a_chain(g) / per_unit;
     int64_t panel = (int64_t)((g->K + per_unit - 1) / per_unit) * MR;
     for (int i = i0; i < i1; i += MR) {
         float *S = w.S + (i - i0) * NR;
         if (packs_a(g)) {
             const float *A = w.a + (i - i0) / MR * panel + (int64_t)k / per_unit * MR;
-            int add = k > 0 && !adds_in_double(g);
-            for (int u = 0; u < units; u += chain, add = 1) {
-                int n = min_int(chain, units - u);
-                if (pairs_of(g)) sums_pairs(n, A + (int64_t)u * MR, w.b + u * NR, S, add);
-                else sums_packed(n, A + (int64_t)u * MR, w.b + u * NR, S, add);
-            }
-            if (adds_in_double(g)) add_block(w.D + (i - i0) * NR, S, k == 0, k + values == g->K);
+            double *D = w.D + (i - i0) * NR;
+            int first = k == 0, last = k + values == g->K, chain = values_of_units(g, ROW_CHAIN) / per_unit;
+            if (g->over_rows && pairs_of(g)) sums_over_rows_pairs(chain, units, A, w.b, S, D, first, last);
+            else if (g->over_rows) sums_over_rows_packed(chain, units, A, w.b, S, D, first, last);
+            else if (pairs_of(g)) sums_pairs(units, A, w.b, S, !first);
+            else sums_packed(units, A, w.b, S, !first);
         } else if (i + MR <= g->M) {
             sums_direct(units, g->a + i * g->a_i + k, g->a_i, w.b, S, k > 0);
         } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */

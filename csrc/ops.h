@@ -15,8 +15,8 @@ enum { PREC_FP32, PREC_BF16 };
 enum { FN_NONE, FN_GELU_TANH, FN_GELU_ERF };
 enum { HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_C1, HYPER_C2, HYPER_SCALE, HYPER_COUNT };
 
-/* The order of summation, see ops.def: units a block, units a chain over rows, keys a block. */
-enum { K_BLOCK = 256, ROW_CHAIN = 32, KEY_BLOCK = 64 };
+/* The order of summation, see ops.def: units a block; over rows units a block and units a chain; keys a block. */
+enum { K_BLOCK = 256, ROW_BLOCK = 64, ROW_CHAIN = 8, KEY_BLOCK = 64 };
 
 typedef struct {
     const char *name;

@@ -1,4 +1,4 @@
-/* tile.h -- the one micro-kernel under matmul and attention: a tile of C in registers, one chain per element.
+/* tile.h -- the micro-kernel under matmul and attention: a tile of C in registers, one chain per element.
  *
  *   C[i][j] = (add ? C[i][j] : 0) + sum over k of A[i][k] * B[k][j]        i < MR, j < NV * W
  *
@@ -19,9 +19,8 @@ enum { HAVE_PAIRS = 0 };
 INLINE vf vdot_pairs(vf a, vf b, vf c) { return vfma(a, b, c); } /* never called: callers ask HAVE_PAIRS */
 #endif
 
-INLINE void tile(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
-                 const float *B, int64_t ldb, float *C, int64_t ldc, int add) {
-    vf c[8][4];
+INLINE void tile_chain(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
+                       const float *B, int64_t ldb, vf c[8][4]) {
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
@@ -38,6 +37,12 @@ INLINE void tile(const int MR, const int NV, const int pairs, int kc, const floa
             for (int j = 0; j < NV; j++) c[i][j] = pairs ? vdot_pairs(a, b[j], c[i][j]) : vfma(a, b[j], c[i][j]);
         }
     }
+}
+
+INLINE void tile(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
+                 const float *B, int64_t ldb, float *C, int64_t ldc, int add) {
+    vf c[8][4];
+    tile_chain(MR, NV, pairs, kc, A, rs, ks, B, ldb, c);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
@@ -46,4 +51,19 @@ INLINE void tile(const int MR, const int NV, const int pairs, int kc, const floa
             if (add) c[i][j] = vload_all(p) + c[i][j];
             vstore_all(p, c[i][j]);
         }
+}
+
+/* sums[i][j] = the same sum made of chains of `chain` steps, the finished chains added in order.  Sums and chains share
+ * the registers, so a tile has half the rows. */
+INLINE void tile_of_chains(const int MR, const int NV, const int pairs, const int chain, int kc, const float *A,
+                           int64_t rs, int64_t ks, const float *B, int64_t ldb, vf sums[8][4]) {
+    tile_chain(MR, NV, pairs, min_int(chain, kc), A, rs, ks, B, ldb, sums);
+    for (int k = chain; k < kc; k += chain) {
+        vf c[8][4];
+        tile_chain(MR, NV, pairs, min_int(chain, kc - k), A + k * ks, rs, ks, B + k * ldb, ldb, c);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) sums[i][j] = sums[i][j] + c[i][j];
+    }
 }
