@@ -19,7 +19,7 @@ typedef struct {
     double rope_factor, rope_low_freq, rope_high_freq, rope_original_context;
 } Config;
 
-typedef enum { OK, NO_MEMORY, NO_FORWARD, BAD_SHAPE, INTERRUPTED, NOT_FINITE } Status;
+typedef enum { OK, NO_MEMORY, NO_FORWARD, BAD_SHAPE, INTERRUPTED, NOT_FINITE, CACHE_FULL, STALE } Status;
 typedef struct Model Model;
 
 /* ---- memory ---- */
@@ -53,6 +53,10 @@ typedef struct { /* some rows of a tensor, under Hugging Face's name */
 /* The parameters of a model of this config, which need not exist: how many; `out` may be NULL. */
 int model_tensors(const Config *c, Tensor *out);
 float *model_weights(Model *m);
+/* Rises whenever model_update has changed the weights: who holds something made from them compares. */
+int64_t model_version(const Model *m);
+const Ops *model_ops(const Model *m);
+int model_precision(const Model *m);
 /* The blocks of gradients and moments (first, second); allocated here where they do not exist yet. */
 Status model_grads(Model *m, float **grads);
 Status model_moments(Model *m, float *moments[2]);

@@ -1,5 +1,6 @@
 // bindings.cpp -- the only C++ file.  Two doors:
 //   Model   what python/barelm/model.py stands on: every argument is checked here, once, before a kernel runs
+//   Session likewise, for python/barelm/session.py
 //   ops     every operator of every backend straight from ops.def, for tests and benchmarks: types and contiguity are
 //           checked, sizes are the caller's word
 // and Bpe, what python/barelm/tokenizer.py trains a vocabulary with.
@@ -18,6 +19,7 @@
 #include <string_view>
 #include <thread>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 extern "C" {
 #include "barelm.h"
@@ -26,6 +28,7 @@ extern "C" {
 #include "ops.h"
 #include "peak.h"
 #include "philox.h"
+#include "session.h"
 #include "system.h"
 #include "threads.h"
 }
@@ -125,6 +128,21 @@ static int signal_pending() {
     last = now();
     py::gil_scoped_acquire gil;
     return PyErr_CheckSignals() != 0;
+}
+
+// barelm.CacheFull and barelm.StaleRow, made with the module.
+static PyObject *cache_full, *stale_row;
+
+[[noreturn]] static void raise(Status s, const std::string &error) {
+    if (s == INTERRUPTED) throw py::error_already_set();  // the signal handler's exception
+    PyObject *type = s == BAD_SHAPE    ? PyExc_ValueError
+                     : s == NO_MEMORY  ? PyExc_MemoryError
+                     : s == NOT_FINITE ? PyExc_FloatingPointError
+                     : s == CACHE_FULL ? cache_full
+                     : s == STALE      ? stale_row
+                                       : PyExc_RuntimeError;
+    PyErr_SetString(type, error.c_str());
+    throw py::error_already_set();
 }
 
 // ---- Model ---------------------------------------------------------------------------------------------------------
@@ -350,11 +368,32 @@ class PyModel {
         return b;
     }
 
+    template <class F>
+    void run(F f) {
+        run(f, [this] { return model_error(model_); });
+    }
+
+    Model *model_ = nullptr;
+    std::mutex lock_;
+    std::atomic<std::thread::id> owner_;  // who computes
+    std::vector<Tensor> tensors_;
+    bool grads_seen_ = false;
+
+    struct Owner {
+        explicit Owner(std::atomic<std::thread::id> &id) : id(id) { id = std::this_thread::get_id(); }
+        Owner(const Owner &) = delete;
+        ~Owner() { id = std::thread::id(); }
+        std::atomic<std::thread::id> &id;
+    };
+
+  public:
+    Model *model() { return model_; }
+
     // Run a computation without the interpreter's lock, one at a time, and turn its status into an exception.  A signal
     // handler runs inside the call that it interrupts, on the same thread: it is refused, since it would wait for
     // itself.
-    template <class F>
-    void run(F f) {
+    template <class F, class E>
+    void run(F f, E why) {
         ready();
         if (owner_ == std::this_thread::get_id())
             throw std::runtime_error("the model is computing: a signal handler cannot use it");
@@ -363,29 +402,192 @@ class PyModel {
         {
             py::gil_scoped_release nogil;
             std::lock_guard<std::mutex> one(lock_);
-            owner_ = std::this_thread::get_id();
+            Owner me(owner_);
             s = f();
-            if (s) error = model_error(model_);
-            owner_ = std::thread::id();
+            if (s) error = why();
         }
         if (s) raise(s, error);
     }
+};
 
-    [[noreturn]] static void raise(Status s, const std::string &error) {
-        if (s == INTERRUPTED) throw py::error_already_set();  // the signal handler's exception
-        PyObject *type = s == BAD_SHAPE    ? PyExc_ValueError
-                         : s == NO_MEMORY  ? PyExc_MemoryError
-                         : s == NOT_FINITE ? PyExc_FloatingPointError
-                                           : PyExc_RuntimeError;
-        PyErr_SetString(type, error.c_str());
-        throw py::error_already_set();
+// ---- Session -------------------------------------------------------------------------------------------------------
+
+// All of it happens under its model's lock, so that no update comes between.  Ids are given once: that of a row which
+// was freed names no other.
+class PySession {
+  public:
+    PySession(const py::object &model, int64_t max_tokens) : model_(model), m_(model.cast<PyModel &>()) {
+        const Config &c = *model_config(m_.model());
+        const int64_t most = (int64_t)1 << 30;
+        if (max_tokens < 1 || max_tokens > most)
+            throw py::value_error("max_tokens: is " + str(max_tokens) + ", must be in [1, " + str(most) + "]");
+        int pages = (int)((max_tokens + KEY_BLOCK - 1) / KEY_BLOCK);
+        std::string error(512, 0);
+        m_.run(
+            [&] {
+                const Ops *ops = model_ops(m_.model());
+                session_ = session_create(&c, ops, model_precision(m_.model()), pages, error.data(), (int)error.size());
+                if (!session_) return NO_MEMORY;
+                load();
+                return OK;
+            },
+            [&] { return error.c_str(); });
+        session_set_poll(session_, signal_pending);
+    }
+    PySession(const PySession &) = delete;
+    ~PySession() { session_free(session_); }
+
+    int64_t add() {
+        int64_t row = 0;
+        run([&] { return named(session_add(session_), &row); });
+        return row;
     }
 
-    Model *model_ = nullptr;
-    std::mutex lock_;
-    std::atomic<std::thread::id> owner_;  // who computes
-    std::vector<Tensor> tensors_;
-    bool grads_seen_ = false;
+    std::vector<int64_t> fork(int64_t row, int n) {
+        if (n < 0) throw py::value_error("n: is " + str(n) + ", must not be negative");
+        std::vector<int64_t> out((size_t)n);
+        run([&] {
+            int from = slot_of(row, "row");
+            Status s = OK;
+            for (size_t i = 0; i < out.size() && !s; i++) s = named(session_fork(session_, from), &out[i]);
+            return s;
+        });
+        return out;
+    }
+
+    void free(int64_t row) {
+        run([&] {
+            session_drop(session_, slot_of(row, "row"));
+            slots_.erase(row);
+            return OK;
+        });
+    }
+
+    int length(int64_t row) {
+        int n = 0;
+        run([&] { return n = session_length(session_, slot_of(row, "row")), OK; });
+        return n;
+    }
+
+    int room() {
+        int n = 0;
+        run([&] { return n = session_pages_free(session_), OK; });
+        return n;
+    }
+    int pages() const { return session_pages(session_); }
+
+    int pages_needed(const std::vector<int64_t> &rows, const std::vector<int> &counts) {
+        if (counts.size() != rows.size())
+            throw py::value_error("counts: there are " + str((int64_t)counts.size()) + ", rows has " +
+                                  str((int64_t)rows.size()));
+        for (size_t i = 0; i < counts.size(); i++)
+            if (counts[i] < 0)
+                throw py::value_error("counts[" + str((int64_t)i) + "]: is " + str(counts[i]) +
+                                      ", must not be negative");
+        int n = 0;
+        run([&] {
+            std::vector<int> slots = slots_of(rows);
+            n = session_pages_needed(session_, slots.data(), counts.data(), (int)slots.size());
+            return OK;
+        });
+        return n;
+    }
+
+    // tokens: the chunks of all rows, one behind the other
+    Floats step(const std::vector<int64_t> &rows, const std::vector<int> &counts, const Ids &tokens) {
+        const Config &c = *model_config(m_.model());
+        const int32_t *ids = tokens.data();
+        int64_t at = 0, R = (int64_t)rows.size();
+        for (int64_t i = 0; i < R; i++) {
+            std::string chunk = "chunks[" + str(i) + "]";
+            if (counts[i] < 1) throw py::value_error(chunk + ": is empty");
+            for (int k = 0; k < counts[i]; k++, at++)
+                if (ids[at] < 0 || ids[at] >= c.vocab_size)
+                    throw py::value_error(chunk + ": value " + str(ids[at]) + " at [" + str(k) + "] is outside [0, " +
+                                          str(c.vocab_size) + ")");
+        }
+        Floats logits({R, (int64_t)c.vocab_size});
+        float *p = logits.mutable_data();
+        run([&] {
+            std::vector<int> slots = slots_of(rows);
+            if (model_version(m_.model()) != version_) load();
+            for (size_t i = 0; i < slots.size(); i++) {
+                int length = session_length(session_, slots[i]);
+                if (length > c.context - counts[i])
+                    throw py::value_error("chunks[" + str((int64_t)i) + "]: " + str(counts[i]) +
+                                          " tokens behind a row of " + str(length) +
+                                          " are more than the model's context of " + str(c.context));
+            }
+            return session_step(session_, p, slots.data(), counts.data(), ids, (int)R);
+        });
+        return logits;
+    }
+
+    Floats logprobs(const Ids &tokens, double temperature) {
+        const Config &c = *model_config(m_.model());
+        if (tokens.ndim() != 1) throw py::value_error("tokens: has " + str(tokens.ndim()) + " dimensions, must have 1");
+        if (!(temperature > 0) || std::isinf(temperature))
+            throw py::value_error("temperature: must be finite and above 0");
+        const int32_t *ids = tokens.data();
+        int64_t R = tokens.shape(0);
+        check_range(ids, "tokens", 1, R, 0, c.vocab_size);
+        Floats out(R);
+        float *p = out.mutable_data();
+        run([&] { return session_logprobs(session_, p, ids, (float)temperature, (int)R); });
+        return out;
+    }
+
+    // After weights were written by hand, through model.params: no version tells of that.
+    void refresh() {
+        run([&] { return version_ = -1, OK; });
+    }
+
+    py::dict memory() const {
+        const Config &c = *model_config(m_.model());
+        SessionMemory b =
+            session_memory(&c, model_ops(m_.model()), model_precision(m_.model()), session_pages(session_));
+        py::dict d;
+        d["weights"] = b.weights, d["cache"] = b.cache;
+        return d;
+    }
+
+  private:
+    template <class F>
+    void run(F f) {
+        m_.run(f, [this] { return session_error(session_); });
+    }
+    void load() {
+        version_ = model_version(m_.model());
+        session_load(session_, model_weights(m_.model()), loads_++);
+    }
+    Status named(int slot, int64_t *row) {
+        if (slot < 0) return NO_MEMORY;
+        *row = next_++;
+        slots_[*row] = slot;
+        return OK;
+    }
+    int slot_of(int64_t row, const std::string &name) const {
+        auto found = slots_.find(row);
+        if (found == slots_.end()) throw py::value_error(name + ": there is no row " + str(row));
+        return found->second;
+    }
+    std::vector<int> slots_of(const std::vector<int64_t> &rows) const {
+        std::vector<int> slots;
+        std::unordered_map<int, size_t> seen;
+        for (size_t i = 0; i < rows.size(); i++) {
+            std::string name = "rows[" + str((int64_t)i) + "]";
+            slots.push_back(slot_of(rows[i], name));
+            if (!seen.emplace(slots.back(), i).second)
+                throw py::value_error(name + ": row " + str(rows[i]) + " is there twice");
+        }
+        return slots;
+    }
+
+    py::object model_;  // kept alive: the session reads its weights
+    PyModel &m_;
+    Session *session_ = nullptr;
+    int64_t version_ = 0, loads_ = 0, next_ = 0;  // the model's version that was loaded; how often; the next id
+    std::unordered_map<int64_t, int> slots_;
 };
 
 static int choice(const char *field, const std::string &value, std::vector<std::string> names) {
@@ -531,6 +733,12 @@ PYBIND11_MODULE(_core, m) {
 #include "ops.def"
 #undef OP
 
+    // Bytes of what a backend keeps in its own form: see linear_pack and attention_paged in ops.def.
+    m.def("packed_bytes",
+          [](const std::string &on, int prec, int C, int OC) { return backend(on).packed_bytes(prec, C, OC); });
+    m.def("page_bytes",
+          [](const std::string &on, int prec, int NKV, int HS) { return backend(on).page_bytes(prec, NKV, HS); });
+
     m.def("backends", [] {  // names of the backends that can run here, best first
         py::list names;
         for (auto p = ops_compiled; *p; p++)
@@ -604,6 +812,26 @@ PYBIND11_MODULE(_core, m) {
             return out;
         },
         py::arg("config"));
+
+    cache_full = PyErr_NewException("barelm.CacheFull", PyExc_RuntimeError, nullptr);
+    stale_row = PyErr_NewException("barelm.StaleRow", PyExc_RuntimeError, nullptr);
+    m.attr("CacheFull") = py::handle(cache_full);
+    m.attr("StaleRow") = py::handle(stale_row);
+    m.attr("PAGE") = (int)KEY_BLOCK;  // tokens
+
+    py::class_<PySession>(m, "Session")
+        .def(py::init<const py::object &, int64_t>(), py::arg("model"), py::arg("max_tokens"))
+        .def("add", &PySession::add)
+        .def("fork", &PySession::fork, py::arg("row"), py::arg("n"))
+        .def("free", &PySession::free, py::arg("row"))
+        .def("length", &PySession::length, py::arg("row"))
+        .def("pages_needed", &PySession::pages_needed, py::arg("rows"), py::arg("counts"))
+        .def("step", &PySession::step, py::arg("rows"), py::arg("counts"), py::arg("tokens"))
+        .def("logprobs", &PySession::logprobs, py::arg("tokens"), py::arg("temperature"))
+        .def("refresh", &PySession::refresh)
+        .def_property_readonly("memory", &PySession::memory)
+        .def_property_readonly("pages", &PySession::pages)
+        .def_property_readonly("room", &PySession::room);
 
     py::class_<PyModel>(m, "Model")
         .def(py::init([](const py::object &config, const std::string &precision, uint64_t seed) {

@@ -10,7 +10,10 @@
  * block wait in scratch (S), so that every element of C is written once, by the epilogue, whatever it adds.
  * A is read as it lies where it can be (fp32, k contiguous): packing it would cost more than it gains.
  * bf16 is rounded while packing: two values a 32-bit unit where the CPU multiplies pairs, else one a unit, held as
- * fp32.  Operands are read once each per block of the other: bound by arithmetic from about 100 rows on. */
+ * fp32.  Operands are read once each per block of the other: bound by arithmetic from about 100 rows on.
+ *
+ * A weight that many products read is packed once (linear_pack): all of its panels, one behind the other, in the order
+ * in which they are read.  A product of few rows is then one pass over them at the speed of memory. */
 #include "gelu.h"
 #include "threads.h"
 #include "tile.h"
@@ -26,7 +29,8 @@ typedef struct {
     int M, N, K;
     const float *a, *b; /* element (i, k) of A at a[i * a_i + k * a_k], (k, j) of B at b[j * b_j + k * b_k] */
     int64_t a_i, a_k, b_j, b_k;
-    float *c; /* (M, N) */
+    const void *packed; /* or all of B, packed before */
+    float *c;           /* (M, N) */
     int prec;
     int over_rows;      /* K are the rows of a batch: short chains, and blocks added in double */
     int grid_m, grid_n; /* tasks along M and N */
@@ -131,17 +135,66 @@ static __attribute__((noinline)) void pack_a(float *out, const Gemm *g, int i, i
          g->prec, sums);
 }
 
+/* ---- all of B, packed once ----------------------------------------------------------------------------------------
+ */
+
+/* Where bf16 is multiplied as fp32, a packed value takes 2 bytes, and is unfolded when it is used. */
+static int folded(int prec) { return prec == PREC_BF16 && !HAVE_PAIRS; }
+static int64_t units_of(int C, int prec) { return prec == PREC_BF16 && HAVE_PAIRS ? ((int64_t)C + 1) / 2 : C; }
+static int64_t panel_bytes(int C, int prec) { return units_of(C, prec) * NR * (folded(prec) ? 2 : 4); }
+
+static void pack_panel(void *context, int panel) {
+    const Gemm *g = context;
+    char *out = (char *)g->c + panel * panel_bytes(g->K, g->prec);
+    float *units = folded(g->prec) ? scratch(SCRATCH_TASK) : NULL;
+    for (int k = 0, block = values_a_block(g); k < g->K; k += block) {
+        int values = min_int(block, g->K - k);
+        if (!folded(g->prec)) {
+            pack_b((float *)out + (int64_t)(k / values_a_unit(g)) * NR, g, panel * NR, k, values);
+            continue;
+        }
+        pack_b(units, g, panel * NR, k, values);
+        for (int i = 0; i < values * NR; i += W)
+            vstore_bf16((uint16_t *)out + (int64_t)k * NR + i, vload_all(units + i));
+    }
+}
+
+int64_t CAT(packed_bytes, ISA)(int prec, int C, int OC) { return (OC + NR - 1) / NR * panel_bytes(C, prec); }
+
+void CAT(linear_pack, ISA)(void *packed, const float *weight, int prec, int C, int OC) {
+    Gemm g = {.N = OC, .K = C, .b = weight, .b_j = C, .b_k = 1, .c = packed, .prec = prec};
+    parallel_for(pack_panel, &g, (OC + NR - 1) / NR);
+}
+
+/* One block of the panel that begins at column j, ready to be multiplied: where it lies, or in `space`. */
+static const float *packed_block(const Gemm *g, int j, int k, int values, float *space) {
+    const char *panel = (const char *)g->packed + j / NR * panel_bytes(g->K, g->prec);
+    if (!folded(g->prec)) return (const float *)panel + (int64_t)(k / values_a_unit(g)) * NR;
+    const uint16_t *p = (const uint16_t *)panel + (int64_t)k * NR;
+    for (int i = 0; i < values * NR; i += W) vstore_all(space + i, vload_bf16(p + i));
+    return space;
+}
+
 /* ---- one tile of sums, each way A can lie ------------------------------------------------------------------------ */
 
-static __attribute__((noinline)) void sums_packed(int units, const float *A, const float *B, float *S, int add) {
-    tile(MR, NV, 0, units, A, 1, MR, B, NR, S, NR, add);
+/* Of a packed panel of A the first `rows` count; the rows of S behind them may be written or not. */
+INLINE void sums_of_rows(const int pairs, int rows, int units, const float *A, const float *B, float *S, int add) {
+    if (rows == 1) tile(1, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
+    else if (rows == 2) tile(2, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
+    else if (rows <= 4) tile(4, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
+    else tile(MR, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
+}
+static __attribute__((noinline)) void sums_packed(int rows, int units, const float *A, const float *B, float *S,
+                                                  int add) {
+    sums_of_rows(0, rows, units, A, B, S, add);
 }
 static __attribute__((noinline)) void sums_direct(int units, const float *A, int64_t a_i, const float *B, float *S,
                                                   int add) {
     tile(MR, NV, 0, units, A, a_i, 1, B, NR, S, NR, add);
 }
-static __attribute__((noinline)) void sums_pairs(int units, const float *A, const float *B, float *S, int add) {
-    tile(MR, NV, HAVE_PAIRS, units, A, 1, MR, B, NR, S, NR, add);
+static __attribute__((noinline)) void sums_pairs(int rows, int units, const float *A, const float *B, float *S,
+                                                 int add) {
+    sums_of_rows(HAVE_PAIRS, rows, units, A, B, S, add);
 }
 
 /* Over rows: a block's sums are added to D, and behind the last block S takes the rounded total. */
@@ -229,25 +282,26 @@ static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
     }
 }
 
-/* The sums of rows i0 .. i1 over one K block, against one packed panel of B, added to S. */
-static void block_sums(const Gemm *g, Work w, int i0, int i1, int k, int values) {
+/* The sums of rows i0 .. i1 over one K block, against one packed panel B, added to S. */
+static void block_sums(const Gemm *g, Work w, const float *B, int i0, int i1, int k, int values) {
     int per_unit = values_a_unit(g), units = (values + per_unit - 1) / per_unit;
     int64_t panel = (int64_t)((g->K + per_unit - 1) / per_unit) * MR;
     for (int i = i0; i < i1; i += MR) {
         float *S = w.S + (i - i0) * NR;
+        int rows = min_int(MR, i1 - i);
         if (packs_a(g)) {
             const float *A = w.a + (i - i0) / MR * panel + (int64_t)k / per_unit * MR;
             double *D = w.D + (i - i0) * NR;
             int first = k == 0, last = k + values == g->K, chain = values_of_units(g, ROW_CHAIN) / per_unit;
-            if (g->over_rows && pairs_of(g)) sums_over_rows_pairs(chain, units, A, w.b, S, D, first, last);
-            else if (g->over_rows) sums_over_rows_packed(chain, units, A, w.b, S, D, first, last);
-            else if (pairs_of(g)) sums_pairs(units, A, w.b, S, !first);
-            else sums_packed(units, A, w.b, S, !first);
+            if (g->over_rows && pairs_of(g)) sums_over_rows_pairs(chain, units, A, B, S, D, first, last);
+            else if (g->over_rows) sums_over_rows_packed(chain, units, A, B, S, D, first, last);
+            else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, !first);
+            else sums_packed(rows, units, A, B, S, !first);
         } else if (i + MR <= g->M) {
-            sums_direct(units, g->a + i * g->a_i + k, g->a_i, w.b, S, k > 0);
+            sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, k > 0);
         } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */
             pack_a(w.a, g, i, k, values, NULL);
-            sums_packed(units, w.a, w.b, S, k > 0);
+            sums_packed(rows, units, w.a, B, S, k > 0);
         }
     }
 }
@@ -258,8 +312,10 @@ static void multiply_block(const Gemm *g, Work w, int i0, int i1, int j0, int j1
         if (!g->K) memset(w.S, 0, (size_t)MC * NR * sizeof(float));
         for (int k = 0; k < g->K; k += block) {
             int values = min_int(block, g->K - k);
-            pack_b(w.b, g, j, k, values);
-            block_sums(g, w, i0, i1, k, values);
+            const float *B = w.b;
+            if (g->packed) B = packed_block(g, j, k, values, w.b);
+            else pack_b(w.b, g, j, k, values);
+            block_sums(g, w, B, i0, i1, k, values);
         }
         for (int i = i0; i < i1; i++) finish_row(g, w.S + (i - i0) * NR, i, j, min_int(NR, j1 - j));
     }
@@ -293,7 +349,7 @@ static void gemm_task(void *context, int task) {
  * a lane, a straight one 1). */
 static double grid_cost(const Gemm *g, int gm, int gn) {
     double rows = ((g->M + MR - 1) / MR + gm - 1) / gm * MR, columns = ((g->N + NR - 1) / NR + gn - 1) / gn * NR;
-    double pack_b = (g->b_k == 1 ? 3 : 1) * columns * ceil(rows / block_rows(g));
+    double pack_b = g->packed ? 0 : (g->b_k == 1 ? 3 : 1) * columns * ceil(rows / block_rows(g));
     double pack_a = packs_a(g) ? (g->a_k == 1 ? 3 : 2) * rows : 0;
     return rows * columns + pack_b + pack_a;
 }
@@ -329,6 +385,23 @@ void CAT(linear_forward, ISA)(float *out, float *pre, const float *in, const flo
               .prec = prec,
               .bias = bias,
               .pre = pre,
+              .fn = fn,
+              .residual = residual};
+    gemm(&g);
+}
+
+void CAT(linear_packed, ISA)(float *out, const float *in, const void *packed, const float *bias, const float *residual,
+                             int fn, int prec, int N, int C, int OC) {
+    Gemm g = {.M = N,
+              .N = OC,
+              .K = C,
+              .a = in,
+              .a_i = C,
+              .a_k = 1,
+              .packed = packed,
+              .c = out,
+              .prec = prec,
+              .bias = bias,
               .fn = fn,
               .residual = residual};
     gemm(&g);

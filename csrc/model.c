@@ -2,7 +2,7 @@
  *
  * It does no arithmetic on numbers of the model: it walks the layers through the operator table, so one text serves
  * GPT-2 and Llama on every backend.  Parameters and activations are listed in model.def. */
-#include "barelm.h"
+#include "layout.h"
 #include <inttypes.h>
 #include <math.h>
 #include <stdarg.h>
@@ -14,58 +14,10 @@
 
 /* Rows of the head that are worked on at a time: their logits are the largest array of a step.  One K block of the
  * weight's gradient, in both precisions: a chunk adds finished sums. */
-enum { HEAD_ROWS = 2 * K_BLOCK, ALIGN_FLOATS = 16, ALIGN_BYTES = 64 };
+enum { HEAD_ROWS = 2 * K_BLOCK, ALIGN_BYTES = 64 };
 
-#define LIST_SIZES                                                                                                \
-    const int64_t L = c->n_layer, C = c->n_embd, V = c->vocab_size, Vp = (V + 63) / 64 * 64, P = c->context,      \
-                  NH = c->n_head, NKV = c->n_kv_head, HS = c->head_size, QKV = (NH + 2 * NKV) * HS, AO = NH * HS, \
-                  F = c->n_inner, GATED = c->act == MLP_SWIGLU, FC = GATED ? 2 * F : F, B1 = c->bias,             \
-                  B2 = c->bias && c->norm == NORM_LAYERNORM, LEARNED = c->pos == POS_LEARNED, TIED = c->tied;     \
-    (void)L, (void)C, (void)V, (void)Vp, (void)P, (void)NH, (void)NKV, (void)HS, (void)QKV, (void)AO, (void)F,    \
-        (void)GATED, (void)FC, (void)B1, (void)B2, (void)LEARNED, (void)TIED
-
-/* ---- layout ------------------------------------------------------------------------------------------------------ */
-
-enum {
-#define PARAM(field, ...) P_##field,
-#include "model.def"
-    N_PARAMS
-};
-enum { NORMAL, RESIDUAL, ONE, ZERO };
-enum { BEFORE, LAYERED, BEHIND };
-
-typedef struct {
-    int where, decay, init;
-    int64_t rows, columns, floats, offset; /* floats of one layer's tensor; offset of layer 0's */
-} Param;
-
-typedef struct {
-    Param p[N_PARAMS];
-    int64_t layer_floats, floats; /* from one layer to the next; of the whole block */
-} Layout;
-
-static Layout param_layout(const Config *c) {
-    LIST_SIZES;
-    Layout y = {.p = {
-#define PARAM(field, where_, rows_, columns_, decay_, init_) \
-    {.where = where_, .decay = decay_, .init = init_, .rows = rows_, .columns = columns_},
-#include "model.def"
-                }};
-    int64_t at = 0, layers_at = 0;
-    for (int i = 0; i < N_PARAMS; i++) {
-        Param *p = &y.p[i];
-        if (p->where == LAYERED && y.p[i - 1].where == BEFORE) layers_at = at;
-        if (p->where == BEHIND && y.p[i - 1].where == LAYERED) {
-            y.layer_floats = at - layers_at;
-            at += (L - 1) * y.layer_floats;
-        }
-        p->floats = p->rows * (p->columns ? p->columns : 1);
-        p->offset = at;
-        at += (p->floats + ALIGN_FLOATS - 1) / ALIGN_FLOATS * ALIGN_FLOATS;
-    }
-    y.floats = at;
-    return y;
-}
+/* ---- the arena ----------------------------------------------------------------------------------------------------
+ */
 
 enum {
 #define ACT_(field, ...) A_##field,
@@ -129,7 +81,7 @@ struct Model {
     Layout layout;
     float *weights, *grads, *m, *v; /* the moments m and v are one allocation */
     int grads_live;                 /* 0: the block's content is stale and reads as zero */
-    int64_t step;
+    int64_t step, version;
     float *cos, *sin;
     double *sums; /* squares of each tensor's gradient, then the norm */
     float *hyper;
@@ -152,6 +104,9 @@ const Config *model_config(const Model *m) { return &m->c; }
 void model_set_poll(Model *m, int (*poll)(void)) { m->poll = poll; }
 float *model_weights(Model *m) { return m->weights; }
 int model_has_moments(const Model *m) { return m->m != NULL; }
+int64_t model_version(const Model *m) { return m->version; }
+const Ops *model_ops(const Model *m) { return m->ops; }
+int model_precision(const Model *m) { return m->prec; }
 int64_t model_step(const Model *m) { return m->step; }
 void model_set_step(Model *m, int64_t step) { m->step = step; }
 
@@ -187,26 +142,11 @@ static Status allocate(Model *m, void **p, int64_t bytes, const char *purpose) {
 
 /* ---- creation ---------------------------------------------------------------------------------------------------- */
 
-/* Llama-3 slows the turning of long wavelengths by `factor`, keeps short ones, and blends between the two. */
-static double stretch(const Config *c, double frequency) {
-    if (c->rope_factor == 0) return frequency;
-    double turns = c->rope_original_context * frequency / 6.283185307179586;
-    double keep = (turns - c->rope_low_freq) / (c->rope_high_freq - c->rope_low_freq);
-    keep = keep < 0 ? 0 : keep > 1 ? 1 : keep;
-    return frequency * (keep + (1 - keep) / c->rope_factor);
-}
-
 static Status rope_tables(Model *m) {
-    int half = m->c.head_size / 2;
-    size_t n = (size_t)m->c.context * half, bytes = n * sizeof(float);
+    size_t n = (size_t)m->c.context * (size_t)(m->c.head_size / 2), bytes = n * sizeof(float);
     float *table = malloc(2 * bytes);
     if (!table) return fail(m, NO_MEMORY, "rope tables: no memory");
-    for (int p = 0; p < m->c.context; p++)
-        for (int i = 0; i < half; i++) {
-            double angle = p * stretch(&m->c, pow(m->c.rope_theta, -(double)i / half));
-            table[(size_t)p * half + i] = (float)cos(angle);
-            table[n + (size_t)p * half + i] = (float)sin(angle);
-        }
+    rope_angles(&m->c, table, table + n);
     Status s = allocate(m, (void **)&m->cos, (int64_t)bytes, "rope tables");
     if (!s) s = allocate(m, (void **)&m->sin, (int64_t)bytes, "rope tables");
     if (!s) m->ops->copy_in(m->cos, table, bytes), m->ops->copy_in(m->sin, table + n, bytes);
@@ -297,42 +237,7 @@ void model_free(Model *m) {
     free(m);
 }
 
-/* ---- names ------------------------------------------------------------------------------------------------------- */
-
-enum { GPT2, LLAMA };
-
-int model_tensors(const Config *c, Tensor *out) {
-    LIST_SIZES;
-    const Layout layout = param_layout(c);
-    const struct {
-        int family, param;
-        int64_t row, rows;
-        const char *name;
-        int transposed;
-    } list[] = {
-#define NAME(family, field, row, rows, name, transposed) {family, P_##field, row, rows, name, transposed},
-#include "model.def"
-    };
-    int family = c->norm == NORM_LAYERNORM ? GPT2 : LLAMA, n = 0;
-    for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
-        const Param *p = &layout.p[list[i].param];
-        if (list[i].family != family || !list[i].rows || !p->floats) continue;
-        for (int l = 0; l < (p->where == LAYERED ? L : 1); l++, n++) {
-            if (!out) continue;
-            Tensor *t = &out[n];
-            int64_t columns = p->columns ? p->columns : 1;
-            *t = (Tensor){.offset = p->offset + l * layout.layer_floats + list[i].row * columns,
-                          .rows = list[i].rows,
-                          .columns = p->columns,
-                          .transposed = list[i].transposed,
-                          .decay = p->decay};
-            if (p->where == LAYERED)
-                snprintf(t->name, sizeof t->name, "%s.%d.%s", family == GPT2 ? "h" : "layers", l, list[i].name);
-            else snprintf(t->name, sizeof t->name, "%s", list[i].name);
-        }
-    }
-    return n;
-}
+/* ---- what is not finite ------------------------------------------------------------------------------------------ */
 
 /* Where the first value that is not finite lies between two offsets of a block; -1 where all are finite. */
 static int64_t first_not_finite(const Model *m, const float *block, int64_t begin, int64_t end) {
@@ -398,10 +303,6 @@ static void norm_forward(const Model *m, act *out, float *mean, float *rstd, con
     int N = m->B * m->T, C = m->c.n_embd;
     if (m->c.norm == NORM_LAYERNORM) m->ops->layernorm_forward(out, mean, rstd, in, weight, bias, m->c.norm_eps, N, C);
     else m->ops->rmsnorm_forward(out, rstd, in, weight, m->c.norm_eps, N, C);
-}
-
-static int mlp_function(const Config *c) {
-    return c->act == MLP_GELU_TANH ? FN_GELU_TANH : c->act == MLP_GELU_ERF ? FN_GELU_ERF : FN_NONE;
 }
 
 /* x = x + attention(norm(x)); x = x + mlp(norm(x)).  Reads `residual` of layer l, writes `out`. */
@@ -754,6 +655,7 @@ Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, 
     if (*norm > skip_above) return OK;
     adamw_all(m, weight_decay);
     m->step++;
+    m->version++;
     m->kept = 0;
     return OK;
 }

@@ -25,8 +25,11 @@ typedef struct {
     void (*free)(void *p, size_t bytes);
     void (*copy_in)(void *dst, const void *src, size_t bytes);  /* host to backend */
     void (*copy_out)(void *dst, const void *src, size_t bytes); /* backend to host */
+    void (*copy)(void *dst, const void *src, size_t bytes);     /* within the backend */
     void (*zero)(void *p, size_t bytes);
-    double (*peak_flops)(int prec, double seconds); /* multiply-adds of one thread, counted as 2, per second */
+    int64_t (*packed_bytes)(int prec, int C, int OC); /* of a weight, see linear_pack */
+    int64_t (*page_bytes)(int prec, int NKV, int HS); /* of 64 keys and values, see attention_paged */
+    double (*peak_flops)(int prec, double seconds);   /* multiply-adds of one thread, counted as 2, per second */
 #define OP(name, args) void(*name) args;
 #include "ops.def"
 #undef OP

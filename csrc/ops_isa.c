@@ -27,6 +27,9 @@ static double peak_flops(int prec, double seconds) {
     return best;
 }
 
+int64_t CAT(packed_bytes, ISA)(int prec, int C, int OC);
+int64_t CAT(page_bytes, ISA)(int prec, int NKV, int HS);
+
 const Ops CAT(ops, ISA) = {
     .name = STR(ISA),
     .act_bytes = sizeof(float),
@@ -34,7 +37,10 @@ const Ops CAT(ops, ISA) = {
     .free = memory_free,
     .copy_in = memory_copy,
     .copy_out = memory_copy,
+    .copy = memory_copy,
     .zero = memory_zero,
+    .packed_bytes = CAT(packed_bytes, ISA),
+    .page_bytes = CAT(page_bytes, ISA),
     .peak_flops = peak_flops,
 #define OP(name, args) .name = CAT(name, ISA),
 #include "ops.def"

@@ -27,6 +27,24 @@ static float bf16(float x) {
 
 static float operand(float x, int prec) { return prec == PREC_BF16 ? bf16(x) : x; }
 
+/* n floats to memory and back: rounded and in 2 bytes a value where prec says so. */
+static void to_memory(void *p, const float *x, int prec, int n) {
+    for (int i = 0; i < n; i++) {
+        float rounded = operand(x[i], prec);
+        uint32_t u;
+        memcpy(&u, &rounded, sizeof u);
+        if (prec == PREC_BF16) ((uint16_t *)p)[i] = (uint16_t)(u >> 16);
+        else ((uint32_t *)p)[i] = u;
+    }
+}
+
+static void from_memory(float *x, const void *p, int prec, int n) {
+    for (int i = 0; i < n; i++) {
+        uint32_t u = prec == PREC_BF16 ? (uint32_t)((const uint16_t *)p)[i] << 16 : ((const uint32_t *)p)[i];
+        memcpy(&x[i], &u, sizeof u);
+    }
+}
+
 /* y += a * x.  The one inner loop worth care: it runs at the speed of the first cache, where a chain per element in an
  * array of fixed length made gcc shuffle. */
 static void add_scaled(float *restrict y, float a, const float *restrict x, int n) {
@@ -229,6 +247,31 @@ static void linear_forward(float *out, float *pre, const float *in, const float 
         }
 }
 
+/* Plain loops gain nothing from another order: a packed weight is a copy of the rounded one. */
+static int64_t packed_bytes(int prec, int C, int OC) { return (int64_t)OC * C * (prec == PREC_BF16 ? 2 : 4); }
+
+static void linear_pack(void *packed, const float *weight, int prec, int C, int OC) {
+    for (int64_t o = 0; o < OC; o++) to_memory((char *)packed + packed_bytes(prec, C, (int)o), weight + o * C, prec, C);
+}
+
+static void linear_packed(float *out, const float *in, const void *packed, const float *bias, const float *residual,
+                          int fn, int prec, int N, int C, int OC) {
+    enum { STRIP = 64 }; /* rows of the weight at a time */
+    float *weight = scratch(SCRATCH_CALL), *part = weight + (int64_t)STRIP * C,
+          *part_residual = part + (int64_t)STRIP * N;
+    for (int o = 0; o < OC; o += STRIP) {
+        int columns = min_int(STRIP, OC - o);
+        from_memory(weight, (const char *)packed + packed_bytes(prec, C, o), prec, columns * C);
+        for (int n = 0; n < N && residual; n++)
+            memcpy(part_residual + (int64_t)n * columns, residual + (int64_t)n * OC + o,
+                   (size_t)columns * sizeof *part);
+        linear_forward(part, NULL, in, weight, bias ? bias + o : NULL, residual ? part_residual : NULL, fn, prec, N, C,
+                       columns);
+        for (int n = 0; n < N; n++)
+            memcpy(out + (int64_t)n * OC + o, part + (int64_t)n * columns, (size_t)columns * sizeof *part);
+    }
+}
+
 static void linear_backward_input(float *din, const float *dout, const float *dres, const float *weight,
                                   const float *pre, int fn, int prec, int N, int C, int OC) {
     float sums[TILE_ROWS][TILE_COLS];
@@ -379,6 +422,42 @@ static void attention_forward(float *out, float *lse, const float *qkv, const in
             }
 }
 
+/* A page: for each key/value head 64 keys, then 64 values, all (64, HS), in 2 or 4 bytes a value. */
+static int64_t page_bytes(int prec, int NKV, int HS) {
+    return (int64_t)NKV * 2 * KEY_BLOCK * HS * (prec == PREC_BF16 ? 2 : 4);
+}
+
+/* One row of one head (HS) in the page of position t: of the keys (side 0) or the values (side 1). */
+static char *cached(void *pages, const int32_t *table_r, int side, int t, int kv, int prec, int NKV, int HS) {
+    int64_t row = (int64_t)HS * (prec == PREC_BF16 ? 2 : 4);
+    return (char *)pages + table_r[t / KEY_BLOCK] * page_bytes(prec, NKV, HS) +
+           ((2LL * kv + side) * KEY_BLOCK + t % KEY_BLOCK) * row;
+}
+
+static void attention_paged(float *out, void *pages, const float *qkv, const int32_t *table, const int32_t *first,
+                            const int32_t *past, int prec, int R, int P, int NH, int NKV, int HS) {
+    int64_t stride = (int64_t)(NH + 2 * NKV) * HS;
+    float *sum = scratch(SCRATCH_CALL), *keys = sum + HS, *values = keys + (int64_t)P * KEY_BLOCK * HS;
+    for (int r = 0; r < R; r++) {
+        const int32_t *table_r = table + (int64_t)r * P;
+        for (int kv = 0; kv < NKV; kv++) {
+            int before = past[r] - first[r], length = before + first[r + 1];
+            for (int n = first[r]; n < first[r + 1]; n++)
+                for (int side = 0; side < 2; side++)
+                    to_memory(cached(pages, table_r, side, before + n, kv, prec, NKV, HS),
+                              qkv + n * stride + (NH + side * NKV + kv) * HS, prec, HS);
+            for (int t = 0; t < length; t++) {
+                from_memory(keys + (int64_t)t * HS, cached(pages, table_r, 0, t, kv, prec, NKV, HS), prec, HS);
+                from_memory(values + (int64_t)t * HS, cached(pages, table_r, 1, t, kv, prec, NKV, HS), prec, HS);
+            }
+            for (int h = kv * (NH / NKV); h < (kv + 1) * (NH / NKV); h++)
+                for (int n = first[r]; n < first[r + 1]; n++)
+                    attend(out + ((int64_t)n * NH + h) * HS, sum, qkv + n * stride + h * HS, keys, values, HS, 0,
+                           before + n, prec, HS);
+        }
+    }
+}
+
 /* Forward was score = scale * q.k, p = exp(score - lse), out = sum p * v.  So
  *     dv += p * dout      dp = dout.v      dscore = p * (dp - dout.out)      dq += scale * dscore * k      dk alike */
 static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
@@ -498,7 +577,10 @@ const Ops ops_ref = {
     .free = memory_free,
     .copy_in = memory_copy,
     .copy_out = memory_copy,
+    .copy = memory_copy,
     .zero = memory_zero,
+    .packed_bytes = packed_bytes,
+    .page_bytes = page_bytes,
     .peak_flops = peak_flops,
 #define OP(name, args) .name = name,
 #include "ops.def"

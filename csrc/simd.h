@@ -70,6 +70,15 @@ INLINE vf vbf16(vf x) {
     r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
     return _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32((int)0xffff0000u)));
 }
+/* W values of bf16: exact one way; the other way the values must be bf16 already (vbf16) */
+INLINE vf vload_bf16(const uint16_t *p) {
+    __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+}
+INLINE void vstore_bf16(uint16_t *p, vf x) {
+    __m512i u = _mm512_srli_epi32(_mm512_castps_si512(x), 16);
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(u));
+}
 /* r[i][j] <-> r[j][i] */
 INLINE void vtranspose(vf r[16]) {
     __m512 t[16], u[16];
@@ -160,6 +169,15 @@ INLINE vf vbf16(vf x) {
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     r = _mm256_blendv_epi8(r, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan);
     return _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32((int)0xffff0000u)));
+}
+INLINE vf vload_bf16(const uint16_t *p) {
+    __m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+}
+INLINE void vstore_bf16(uint16_t *p, vf x) {
+    __m256i u = _mm256_srli_epi32(_mm256_castps_si256(x), 16);
+    __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+    _mm_storeu_si128((__m128i *)p, packed);
 }
 INLINE void vtranspose(vf r[8]) {
     __m256 t[8], u[8];

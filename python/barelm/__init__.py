@@ -10,11 +10,22 @@ if TYPE_CHECKING:
     from .engine import generate as generate
     from .model import Config as Config
     from .model import Model as Model
+    from .session import CacheFull as CacheFull
+    from .session import Session as Session
+    from .session import StaleRow as StaleRow
     from .tokenizer import Tokenizer as Tokenizer
 
-_HOME = {"Config": "model", "Model": "model", "Tokenizer": "tokenizer", "generate": "engine"}
+_HOME = {
+    "CacheFull": "session",
+    "Config": "model",
+    "Model": "model",
+    "Session": "session",
+    "StaleRow": "session",
+    "Tokenizer": "tokenizer",
+    "generate": "engine",
+}
 
-__all__ = ["Config", "Model", "Tokenizer", "__version__", "generate"]
+__all__ = ["CacheFull", "Config", "Model", "Session", "StaleRow", "Tokenizer", "__version__", "generate"]
 
 
 def __getattr__(name: str):

@@ -1,0 +1,189 @@
+/* attention_paged.c -- causal attention of a session's rows: earlier keys and values lie in pages.
+ *
+ * A page holds, head by head, 64 keys as columns (HS, 64) and then their values as rows (64, width).  So a single
+ * query, the common case, has the keys in its vector lanes, and reads every key and value once, at the speed of memory.
+ * Many queries, those of a prompt, go through forward_queries.  Both make the same chains, so they have the same bits.
+ */
+#include "attention.h"
+
+/* Up to so many queries are cheaper one by one. */
+enum { FEW = 4 };
+
+typedef struct {
+    Attention a; /* first: block_of_pages finds the rest behind it */
+    char *pages;
+    const int32_t *table, *first, *past;
+    int R, P, most; /* most: blocks of queries in the row that has most */
+} Paged;
+
+static int64_t values_a_head(const Attention *a) { return (int64_t)KEY_BLOCK * (a->HS + a->width); }
+static int value_bytes(int prec) { return prec == PREC_BF16 ? 2 : 4; }
+
+int64_t CAT(page_bytes, ISA)(int prec, int NKV, int HS) {
+    Attention a = attention(NULL, NULL, prec, 0, 0, NKV, NKV, HS);
+    return NKV * values_a_head(&a) * value_bytes(prec);
+}
+
+/* The keys of one head in the page of position t, and the values behind them. */
+static char *keys_at(const Paged *p, int r, int kv, int t) {
+    int64_t page = p->table[(int64_t)r * p->P + t / KEY_BLOCK];
+    return p->pages + (page * p->a.NKV + kv) * values_a_head(&p->a) * value_bytes(p->a.prec);
+}
+static char *values_of(const Attention *a, char *keys) {
+    return keys + (int64_t)KEY_BLOCK * a->HS * value_bytes(a->prec);
+}
+
+INLINE vf load_cached(const char *p, int64_t at, const int prec) {
+    return prec == PREC_BF16 ? vload_bf16((const uint16_t *)p + at) : vload_all((const float *)p + at);
+}
+INLINE void store_cached(char *p, int64_t at, vf x, const int prec) {
+    if (prec == PREC_BF16) vstore_bf16((uint16_t *)p + at, vbf16(x));
+    else vstore_all((float *)p + at, x);
+}
+
+/* ---- writing ---- */
+
+static void write_token(const Paged *p, int r, int kv, int n) {
+    const Attention *a = &p->a;
+    int t = p->past[r] + n - p->first[r], lane = t % KEY_BLOCK, prec = a->prec;
+    char *K = keys_at(p, r, kv, t), *V = values_of(a, K);
+    const float *k = a->qkv + n * a->row + (int64_t)key_head(a, kv) * a->HS;
+    const float *v = a->qkv + n * a->row + (int64_t)value_head(a, kv) * a->HS;
+    for (int d = 0; d < a->HS; d += W) {
+        int count = min_int(W, a->HS - d);
+        char lanes[4 * W];
+        store_cached(V, (int64_t)lane * a->width + d, vload(v + d, count), prec);
+        store_cached(lanes, 0, vload(k + d, count), prec);
+        for (int i = 0; i < count; i++) {
+            int64_t at = (int64_t)(d + i) * KEY_BLOCK + lane;
+            memcpy(K + at * value_bytes(prec), lanes + i * value_bytes(prec), (size_t)value_bytes(prec));
+        }
+    }
+}
+
+static void write_row(void *context, int task) {
+    const Paged *p = context;
+    int r = task / p->a.NKV, kv = task % p->a.NKV;
+    for (int n = p->first[r]; n < p->first[r + 1]; n++) write_token(p, r, kv, n);
+}
+
+/* ---- many queries ---- */
+
+static Block block_of_pages(const Attention *a, int r, int kv, int k0, int nk, float *space) {
+    char *K = keys_at((const Paged *)a, r, kv, k0), *V = values_of(a, K);
+    if (a->prec == PREC_FP32) return (Block){{(const float *)K, 1, KEY_BLOCK}, {(const float *)V, a->width, 1}};
+    float *keys = take(&space, (int64_t)KEY_BLOCK * a->width);
+    for (int64_t i = 0; i < (int64_t)KEY_BLOCK * a->HS; i += W) vstore_all(keys + i, load_cached(K, i, PREC_BF16));
+    for (int64_t i = 0; i < (int64_t)nk * a->width; i += W) vstore_all(space + i, load_cached(V, i, PREC_BF16));
+    return (Block){{keys, 1, KEY_BLOCK}, {space, a->width, 1}};
+}
+
+/* ---- one query ---- */
+
+enum { KEY_VECTORS = KEY_BLOCK / W };
+
+typedef struct {
+    float max, sum;
+} Softmax;
+
+/* P = exp(score - max) of the block's keys, exactly 0 from nk on, as they go into the product with the values.  Returns
+ * the factor of what came before. */
+INLINE float weigh(const Attention *a, Softmax *s, float *P, const float *q, const char *K, int nk, const int prec) {
+    vf score[KEY_VECTORS], most = vset(-INFINITY);
+#pragma GCC unroll 8
+    for (int v = 0; v < KEY_VECTORS; v++) score[v] = vset(0.0f);
+    for (int d = 0; d < a->HS; d++)
+#pragma GCC unroll 8
+        for (int v = 0; v < KEY_VECTORS; v++)
+            score[v] = vfma(vset(q[d]), load_cached(K, (int64_t)d * KEY_BLOCK + v * W, prec), score[v]);
+    for (int v = 0; v < KEY_VECTORS; v++) {
+        int seen = min_int(W, max_int(0, nk - v * W));
+        score[v] = vfirst(score[v], vset(-INFINITY), seen);
+        most = vmax(score[v], most);
+    }
+    const float old_max = s->max, block_max = vhmax(most) * a->scale;
+    s->max = block_max > old_max ? block_max : old_max;
+    float total = 0.0f, keep[W];
+    for (int v = 0; v < KEY_VECTORS; v++) vstore_all(P + v * W, vexp(vfma(score[v], vset(a->scale), vset(-s->max))));
+    for (int i = 0; i < nk; i++) total += P[i]; /* one chain, as the contract says */
+    vstore_all(keep, vexp(vset(old_max - s->max)));
+    s->sum = s->sum * keep[0] + total;
+    for (int v = 0; prec == PREC_BF16 && v < KEY_VECTORS; v++) vstore_all(P + v * W, vbf16(vload_all(P + v * W)));
+    return keep[0];
+}
+
+/* O = O * keep + P V, `nv` vectors from column d on */
+INLINE void add_values(const Attention *a, float *O, const float *P, const char *V, int d, const int nv, int nk,
+                       float keep, const int prec) {
+    vf sum[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; v++) sum[v] = vset(0.0f);
+    for (int i = 0; i < nk; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < nv; v++)
+            sum[v] = vfma(vset(P[i]), load_cached(V, (int64_t)i * a->width + d + v * W, prec), sum[v]);
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; v++) {
+        vf old = vload_all(O + d + v * W);
+        if (keep != 1.0f) old = old * vset(keep);
+        vstore_all(O + d + v * W, old + sum[v]);
+    }
+}
+
+INLINE void one_query(const Paged *p, int r, int kv, const float *q, float *out, int t, const int prec) {
+    const Attention *a = &p->a;
+    float *space = scratch(SCRATCH_TASK), P[KEY_BLOCK];
+    float *rounded = take(&space, a->width), *O = take(&space, a->width);
+    Softmax s = {-INFINITY, 0.0f};
+    for (int d = 0; d < a->width; d += W) {
+        vf x = vload(q + d, min_int(W, max_int(0, a->HS - d)));
+        vstore_all(rounded + d, prec == PREC_BF16 ? vbf16(x) : x);
+        vstore_all(O + d, vset(0.0f));
+    }
+    for (int k0 = 0; k0 <= t; k0 += KEY_BLOCK) {
+        int nk = min_int(KEY_BLOCK, t + 1 - k0), d = 0;
+        char *K = keys_at(p, r, kv, k0), *V = values_of(a, K);
+        float keep = weigh(a, &s, P, rounded, K, nk, prec);
+        for (; d + 4 * W <= a->width; d += 4 * W) add_values(a, O, P, V, d, 4, nk, keep, prec);
+        for (; d < a->width; d += W) add_values(a, O, P, V, d, 1, nk, keep, prec);
+    }
+    forward_write(a, out, O, s.sum);
+}
+
+/* ---- the operator ---- */
+
+/* A task is 64 queries of one row and head, or nothing where the row has fewer; the longest come first. */
+static void read_task(void *context, int task) {
+    const Paged *p = context;
+    const Attention *a = &p->a;
+    int h = task % a->NH, r = task / a->NH % p->R, block = p->most - 1 - task / a->NH / p->R;
+    int kv = h / (a->NH / a->NKV), n = p->first[r] + block * QUERY_BLOCK;
+    int nq = min_int(QUERY_BLOCK, p->first[r + 1] - n), t = p->past[r] + block * QUERY_BLOCK;
+    if (nq <= 0) return;
+    const float *q = a->qkv + n * a->row + (int64_t)h * a->HS;
+    float *out = a->out + ((int64_t)n * a->NH + h) * a->HS;
+    if (nq > FEW) {
+        ForwardQueries f = {.row = r, .kv = kv, .t0 = t, .nq = nq, .q = q, .out = out};
+        forward_queries(a, &f, block_of_pages);
+        return;
+    }
+    for (int i = 0; i < nq; i++, q += a->row, out += (int64_t)a->NH * a->HS) {
+        if (a->prec == PREC_BF16) one_query(p, r, kv, q, out, t + i, PREC_BF16);
+        else one_query(p, r, kv, q, out, t + i, PREC_FP32);
+    }
+}
+
+void CAT(attention_paged, ISA)(act *out, void *pages, const act *qkv, const int32_t *table, const int32_t *first,
+                               const int32_t *past, int prec, int R, int P, int NH, int NKV, int HS) {
+    Paged p = {.a = attention(qkv, NULL, prec, 0, 0, NH, NKV, HS),
+               .pages = pages,
+               .table = table,
+               .first = first,
+               .past = past,
+               .R = R,
+               .P = P};
+    p.a.out = out;
+    for (int r = 0; r < R; r++) p.most = max_int(p.most, (first[r + 1] - first[r] + QUERY_BLOCK - 1) / QUERY_BLOCK);
+    parallel_for(write_row, &p, R * NKV);
+    parallel_for(read_task, &p, p.most * R * NH);
+}

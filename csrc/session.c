@@ -1,0 +1,507 @@
+/* session.c -- rows of tokens on pages of keys and values: who owns which page, and one pass of new tokens through the
+ * layers.  As model.c it does no arithmetic on numbers of the model: it walks the layers through the operator table. */
+#include "session.h"
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "layout.h"
+#include "system.h"
+
+/* Tokens that go through the layers at a time: the activations of a long prompt stay within a few MB. */
+enum { SLICE = 512, ALIGN_BYTES = 64 };
+
+typedef struct {
+    int32_t *pages;
+    int n_pages, room, length; /* pages it has, and its list has room for; tokens */
+    int used;
+    int64_t version; /* of the weights that wrote to it */
+} Row;
+
+/* What one slice of tokens needs, in an arena that grows. */
+typedef struct {
+    int32_t *tokens, *starts, *first, *past, *table; /* starts: so that t - starts is the position */
+    act *x, *norm, *qkv, *att, *mid, *fc, *fch;
+    float *mean, *rstd;
+} Slice;
+
+struct Session {
+    Config c;
+    const Ops *ops;
+    int prec;
+    Layout layout;
+    const float *weights;
+    int64_t version;
+    char *packed; /* the matrices */
+    int64_t packed_at[N_PARAMS], packed_layer[N_PARAMS], packed_bytes;
+    float *cos, *sin;
+
+    char *pool; /* [layer][page] */
+    int64_t page_bytes;
+    int pages;
+    int32_t *owners, *free_pages; /* rows that share a page; a stack */
+    int n_free;
+    Row *rows;
+    int n_rows;
+
+    char *arena, *head; /* of a slice; of the rows' last tokens: residual, norm, logits, ... */
+    int64_t arena_bytes, head_bytes;
+    int R; /* rows of the last step */
+    int (*poll)(void);
+    char error[512];
+};
+
+const char *session_error(const Session *s) { return s->error; }
+void session_set_poll(Session *s, int (*poll)(void)) { s->poll = poll; }
+int session_length(const Session *s, int row) { return s->rows[row].length; }
+int session_pages(const Session *s) { return s->pages; }
+int session_pages_free(const Session *s) { return s->n_free; }
+int session_stale(const Session *s, int row) { return s->rows[row].length && s->rows[row].version != s->version; }
+
+static Status fail(Session *s, Status status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(s->error, sizeof s->error, format, args);
+    va_end(args);
+    return status;
+}
+
+static int64_t aligned(int64_t bytes) { return (bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES; }
+
+static Status allocate(Session *s, void **p, int64_t bytes, const char *purpose) {
+    int64_t there = system_memory_free();
+    *p = bytes <= there ? s->ops->alloc((size_t)bytes) : NULL;
+    if (*p) return OK;
+    return fail(s, NO_MEMORY, "%s: %.2f GiB needed, %.2f GiB free", purpose, (double)bytes / (1 << 30),
+                (double)there / (1 << 30));
+}
+
+/* ---- weights ----------------------------------------------------------------------------------------------------- */
+
+static int head_param(const Config *c) { return c->tied ? P_wte : P_head; }
+
+static int is_packed(const Config *c, int i) {
+    return i == P_qkv_w || i == P_proj_w || i == P_fc_w || i == P_fc2_w || i == head_param(c);
+}
+
+/* Where each packed matrix lies, layer after layer of one parameter behind those of another. */
+static void pack_layout(Session *s) {
+    int64_t at = 0;
+    for (int i = 0; i < N_PARAMS; i++) {
+        const Param *p = &s->layout.p[i];
+        if (!is_packed(&s->c, i)) continue;
+        s->packed_at[i] = at;
+        s->packed_layer[i] = aligned(s->ops->packed_bytes(s->prec, (int)p->columns, (int)p->rows));
+        at += s->packed_layer[i] * (p->where == LAYERED ? s->c.n_layer : 1);
+    }
+    s->packed_bytes = at;
+}
+
+static const float *weight(const Session *s, int i, int l) {
+    const Param *p = &s->layout.p[i];
+    return p->floats ? s->weights + p->offset + (p->where == LAYERED ? l * s->layout.layer_floats : 0) : NULL;
+}
+
+static char *packed(const Session *s, int i, int l) { return s->packed + s->packed_at[i] + l * s->packed_layer[i]; }
+
+void session_load(Session *s, const float *weights, int64_t version) {
+    s->weights = weights;
+    for (int i = 0; i < N_PARAMS; i++) {
+        const Param *p = &s->layout.p[i];
+        for (int l = 0; is_packed(&s->c, i) && l < (p->where == LAYERED ? s->c.n_layer : 1); l++)
+            s->ops->linear_pack(packed(s, i, l), weight(s, i, l), s->prec, (int)p->columns, (int)p->rows);
+    }
+    s->version = version;
+    s->R = 0;
+}
+
+/* ---- life -------------------------------------------------------------------------------------------------------- */
+
+static Status rope_tables(Session *s) {
+    size_t n = (size_t)s->c.context * (size_t)(s->c.head_size / 2), bytes = n * sizeof(float);
+    float *table = malloc(2 * bytes);
+    if (!table) return fail(s, NO_MEMORY, "rope tables: no memory");
+    rope_angles(&s->c, table, table + n);
+    Status status = allocate(s, (void **)&s->cos, (int64_t)(2 * bytes), "rope tables");
+    if (!status) s->sin = s->cos + n, s->ops->copy_in(s->cos, table, 2 * bytes);
+    free(table);
+    return status;
+}
+
+static int64_t bytes_of_page(const Config *c, const Ops *ops, int prec) {
+    return aligned(ops->page_bytes(prec, c->n_kv_head, c->head_size));
+}
+
+SessionMemory session_memory(const Config *c, const Ops *ops, int prec, int pages) {
+    Session s = {.c = *c, .ops = ops, .prec = prec, .layout = param_layout(c)};
+    pack_layout(&s);
+    return (SessionMemory){s.packed_bytes, (int64_t)c->n_layer * pages * bytes_of_page(c, ops, prec)};
+}
+
+Session *session_create(const Config *c, const Ops *ops, int prec, int pages, char *error, int size) {
+    Session *s = calloc(1, sizeof *s);
+    if (!s) {
+        snprintf(error, (size_t)size, "no memory");
+        return NULL;
+    }
+    *s = (Session){.c = *c, .ops = ops, .prec = prec, .layout = param_layout(c), .pages = pages, .n_free = pages};
+    s->page_bytes = bytes_of_page(c, ops, prec);
+    pack_layout(s);
+    Status status = OK;
+    s->owners = calloc((size_t)pages, sizeof *s->owners);
+    s->free_pages = malloc((size_t)pages * sizeof *s->free_pages);
+    if (!s->owners || !s->free_pages) status = fail(s, NO_MEMORY, "table of pages: no memory");
+    for (int i = 0; i < pages && !status; i++) s->free_pages[i] = pages - 1 - i; /* the first page on top */
+    if (!status) status = allocate(s, (void **)&s->packed, s->packed_bytes, "packed weights");
+    if (!status) status = allocate(s, (void **)&s->pool, c->n_layer * s->page_bytes * pages, "KV cache");
+    if (!status && c->pos == POS_ROPE) status = rope_tables(s);
+    if (!status) return s;
+    snprintf(error, (size_t)size, "%s", s->error);
+    session_free(s);
+    return NULL;
+}
+
+void session_free(Session *s) {
+    if (!s) return;
+    size_t half_table = (size_t)s->c.context * (size_t)(s->c.head_size / 2) * sizeof(float);
+    if (s->packed) s->ops->free(s->packed, (size_t)s->packed_bytes);
+    if (s->pool) s->ops->free(s->pool, (size_t)(s->c.n_layer * s->page_bytes * s->pages));
+    if (s->cos) s->ops->free(s->cos, 2 * half_table);
+    if (s->arena) s->ops->free(s->arena, (size_t)s->arena_bytes);
+    if (s->head) s->ops->free(s->head, (size_t)s->head_bytes);
+    for (int i = 0; i < s->n_rows; i++) free(s->rows[i].pages);
+    free(s->rows);
+    free(s->owners);
+    free(s->free_pages);
+    free(s);
+}
+
+/* ---- rows and pages ---------------------------------------------------------------------------------------------- */
+
+static int no_memory(Session *s) {
+    fail(s, NO_MEMORY, "table of rows: no memory");
+    return -1;
+}
+
+int session_add(Session *s) {
+    int i = 0;
+    while (i < s->n_rows && s->rows[i].used) i++;
+    if (i == s->n_rows) {
+        Row *more = realloc(s->rows, ((size_t)s->n_rows + 1) * sizeof *more);
+        if (!more) return no_memory(s);
+        s->rows = more;
+        s->n_rows++;
+    }
+    s->rows[i] = (Row){.used = 1};
+    return i;
+}
+
+static int reserve(Row *r, int n_pages) {
+    if (n_pages <= r->room) return 1;
+    int32_t *more = realloc(r->pages, (size_t)n_pages * sizeof *more);
+    if (!more) return 0;
+    r->pages = more, r->room = n_pages;
+    return 1;
+}
+
+static int pages_for(int tokens) { return (tokens + KEY_BLOCK - 1) / KEY_BLOCK; }
+
+int session_fork(Session *s, int row) {
+    int fork = session_add(s);
+    if (fork < 0) return -1;
+    Row *from = &s->rows[row], *to = &s->rows[fork];
+    int n = pages_for(from->length); /* not what a step that was cut off has left behind them */
+    if (!reserve(to, n)) {
+        to->used = 0;
+        return no_memory(s);
+    }
+    for (int i = 0; i < n; i++) {
+        to->pages[i] = from->pages[i];
+        s->owners[to->pages[i]]++;
+    }
+    to->n_pages = n, to->length = from->length, to->version = from->version;
+    return fork;
+}
+
+static void leave_page(Session *s, int page) {
+    if (--s->owners[page] == 0) s->free_pages[s->n_free++] = page;
+}
+
+void session_drop(Session *s, int row) {
+    Row *r = &s->rows[row];
+    for (int i = 0; i < r->n_pages; i++) leave_page(s, r->pages[i]);
+    free(r->pages);
+    *r = (Row){0};
+}
+
+/* The page in which the row's next token belongs, where the row has begun it; -1. */
+static int tail_of(const Row *r) { return r->length % KEY_BLOCK ? r->pages[r->length / KEY_BLOCK] : -1; }
+
+/* Whether row rows[i] must copy its tail before it writes.  Of rows that share a page the last one to write keeps it.
+ */
+static int copies_tail(const Session *s, const int *rows, int i) {
+    int tail = tail_of(&s->rows[rows[i]]);
+    if (tail < 0 || s->owners[tail] == 1) return 0;
+    int owners = s->owners[tail];
+    for (int j = 0; j < i; j++) owners -= tail_of(&s->rows[rows[j]]) == tail;
+    return owners > 1;
+}
+
+int session_pages_needed(const Session *s, const int *rows, const int *counts, int R) {
+    int needed = 0;
+    for (int i = 0; i < R; i++) {
+        const Row *r = &s->rows[rows[i]];
+        int more = pages_for(r->length + counts[i]) - r->n_pages;
+        needed += (more > 0 ? more : 0) + copies_tail(s, rows, i);
+    }
+    return needed;
+}
+
+static void copy_tail(Session *s, Row *r) {
+    int32_t *tail = &r->pages[r->length / KEY_BLOCK], page = s->free_pages[--s->n_free];
+    for (int l = 0; l < s->c.n_layer; l++) {
+        char *layer = s->pool + l * s->page_bytes * s->pages;
+        s->ops->copy(layer + page * s->page_bytes, layer + *tail * s->page_bytes, (size_t)s->page_bytes);
+    }
+    leave_page(s, *tail);
+    s->owners[page] = 1;
+    *tail = page;
+}
+
+/* Give every row the pages it will write to.  All or nothing. */
+static Status take_pages(Session *s, const int *rows, const int *counts, int R) {
+    int needed = session_pages_needed(s, rows, counts, R);
+    if (needed > s->n_free)
+        return fail(s, CACHE_FULL, "the cache is full: %d more pages of %d tokens needed, %d of %d free", needed,
+                    KEY_BLOCK, s->n_free, s->pages);
+    for (int i = 0; i < R; i++) {
+        Row *r = &s->rows[rows[i]];
+        if (!reserve(r, pages_for(r->length + counts[i])))
+            return fail(s, NO_MEMORY, "a row's list of pages: no memory");
+    }
+    for (int i = 0; i < R; i++) {
+        Row *r = &s->rows[rows[i]];
+        int tail = tail_of(r);
+        if (tail >= 0 && s->owners[tail] > 1) copy_tail(s, r);
+        while (r->n_pages < pages_for(r->length + counts[i])) {
+            int page = s->free_pages[--s->n_free];
+            s->owners[page] = 1;
+            r->pages[r->n_pages++] = page;
+        }
+    }
+    return OK;
+}
+
+/* ---- one slice of tokens through the layers ---------------------------------------------------------------------- */
+
+/* The arena of N tokens of R rows with up to P pages each; NULL in `arena` to learn its size. */
+static int64_t slice_layout(const Session *s, Slice *out, char *arena, int64_t N, int64_t R, int64_t pages) {
+    const Config *c = &s->c;
+    LIST_SIZES;
+    const int64_t A = (int64_t)s->ops->act_bytes;
+    const struct {
+        void *field;
+        int64_t bytes;
+    } list[] = {
+        {&out->tokens, 4 * N},        {&out->starts, 4 * N},
+        {&out->first, 4 * (R + 1)},   {&out->past, 4 * R},
+        {&out->mean, 4 * N},          {&out->rstd, 4 * N},
+        {&out->table, 4 * R * pages}, {&out->x, A * C * N},
+        {&out->norm, A * C * N},      {&out->qkv, A * QKV * N},
+        {&out->att, A * AO * N},      {&out->mid, A * C * N},
+        {&out->fch, A * F * N},       {&out->fc, GATED ? A * FC * N : 0},
+    };
+    int64_t at = 0;
+    for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
+        void *p = arena ? arena + at : NULL;
+        memcpy(list[i].field, &p, sizeof p);
+        at += aligned(list[i].bytes);
+    }
+    return at;
+}
+
+/* A block of at least this many bytes, for content that does not outlive the step. */
+static Status grow(Session *s, char **p, int64_t *have, int64_t bytes, const char *purpose) {
+    if (bytes <= *have) return OK;
+    if (*p) s->ops->free(*p, (size_t)*have);
+    *p = NULL, *have = 0;
+    Status status = allocate(s, (void **)p, bytes, purpose);
+    if (!status) *have = bytes;
+    return status;
+}
+
+static void norm_forward(const Session *s, act *out, float *mean, float *rstd, const act *in, int weight_, int bias,
+                         int l, int N) {
+    const Config *c = &s->c;
+    if (c->norm == NORM_LAYERNORM)
+        s->ops->layernorm_forward(out, mean, rstd, in, weight(s, weight_, l), weight(s, bias, l), c->norm_eps, N,
+                                  c->n_embd);
+    else s->ops->rmsnorm_forward(out, rstd, in, weight(s, weight_, l), c->norm_eps, N, c->n_embd);
+}
+
+static void linear(const Session *s, act *out, const act *in, int matrix, int bias, const act *residual, int fn, int l,
+                   int N) {
+    const Param *p = &s->layout.p[matrix];
+    s->ops->linear_packed(out, in, packed(s, matrix, l), weight(s, bias, l), residual, fn, s->prec, N, (int)p->columns,
+                          (int)p->rows);
+}
+
+/* As block_forward of model.c, nothing kept for a backward pass. */
+static void block_forward(const Session *s, const Slice *b, int l, int N, int R, int pages) {
+    const Config *c = &s->c;
+    const Ops *ops = s->ops;
+    int NH = c->n_head, NKV = c->n_kv_head, HS = c->head_size;
+    char *layer = s->pool + l * s->page_bytes * s->pages;
+
+    norm_forward(s, b->norm, b->mean, b->rstd, b->x, P_ln1_w, P_ln1_b, l, N);
+    linear(s, b->qkv, b->norm, P_qkv_w, P_qkv_b, NULL, FN_NONE, l, N);
+    if (c->pos == POS_ROPE) ops->rope_forward(b->qkv, s->cos, s->sin, b->starts, 1, N, NH, NKV, HS);
+    ops->attention_paged(b->att, layer, b->qkv, b->table, b->first, b->past, s->prec, R, pages, NH, NKV, HS);
+    linear(s, b->mid, b->att, P_proj_w, P_proj_b, b->x, FN_NONE, l, N);
+
+    norm_forward(s, b->norm, b->mean, b->rstd, b->mid, P_ln2_w, P_ln2_b, l, N);
+    if (c->act == MLP_SWIGLU) {
+        linear(s, b->fc, b->norm, P_fc_w, P_fc_b, NULL, FN_NONE, l, N);
+        ops->swiglu_forward(b->fch, b->fc, N, c->n_inner);
+    } else {
+        linear(s, b->fch, b->norm, P_fc_w, P_fc_b, NULL, mlp_function(c), l, N);
+    }
+    linear(s, b->x, b->fch, P_fc2_w, P_fc2_b, b->mid, FN_NONE, l, N);
+}
+
+/* Which tokens of a step make up a slice: rows from[0] .. from[R-1] of the step, taken[i] tokens of each. */
+typedef struct {
+    int R, N, pages;
+    int from[SLICE], taken[SLICE];
+} Plan;
+
+/* The next tokens that have not gone through yet: `row` and `done` say where the last slice ended, and go on. */
+static Plan next_slice(const Session *s, const int *rows, const int *counts, int R, int *row, int *done) {
+    Plan p = {0};
+    while (*row < R && p.N < SLICE) {
+        int left = counts[*row] - *done, taken = left < SLICE - p.N ? left : SLICE - p.N;
+        int pages = pages_for(s->rows[rows[*row]].length + *done + taken);
+        p.from[p.R] = *row, p.taken[p.R++] = taken, p.N += taken;
+        if (pages > p.pages) p.pages = pages;
+        *done += taken;
+        if (*done == counts[*row]) *row += 1, *done = 0;
+    }
+    return p;
+}
+
+/* Token ids, positions and pages of a slice, to the backend.  `past` of its first row is `first_past`. */
+static Status describe(const Session *s, const Slice *b, const Plan *p, const int *rows, const int32_t *tokens,
+                       const int *past) {
+    int32_t *host = malloc(sizeof *host * ((size_t)p->N + 2 * (size_t)p->R + 1 + (size_t)p->R * (size_t)p->pages));
+    if (!host) return NO_MEMORY;
+    int32_t *starts = host, *first = starts + p->N, *before = first + p->R + 1, *table = before + p->R;
+    first[0] = 0;
+    for (int i = 0; i < p->R; i++) {
+        const Row *r = &s->rows[rows[p->from[i]]];
+        before[i] = past[i];
+        first[i + 1] = first[i] + p->taken[i];
+        for (int n = first[i]; n < first[i + 1]; n++) starts[n] = first[i] - past[i];
+        for (int j = 0; j < p->pages; j++) table[i * p->pages + j] = j < r->n_pages ? r->pages[j] : 0;
+    }
+    s->ops->copy_in(b->tokens, tokens, (size_t)p->N * 4);
+    s->ops->copy_in(b->starts, starts, (size_t)p->N * 4);
+    s->ops->copy_in(b->first, first, ((size_t)p->R + 1) * 4);
+    s->ops->copy_in(b->past, before, (size_t)p->R * 4);
+    s->ops->copy_in(b->table, table, (size_t)p->R * (size_t)p->pages * 4);
+    free(host);
+    return OK;
+}
+
+/* ---- the rows' last tokens --------------------------------------------------------------------------------------- */
+
+typedef struct {
+    act *last, *hidden, *logits;
+    float *mean, *rstd, *logprobs, *lse;
+    int32_t *targets;
+} Head;
+
+static int64_t head_layout(const Session *s, Head *h, char *p, int64_t R) {
+    const int64_t A = (int64_t)s->ops->act_bytes, C = s->c.n_embd, Vp = s->layout.p[P_wte].rows;
+    const int64_t row = aligned(A * C * R), few = aligned(4 * R);
+    *h = (Head){0};
+    if (p)
+        *h = (Head){.last = p,
+                    .hidden = p + row,
+                    .logits = p + 2 * row,
+                    .mean = (float *)(p + 2 * row + aligned(A * Vp * R)),
+                    .rstd = (float *)(p + 2 * row + aligned(A * Vp * R) + few),
+                    .logprobs = (float *)(p + 2 * row + aligned(A * Vp * R) + 2 * few),
+                    .lse = (float *)(p + 2 * row + aligned(A * Vp * R) + 3 * few),
+                    .targets = (int32_t *)(p + 2 * row + aligned(A * Vp * R) + 4 * few)};
+    return 2 * row + aligned(A * Vp * R) + 5 * few;
+}
+
+static void head_forward(const Session *s, const Head *h, float *logits, int R) {
+    size_t A = s->ops->act_bytes, V = (size_t)s->c.vocab_size, Vp = (size_t)s->layout.p[P_wte].rows;
+    norm_forward(s, h->hidden, h->mean, h->rstd, h->last, P_lnf_w, P_lnf_b, 0, R);
+    s->ops->linear_packed(h->logits, h->hidden, packed(s, head_param(&s->c), 0), NULL, NULL, FN_NONE, s->prec, R,
+                          s->c.n_embd, (int)Vp);
+    for (int i = 0; i < R; i++)
+        s->ops->copy_out(logits + (size_t)i * V, (char *)h->logits + (size_t)i * Vp * A, V * sizeof(float));
+}
+
+/* ---- a step ------------------------------------------------------------------------------------------------------ */
+
+static Status run_slice(Session *s, const Plan *p, const int *rows, const int32_t *tokens, const int *past) {
+    Slice b;
+    int64_t bytes = slice_layout(s, &b, NULL, p->N, p->R, p->pages);
+    Status status = grow(s, &s->arena, &s->arena_bytes, bytes, "activations of a step");
+    if (status) return status;
+    slice_layout(s, &b, s->arena, p->N, p->R, p->pages);
+    if (describe(s, &b, p, rows, tokens, past)) return fail(s, NO_MEMORY, "table of a step: no memory");
+    s->ops->embedding_forward(b.x, b.tokens, b.starts, weight(s, P_wte, 0), weight(s, P_wpe, 0), 1, p->N, s->c.n_embd);
+    for (int l = 0; l < s->c.n_layer; l++) {
+        if (s->poll && s->poll()) return INTERRUPTED;
+        block_forward(s, &b, l, p->N, p->R, p->pages);
+    }
+    return OK;
+}
+
+Status session_step(Session *s, float *logits, const int *rows, const int *counts, const int32_t *tokens, int R) {
+    for (int i = 0; i < R; i++)
+        if (session_stale(s, rows[i]))
+            return fail(s, STALE, "rows[%d]: its tokens went through older weights, it cannot go on", i);
+    Head h;
+    Status status = grow(s, &s->head, &s->head_bytes, head_layout(s, &h, NULL, R), "logits of a step");
+    if (!status) status = take_pages(s, rows, counts, R);
+    head_layout(s, &h, s->head, R);
+    s->R = 0;
+    size_t row_bytes = (size_t)s->c.n_embd * s->ops->act_bytes;
+    for (int row = 0, done = 0, at = 0; row < R && !status;) {
+        int past[SLICE], before = done;
+        Plan p = next_slice(s, rows, counts, R, &row, &done);
+        for (int i = 0; i < p.R; i++) past[i] = s->rows[rows[p.from[i]]].length + (i == 0 ? before : 0);
+        status = run_slice(s, &p, rows, tokens + at, past);
+        Slice b;
+        slice_layout(s, &b, s->arena, p.N, p.R, p.pages);
+        for (int i = 0, end = 0; i < p.R && !status; i++) { /* a row that ends in this slice: its last token's state */
+            end += p.taken[i];
+            if (p.from[i] < row)
+                s->ops->copy((char *)h.last + (size_t)p.from[i] * row_bytes,
+                             (char *)b.x + (size_t)(end - 1) * row_bytes, row_bytes);
+        }
+        at += p.N;
+    }
+    if (status) return status;
+    head_forward(s, &h, logits, R);
+    for (int i = 0; i < R; i++) s->rows[rows[i]].length += counts[i], s->rows[rows[i]].version = s->version;
+    s->R = R;
+    return OK;
+}
+
+Status session_logprobs(Session *s, float *logprobs, const int32_t *targets, float temperature, int R) {
+    if (R != s->R || !R) return fail(s, NO_FORWARD, "tokens: there are %d, the last step had %d rows", R, s->R);
+    Head h;
+    head_layout(s, &h, s->head, R);
+    s->ops->copy_in(h.targets, targets, (size_t)R * sizeof *targets);
+    s->ops->logprob_forward(h.logprobs, h.lse, NULL, h.logits, h.targets, 1 / temperature, R, s->c.vocab_size,
+                            (int)s->layout.p[P_wte].rows);
+    s->ops->copy_out(logprobs, h.logprobs, (size_t)R * sizeof *logprobs);
+    return OK;
+}

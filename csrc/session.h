@@ -1,0 +1,46 @@
+/* session.h -- rows of tokens that grow, with their keys and values kept in pages: decoding.
+ *
+ * A row is a sequence.  It joins (add), takes tokens (step), is shared (fork) and leaves (drop) at any time, whatever
+ * the others do, and its logits have the bits of one forward pass over all of its tokens.  Pages hold 64 positions of
+ * every layer; rows share them until one writes.  Arguments are checked by the caller; as in barelm.h a function that
+ * fails leaves a sentence in session_error() and has changed nothing. */
+#pragma once
+#include "barelm.h"
+
+typedef struct Session Session;
+
+/* Room for `pages` pages.  prec: how weights are packed, and keys and values kept.  NULL where memory does not suffice;
+ * then `error` (of `size` bytes) says how much is needed. */
+Session *session_create(const Config *c, const Ops *ops, int prec, int pages, char *error, int size);
+void session_free(Session *s);
+const char *session_error(const Session *s);
+void session_set_poll(Session *s, int (*poll)(void));
+
+/* Take the weights (a block as model_weights): matrices are packed, the rest is read where it lies, so the block must
+ * outlive the session.  `version` names them: rows that other weights have written to are stale. */
+void session_load(Session *s, const float *weights, int64_t version);
+
+/* The new row, empty; -1: no memory. */
+int session_add(Session *s);
+int session_fork(Session *s, int row);
+void session_drop(Session *s, int row);
+int session_length(const Session *s, int row);
+int session_stale(const Session *s, int row);
+
+int session_pages(const Session *s);
+int session_pages_free(const Session *s);
+/* Pages that a step which gives row rows[i] counts[i] tokens takes. */
+int session_pages_needed(const Session *s, const int *rows, const int *counts, int R);
+
+/* Row rows[i] takes counts[i] >= 1 of the tokens, which follow one another; rows are distinct and stay within the
+ * context.  logits (R, V): behind each row's last token.  CACHE_FULL where pages do not suffice, STALE where a row was
+ * written with other weights; after INTERRUPTED the rows are as long as before. */
+Status session_step(Session *s, float *logits, const int *rows, const int *counts, const int32_t *tokens, int R);
+/* log p(targets[i]) of row i of the last step (R), the bits of model_forward; NO_FORWARD where R is not that of the
+ * last step. */
+Status session_logprobs(Session *s, float *logprobs, const int32_t *targets, float temperature, int R);
+
+typedef struct { /* bytes by purpose */
+    int64_t weights, cache;
+} SessionMemory;
+SessionMemory session_memory(const Config *c, const Ops *ops, int prec, int pages);

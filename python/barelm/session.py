@@ -1,0 +1,109 @@
+"""Session: rows of tokens with their keys and values kept, so that each new token costs one pass over the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import _core
+from ._core import CacheFull, StaleRow
+from .model import Config, Model
+
+__all__ = ["PAGE", "CacheFull", "Session", "StaleRow"]
+
+PAGE: int = _core.PAGE  # tokens
+
+
+class Session:
+    """A KV cache for one model, in pages of 64 tokens, and the rows that live in it.
+
+    model       its weights are packed once, in its precision, and again after `model.update()`.  In "bf16" keys and
+                values are bf16 too.
+    max_tokens  room, rounded up to whole pages; rows that share tokens share their pages
+
+    Rows are named by numbers that are given once.  They join, grow, fork and leave at any time; what a row computes
+    does not depend on the others, and has the bits of `model.forward` over all of its tokens.  Calls are taken one at a
+    time with those of the model.  Ctrl-C interrupts a step between layers: the rows are then as they were.
+
+    MemoryError says how much was needed and how much there was.  An unknown row is a ValueError.
+    """
+
+    def __init__(self, model: Model, max_tokens: int):
+        self.model = model
+        self._core = _core.Session(model._core, max_tokens)
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    @property
+    def pages(self) -> int:
+        """All pages there are."""
+        return self._core.pages
+
+    @property
+    def room(self) -> int:
+        """Pages that are free."""
+        return self._core.room
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes: packed "weights", and "cache"."""
+        return self._core.memory
+
+    def add(self) -> int:
+        """A new row, empty; it takes no page yet."""
+        return self._core.add()
+
+    def fork(self, row: int, n: int = 1) -> list[int]:
+        """n new rows with all tokens of `row` so far.  They share its pages; one that is not full is copied when one of
+        them writes to it."""
+        return self._core.fork(row, n)
+
+    def free(self, row: int) -> None:
+        """Forget a row.  Its pages are free again where no other row shares them."""
+        self._core.free(row)
+
+    def length(self, row: int) -> int:
+        """Tokens in a row."""
+        return self._core.length(row)
+
+    def pages_needed(self, rows: Sequence[int], counts: Sequence[int]) -> int:
+        """Free pages that a step takes which gives these rows so many tokens."""
+        return self._core.pages_needed(rows, counts)
+
+    def step(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> np.ndarray:
+        """Append to each row its chunk of at least one token id, all in one pass over the weights.
+
+        Chunks may differ in length: some rows read their prompts while others take one token each.
+        Returns logits (len(rows), V) float32 behind each row's last token.
+
+        CacheFull: there are not enough pages.  StaleRow: a row has tokens that went through older weights; free it and
+        begin a new one.  ValueError: a token out of range, an empty chunk, a row given twice, or longer than the
+        model's context.  After any of them every row is as it was.
+        """
+        if len(rows) != len(chunks):
+            raise ValueError(f"chunks: there are {len(chunks)}, rows has {len(rows)}")
+        ids = [_ids(chunk, f"chunks[{i}]") for i, chunk in enumerate(chunks)]
+        flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
+        return self._core.step(rows, [len(chunk) for chunk in ids], flat)
+
+    def logprobs(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+        """log p(token) under the model for each row of the last step, from its logits: (R,) float32, nats; the bits of
+        `model.forward` with this token as target."""
+        return self._core.logprobs(_ids(tokens, "tokens"), temperature)
+
+    def refresh(self) -> None:
+        """Take the weights anew, after some were written by hand through `model.params`.  `model.update()` needs no
+        such call."""
+        self._core.refresh()
+
+
+def _ids(tokens: Sequence[int], name: str) -> np.ndarray:
+    ids = np.asarray(tokens)
+    if ids.ndim != 1:
+        raise ValueError(f"{name}: has {ids.ndim} dimensions, must have 1")
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"{name}: dtype is {ids.dtype}, must be an integer's")
+    return np.clip(ids, -1, 2**31 - 1).astype(np.int32)  # out of range stays out of range
