@@ -130,6 +130,15 @@ static int signal_pending() {
     return PyErr_CheckSignals() != 0;
 }
 
+static int choice(const char *field, const std::string &value, std::vector<std::string> names) {
+    std::string all;
+    for (size_t i = 0; i < names.size(); i++) {
+        if (names[i] == value) return (int)i;
+        all += (i ? ", '" : "'") + names[i] + "'";
+    }
+    throw py::value_error(std::string(field) + ": is '" + value + "', must be one of " + all);
+}
+
 // barelm.CacheFull and barelm.StaleRow, made with the module.
 static PyObject *cache_full, *stale_row;
 
@@ -416,7 +425,9 @@ class PyModel {
 // was freed names no other.
 class PySession {
   public:
-    PySession(const py::object &model, int64_t max_tokens) : model_(model), m_(model.cast<PyModel &>()) {
+    PySession(const py::object &model, int64_t max_tokens, const std::optional<std::string> &weights)
+        : model_(model), m_(model.cast<PyModel &>()), prec_(model_precision(m_.model())) {
+        if (weights) prec_ = choice("weights", *weights, {"fp32", "bf16", "int8"});
         const Config &c = *model_config(m_.model());
         const int64_t most = (int64_t)1 << 30;
         if (max_tokens < 1 || max_tokens > most)
@@ -426,7 +437,7 @@ class PySession {
         m_.run(
             [&] {
                 const Ops *ops = model_ops(m_.model());
-                session_ = session_create(&c, ops, model_precision(m_.model()), pages, error.data(), (int)error.size());
+                session_ = session_create(&c, ops, prec_, pages, error.data(), (int)error.size());
                 if (!session_) return NO_MEMORY;
                 load();
                 return OK;
@@ -544,8 +555,7 @@ class PySession {
 
     py::dict memory() const {
         const Config &c = *model_config(m_.model());
-        SessionMemory b =
-            session_memory(&c, model_ops(m_.model()), model_precision(m_.model()), session_pages(session_));
+        SessionMemory b = session_memory(&c, model_ops(m_.model()), prec_, session_pages(session_));
         py::dict d;
         d["weights"] = b.weights, d["cache"] = b.cache;
         return d;
@@ -585,19 +595,11 @@ class PySession {
 
     py::object model_;  // kept alive: the session reads its weights
     PyModel &m_;
+    int prec_;
     Session *session_ = nullptr;
     int64_t version_ = 0, loads_ = 0, next_ = 0;  // the model's version that was loaded; how often; the next id
     std::unordered_map<int64_t, int> slots_;
 };
-
-static int choice(const char *field, const std::string &value, std::vector<std::string> names) {
-    std::string all;
-    for (size_t i = 0; i < names.size(); i++) {
-        if (names[i] == value) return (int)i;
-        all += (i ? ", '" : "'") + names[i] + "'";
-    }
-    throw py::value_error(std::string(field) + ": is '" + value + "', must be one of " + all);
-}
 
 // ---- Bpe -----------------------------------------------------------------------------------------------------------
 
@@ -783,6 +785,14 @@ PYBIND11_MODULE(_core, m) {
         },
         py::arg("seconds") = 0.5);
     m.def(
+        "read_bandwidth",
+        [](double seconds) {
+            ready();
+            py::gil_scoped_release nogil;
+            return peak_read(seconds);
+        },
+        py::arg("seconds") = 0.5);
+    m.def(
         "model_memory",
         [](const py::object &config, int B, int T, bool training) {
             Config c = config_of(config);
@@ -820,7 +830,8 @@ PYBIND11_MODULE(_core, m) {
     m.attr("PAGE") = (int)KEY_BLOCK;  // tokens
 
     py::class_<PySession>(m, "Session")
-        .def(py::init<const py::object &, int64_t>(), py::arg("model"), py::arg("max_tokens"))
+        .def(py::init<const py::object &, int64_t, const std::optional<std::string> &>(), py::arg("model"),
+             py::arg("max_tokens"), py::arg("weights"))
         .def("add", &PySession::add)
         .def("fork", &PySession::fork, py::arg("row"), py::arg("n"))
         .def("free", &PySession::free, py::arg("row"))

@@ -21,7 +21,8 @@ int ops_usable(const Ops *ops) {
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(ops->name, "avx2")) return avx2;
     if (!strcmp(ops->name, "avx512")) return avx512;
-    if (!strcmp(ops->name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (!strcmp(ops->name, "avx512_bf16"))
+        return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
     return ops == &ops_ref;
 }

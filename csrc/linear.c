@@ -14,41 +14,42 @@
  *
  * A weight that many products read is packed once (linear_pack): all of its panels, one behind the other, in the order
  * in which they are read.  A product of few rows is then one pass over them at the speed of memory. */
-#include "gelu.h"
+#include "linear.h"
 #include "threads.h"
 #include "tile.h"
 
 #if defined(__AVX512F__)
-enum { MR = 8, NV = 3, ROWS_OF_CHAINS = 4 };
+enum { MR = 8, ROWS_OF_CHAINS = 4 };
 #else
-enum { MR = 6, NV = 2, ROWS_OF_CHAINS = 3 };
+enum { MR = 6, ROWS_OF_CHAINS = 3 };
 #endif
-enum { NR = NV * W, MC = 64 * MR, PACKED_A_UNITS = 4 << 20 };
+enum { MC = 64 * MR, PACKED_A_UNITS = 4 << 20 };
 
 typedef struct {
     int M, N, K;
     const float *a, *b; /* element (i, k) of A at a[i * a_i + k * a_k], (k, j) of B at b[j * b_j + k * b_k] */
     int64_t a_i, a_k, b_j, b_k;
     const void *packed; /* or all of B, packed before */
+    const float *rows;  /* or all of A, packed before, for few rows */
     float *c;           /* (M, N) */
     int prec;
     int over_rows;      /* K are the rows of a batch: short chains, and blocks added in double */
     int grid_m, grid_n; /* tasks along M and N */
-    /* epilogue, in this order */
-    const float *bias; /* (N) */
-    float *pre;        /* (M, N): what fn is applied to */
-    int fn;
-    const float *residual; /* (M, N) */
-    const float *dpre;     /* (M, N): multiply by fn'(dpre) instead */
-    int accumulate;        /* add to what C holds */
-    float *row_sums;       /* (M) += sums of A over k: A must lie with i contiguous */
+    Epilogue end;
+    float *row_sums; /* (M) += sums of A over k: A must lie with i contiguous */
 } Gemm;
 
 static int pairs_of(const Gemm *g) { return g->prec == PREC_BF16 && HAVE_PAIRS; }
 static int values_a_unit(const Gemm *g) { return pairs_of(g) ? 2 : 1; }
 static int values_of_units(const Gemm *g, int units) { return units * (g->prec == PREC_BF16 ? 2 : 1); }
 static int values_a_block(const Gemm *g) { return values_of_units(g, g->over_rows ? ROW_BLOCK : K_BLOCK); }
-static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->over_rows; }
+static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->over_rows || g->rows; }
+/* A panel of A: all of K for so many rows. */
+static int64_t panel_units(const Gemm *g, int rows) {
+    return ((int64_t)g->K + values_a_unit(g) - 1) / values_a_unit(g) * rows;
+}
+/* Rows of one packed panel of A. */
+static int panel_rows(const Gemm *g) { return g->rows && g->M == 1 ? 1 : MR; }
 
 /* ---- packing: [k][width], zero beyond `valid` columns ------------------------------------------------------------ */
 
@@ -145,7 +146,7 @@ static int64_t panel_bytes(int C, int prec) { return units_of(C, prec) * NR * (f
 
 static void pack_panel(void *context, int panel) {
     const Gemm *g = context;
-    char *out = (char *)g->c + panel * panel_bytes(g->K, g->prec);
+    char *out = (char *)g->end.c + panel * panel_bytes(g->K, g->prec);
     float *units = folded(g->prec) ? scratch(SCRATCH_TASK) : NULL;
     for (int k = 0, block = values_a_block(g); k < g->K; k += block) {
         int values = min_int(block, g->K - k);
@@ -159,10 +160,16 @@ static void pack_panel(void *context, int panel) {
     }
 }
 
-int64_t CAT(packed_bytes, ISA)(int prec, int C, int OC) { return (OC + NR - 1) / NR * panel_bytes(C, prec); }
+int64_t CAT(packed_bytes, ISA)(int prec, int C, int OC) {
+    return prec == PREC_INT8 ? CAT(int8_bytes, ISA)(C, OC) : (OC + NR - 1) / NR * panel_bytes(C, prec);
+}
 
 void CAT(linear_pack, ISA)(void *packed, const float *weight, int prec, int C, int OC) {
-    Gemm g = {.N = OC, .K = C, .b = weight, .b_j = C, .b_k = 1, .c = packed, .prec = prec};
+    if (prec == PREC_INT8) {
+        CAT(int8_pack, ISA)(packed, weight, C, OC);
+        return;
+    }
+    Gemm g = {.N = OC, .K = C, .b = weight, .b_j = C, .b_k = 1, .end = {.c = packed}, .prec = prec};
     parallel_for(pack_panel, &g, (OC + NR - 1) / NR);
 }
 
@@ -177,24 +184,26 @@ static const float *packed_block(const Gemm *g, int j, int k, int values, float 
 
 /* ---- one tile of sums, each way A can lie ------------------------------------------------------------------------ */
 
-/* Of a packed panel of A the first `rows` count; the rows of S behind them may be written or not. */
-INLINE void sums_of_rows(const int pairs, int rows, int units, const float *A, const float *B, float *S, int add) {
-    if (rows == 1) tile(1, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
+/* Of a packed panel of A the first `rows` count; the rows of S behind them may be written or not.  A single row may be
+ * a panel of its own. */
+INLINE void sums_of_rows(const int pairs, int rows, int width, int units, const float *A, const float *B, float *S,
+                         int add) {
+    if (rows == 1) tile(1, NV, pairs, units, A, 1, width, B, NR, S, NR, add);
     else if (rows == 2) tile(2, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
     else if (rows <= 4) tile(4, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
     else tile(MR, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
 }
-static __attribute__((noinline)) void sums_packed(int rows, int units, const float *A, const float *B, float *S,
-                                                  int add) {
-    sums_of_rows(0, rows, units, A, B, S, add);
+static __attribute__((noinline)) void sums_packed(int rows, int width, int units, const float *A, const float *B,
+                                                  float *S, int add) {
+    sums_of_rows(0, rows, width, units, A, B, S, add);
 }
 static __attribute__((noinline)) void sums_direct(int units, const float *A, int64_t a_i, const float *B, float *S,
                                                   int add) {
     tile(MR, NV, 0, units, A, a_i, 1, B, NR, S, NR, add);
 }
-static __attribute__((noinline)) void sums_pairs(int rows, int units, const float *A, const float *B, float *S,
-                                                 int add) {
-    sums_of_rows(HAVE_PAIRS, rows, units, A, B, S, add);
+static __attribute__((noinline)) void sums_pairs(int rows, int width, int units, const float *A, const float *B,
+                                                 float *S, int add) {
+    sums_of_rows(HAVE_PAIRS, rows, width, units, A, B, S, add);
 }
 
 /* Over rows: a block's sums are added to D, and behind the last block S takes the rounded total. */
@@ -224,23 +233,6 @@ static __attribute__((noinline)) void sums_over_rows_pairs(int chain, int units,
     sums_over_rows(HAVE_PAIRS, chain, units, A, B, S, D, first, last);
 }
 
-/* ---- epilogue ---------------------------------------------------------------------------------------------------- */
-
-static void finish_row(const Gemm *g, const float *S, int i, int j0, int columns) {
-    int64_t at = (int64_t)i * g->N + j0;
-    for (int j = 0; j < columns; j += W) {
-        int k = min_int(W, columns - j);
-        vf x = vload_all(S + j);
-        if (g->bias) x = x + vload(g->bias + j0 + j, k);
-        if (g->pre) vstore(g->pre + at + j, x, k);
-        if (g->dpre) x = x * vdfn(g->fn, vload(g->dpre + at + j, k));
-        else x = vfn(g->fn, x);
-        if (g->residual) x = x + vload(g->residual + at + j, k);
-        if (g->accumulate) x = vload(g->c + at + j, k) + x;
-        vstore(g->c + at + j, x, k);
-    }
-}
-
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -268,7 +260,7 @@ static int block_rows(const Gemm *g) {
 /* Pack rows i0 .. i1 of A, all of K: panel after panel, in each the K blocks one behind the other. */
 static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
     int chain = values_of_units(g, ROW_CHAIN), per_unit = values_a_unit(g);
-    int64_t panel = (int64_t)((g->K + per_unit - 1) / per_unit) * MR;
+    int64_t panel = panel_units(g, MR);
     for (int i = i0; i < i1; i += MR) {
         float *out = w.a + (i - i0) / MR * panel;
         double total[MR] = {0};
@@ -285,23 +277,24 @@ static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
 /* The sums of rows i0 .. i1 over one K block, against one packed panel B, added to S. */
 static void block_sums(const Gemm *g, Work w, const float *B, int i0, int i1, int k, int values) {
     int per_unit = values_a_unit(g), units = (values + per_unit - 1) / per_unit;
-    int64_t panel = (int64_t)((g->K + per_unit - 1) / per_unit) * MR;
+    int width = panel_rows(g);
+    int64_t panel = panel_units(g, width);
     for (int i = i0; i < i1; i += MR) {
         float *S = w.S + (i - i0) * NR;
         int rows = min_int(MR, i1 - i);
         if (packs_a(g)) {
-            const float *A = w.a + (i - i0) / MR * panel + (int64_t)k / per_unit * MR;
+            const float *A = w.a + (i - i0) / MR * panel + (int64_t)k / per_unit * width;
             double *D = w.D + (i - i0) * NR;
             int first = k == 0, last = k + values == g->K, chain = values_of_units(g, ROW_CHAIN) / per_unit;
             if (g->over_rows && pairs_of(g)) sums_over_rows_pairs(chain, units, A, B, S, D, first, last);
             else if (g->over_rows) sums_over_rows_packed(chain, units, A, B, S, D, first, last);
-            else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, !first);
-            else sums_packed(rows, units, A, B, S, !first);
+            else if (pairs_of(g)) sums_pairs(rows, width, units, A, B, S, !first);
+            else sums_packed(rows, width, units, A, B, S, !first);
         } else if (i + MR <= g->M) {
             sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, k > 0);
         } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */
             pack_a(w.a, g, i, k, values, NULL);
-            sums_packed(rows, units, w.a, B, S, k > 0);
+            sums_packed(rows, MR, units, w.a, B, S, k > 0);
         }
     }
 }
@@ -317,7 +310,7 @@ static void multiply_block(const Gemm *g, Work w, int i0, int i1, int j0, int j1
             else pack_b(w.b, g, j, k, values);
             block_sums(g, w, B, i0, i1, k, values);
         }
-        for (int i = i0; i < i1; i++) finish_row(g, w.S + (i - i0) * NR, i, j, min_int(NR, j1 - j));
+        for (int i = i0; i < i1; i++) finish_row(&g->end, g->N, w.S + (i - i0) * NR, i, j, min_int(NR, j1 - j));
     }
 }
 
@@ -339,7 +332,8 @@ static void gemm_task(void *context, int task) {
     Work w = work_of_task();
     for (int i = m0; i < m1; i += rows) {
         int end = min_int(i + rows, m1);
-        if (packs_a(g)) pack_rows(g, w, i, end, g->row_sums && j0 == 0);
+        if (g->rows) w.a = (float *)g->rows + (i - m0) / MR * panel_units(g, MR);
+        else if (packs_a(g)) pack_rows(g, w, i, end, g->row_sums && j0 == 0);
         multiply_block(g, w, i, end, j0, j1);
     }
 }
@@ -354,12 +348,38 @@ static double grid_cost(const Gemm *g, int gm, int gn) {
     return rows * columns + pack_b + pack_a;
 }
 
+/* Few rows against a packed weight: the weight is read once, at the speed of memory, so the rows are packed before,
+ * once for all tasks, and tasks are many, so that the threads end together. */
+enum { FEW_ROWS = 64, TASKS_A_THREAD = 4 };
+
+static void pack_one_row(float *out, const Gemm *g) {
+    for (int k = 0, per_unit = values_a_unit(g); k < g->K; k += W * per_unit) {
+        int values = min_int(W * per_unit, g->K - k);
+        vstore(out + k / per_unit, load_units_along_k(g->a + k, values, g->prec), (values + per_unit - 1) / per_unit);
+    }
+}
+
+static void gemm_of_few_rows(Gemm *g, int threads) {
+    float *rows = scratch(SCRATCH_CALL);
+    Work w = {.a = rows};
+    if (g->M == 1) pack_one_row(rows, g);
+    else pack_rows(g, w, 0, g->M, 0);
+    g->rows = rows;
+    g->grid_m = 1;
+    g->grid_n = min_int((g->N + NR - 1) / NR, threads * TASKS_A_THREAD);
+    parallel_for(gemm_task, g, g->grid_n);
+}
+
 /* Any grid gives the same bits; take the cheapest for this many threads. */
 static void gemm(Gemm *g) {
     if (!g->M || !g->N) return;
     int threads = threads_get();
     double small = (double)g->M * g->N * g->K;
     if (small < 2e5) threads = 1; /* less than the time it takes to wake a thread */
+    if (g->packed && g->M <= FEW_ROWS) {
+        gemm_of_few_rows(g, threads);
+        return;
+    }
     double best = INFINITY;
     for (int gm = 1; gm <= threads; gm++) {
         double cost = grid_cost(g, gm, threads / gm);
@@ -381,29 +401,19 @@ void CAT(linear_forward, ISA)(float *out, float *pre, const float *in, const flo
               .b = weight,
               .b_j = C,
               .b_k = 1,
-              .c = out,
               .prec = prec,
-              .bias = bias,
-              .pre = pre,
-              .fn = fn,
-              .residual = residual};
+              .end = {.c = out, .bias = bias, .pre = pre, .fn = fn, .residual = residual}};
     gemm(&g);
 }
 
 void CAT(linear_packed, ISA)(float *out, const float *in, const void *packed, const float *bias, const float *residual,
                              int fn, int prec, int N, int C, int OC) {
-    Gemm g = {.M = N,
-              .N = OC,
-              .K = C,
-              .a = in,
-              .a_i = C,
-              .a_k = 1,
-              .packed = packed,
-              .c = out,
-              .prec = prec,
-              .bias = bias,
-              .fn = fn,
-              .residual = residual};
+    Epilogue end = {.c = out, .bias = bias, .fn = fn, .residual = residual};
+    if (prec == PREC_INT8) {
+        CAT(int8_product, ISA)(&end, in, packed, N, C, OC);
+        return;
+    }
+    Gemm g = {.M = N, .N = OC, .K = C, .a = in, .a_i = C, .a_k = 1, .packed = packed, .prec = prec, .end = end};
     gemm(&g);
 }
 
@@ -418,11 +428,8 @@ void CAT(linear_backward_input, ISA)(float *din, const float *dout, const float 
               .b = weight,
               .b_j = 1,
               .b_k = C,
-              .c = din,
               .prec = prec,
-              .fn = fn,
-              .dpre = fn == FN_NONE ? NULL : pre,
-              .residual = dres};
+              .end = {.c = din, .fn = fn, .dpre = fn == FN_NONE ? NULL : pre, .residual = dres}};
     gemm(&g);
 }
 
@@ -437,10 +444,9 @@ void CAT(linear_backward_weight, ISA)(float *dweight, float *dbias, const float 
               .b = in,
               .b_j = 1,
               .b_k = C,
-              .c = dweight,
               .prec = prec,
               .over_rows = 1,
-              .accumulate = accumulate,
+              .end = {.c = dweight, .accumulate = accumulate},
               .row_sums = dbias};
     gemm(&g);
 }

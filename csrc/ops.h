@@ -11,12 +11,14 @@ typedef ACT act;
 typedef void act;
 #endif
 
-enum { PREC_FP32, PREC_BF16 };
+enum { PREC_FP32, PREC_BF16, PREC_INT8 };
 enum { FN_NONE, FN_GELU_TANH, FN_GELU_ERF };
 enum { HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_C1, HYPER_C2, HYPER_SCALE, HYPER_COUNT };
 
 /* The order of summation, see ops.def: units a block; over rows units a block and units a chain; keys a block. */
 enum { K_BLOCK = 256, ROW_BLOCK = 64, ROW_CHAIN = 8, KEY_BLOCK = 64 };
+/* Values that share a scale in int8. */
+enum { INT8_GROUP = 64 };
 
 typedef struct {
     const char *name;

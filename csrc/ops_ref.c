@@ -247,16 +247,71 @@ static void linear_forward(float *out, float *pre, const float *in, const float 
         }
 }
 
+/* int8: up to 64 values that share a scale. */
+typedef struct {
+    float scale;
+    int8_t q[INT8_GROUP];
+} Group;
+
+static int groups_of(int C) { return (C + INT8_GROUP - 1) / INT8_GROUP; }
+
+/* A value that is not finite makes the scale so. */
+static void quantise(Group *groups, const float *x, int C) {
+    for (int g = 0; g < groups_of(C); g++, groups++, x += INT8_GROUP) {
+        int values = min_int(INT8_GROUP, C - g * INT8_GROUP);
+        float max = 0.0f, bad = 0.0f;
+        for (int i = 0; i < values; i++) max = fmaxf(max, fabsf(x[i])), bad += x[i] * 0.0f;
+        float inverse = max > 0.0f ? 127.0f / max : 0.0f;
+        memset(groups->q, 0, sizeof groups->q);
+        for (int i = 0; i < values; i++) groups->q[i] = isfinite(x[i] * inverse) ? (int8_t)rintf(x[i] * inverse) : 0;
+        groups->scale = max / 127.0f + bad;
+    }
+}
+
+static float int8_dot(const Group *a, const Group *b, int C) {
+    float sum = 0.0f;
+    for (int g = 0; g < groups_of(C); g++) {
+        int32_t exact = 0;
+        for (int i = 0; i < INT8_GROUP; i++) exact += a[g].q[i] * b[g].q[i];
+        sum += (float)exact * (a[g].scale * b[g].scale);
+    }
+    return sum;
+}
+
+static void int8_product(float *out, const float *in, const Group *weight, const float *bias, const float *residual,
+                         int fn, int N, int C, int OC) {
+    Group *row = scratch(SCRATCH_CALL);
+    for (int n = 0; n < N; n++) {
+        quantise(row, in + (int64_t)n * C, C);
+        for (int o = 0; o < OC; o++) {
+            int64_t at = (int64_t)n * OC + o;
+            float x = int8_dot(row, weight + (int64_t)o * groups_of(C), C) + (bias ? bias[o] : 0.0f);
+            out[at] = residual ? gelu(fn, x) + residual[at] : gelu(fn, x);
+        }
+    }
+}
+
 /* Plain loops gain nothing from another order: a packed weight is a copy of the rounded one. */
-static int64_t packed_bytes(int prec, int C, int OC) { return (int64_t)OC * C * (prec == PREC_BF16 ? 2 : 4); }
+static int64_t packed_bytes(int prec, int C, int OC) {
+    if (prec == PREC_INT8) return (int64_t)OC * groups_of(C) * (int64_t)sizeof(Group);
+    return (int64_t)OC * C * (prec == PREC_BF16 ? 2 : 4);
+}
 
 static void linear_pack(void *packed, const float *weight, int prec, int C, int OC) {
-    for (int64_t o = 0; o < OC; o++) to_memory((char *)packed + packed_bytes(prec, C, (int)o), weight + o * C, prec, C);
+    for (int64_t o = 0; o < OC; o++) {
+        char *row = (char *)packed + packed_bytes(prec, C, (int)o);
+        if (prec == PREC_INT8) quantise((Group *)row, weight + o * C, C);
+        else to_memory(row, weight + o * C, prec, C);
+    }
 }
 
 static void linear_packed(float *out, const float *in, const void *packed, const float *bias, const float *residual,
                           int fn, int prec, int N, int C, int OC) {
     enum { STRIP = 64 }; /* rows of the weight at a time */
+    if (prec == PREC_INT8) {
+        int8_product(out, in, packed, bias, residual, fn, N, C, OC);
+        return;
+    }
     float *weight = scratch(SCRATCH_CALL), *part = weight + (int64_t)STRIP * C,
           *part_residual = part + (int64_t)STRIP * N;
     for (int o = 0; o < OC; o += STRIP) {

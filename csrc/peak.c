@@ -70,6 +70,41 @@ static size_t bytes_beyond_cache(void) {
     return bytes > least ? bytes : least;
 }
 
+typedef struct {
+    const uint64_t *src;
+    size_t words;
+    int tasks;
+    uint64_t sums[MAX_TASKS];
+} Read;
+
+/* Eight sums, so that no addition waits for another. */
+static void read_task(void *context, int task) {
+    Read *r = context;
+    size_t begin = r->words / (size_t)r->tasks * (size_t)task, end = r->words / (size_t)r->tasks * ((size_t)task + 1);
+    uint64_t sum[8] = {0};
+    for (size_t i = begin; i + 8 <= end; i += 8)
+        for (int j = 0; j < 8; j++) sum[j] += r->src[i + (size_t)j];
+    for (int j = 1; j < 8; j++) sum[0] += sum[j];
+    r->sums[task] = sum[0];
+}
+
+double peak_read(double seconds) {
+    static _Thread_local Read r;
+    size_t bytes = bytes_beyond_cache();
+    r = (Read){.src = memory_alloc(bytes), .words = bytes / 8};
+    r.tasks = threads_get() < MAX_TASKS ? threads_get() : MAX_TASKS;
+    double best = 0, start = now();
+    if (!r.src) return 0;
+    do {
+        double t = now();
+        parallel_for(read_task, &r, r.tasks);
+        double rate = (double)bytes / (now() - t);
+        if (rate > best) best = rate;
+    } while (now() - start < seconds);
+    memory_free((void *)r.src, bytes);
+    return best;
+}
+
 double peak_copy(double seconds) {
     Copy c = {.bytes = bytes_beyond_cache(), .tasks = threads_get()};
     c.dst = memory_alloc(c.bytes), c.src = memory_alloc(c.bytes);

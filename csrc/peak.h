@@ -7,3 +7,5 @@ double peak_flops(const Ops *ops, int prec, double seconds);
 /* Bytes read and written per second by all threads copying with non-temporal stores, between arrays over four times the
  * last cache; 0 where there is no memory for them. */
 double peak_copy(double seconds);
+/* Bytes read per second by all threads together, of an array beyond the caches. */
+double peak_read(double seconds);

@@ -29,7 +29,7 @@ typedef struct {
 struct Session {
     Config c;
     const Ops *ops;
-    int prec;
+    int prec, cache_prec; /* of the packed weights; of keys and values */
     Layout layout;
     const float *weights;
     int64_t version;
@@ -129,8 +129,11 @@ static Status rope_tables(Session *s) {
     return status;
 }
 
+/* Attention rounds its operands to bf16 wherever weights are less than fp32, so nothing is lost in the cache. */
+static int cache_precision(int prec) { return prec == PREC_FP32 ? PREC_FP32 : PREC_BF16; }
+
 static int64_t bytes_of_page(const Config *c, const Ops *ops, int prec) {
-    return aligned(ops->page_bytes(prec, c->n_kv_head, c->head_size));
+    return aligned(ops->page_bytes(cache_precision(prec), c->n_kv_head, c->head_size));
 }
 
 SessionMemory session_memory(const Config *c, const Ops *ops, int prec, int pages) {
@@ -145,7 +148,13 @@ Session *session_create(const Config *c, const Ops *ops, int prec, int pages, ch
         snprintf(error, (size_t)size, "no memory");
         return NULL;
     }
-    *s = (Session){.c = *c, .ops = ops, .prec = prec, .layout = param_layout(c), .pages = pages, .n_free = pages};
+    *s = (Session){.c = *c,
+                   .ops = ops,
+                   .prec = prec,
+                   .cache_prec = cache_precision(prec),
+                   .layout = param_layout(c),
+                   .pages = pages,
+                   .n_free = pages};
     s->page_bytes = bytes_of_page(c, ops, prec);
     pack_layout(s);
     Status status = OK;
@@ -357,7 +366,7 @@ static void block_forward(const Session *s, const Slice *b, int l, int N, int R,
     norm_forward(s, b->norm, b->mean, b->rstd, b->x, P_ln1_w, P_ln1_b, l, N);
     linear(s, b->qkv, b->norm, P_qkv_w, P_qkv_b, NULL, FN_NONE, l, N);
     if (c->pos == POS_ROPE) ops->rope_forward(b->qkv, s->cos, s->sin, b->starts, 1, N, NH, NKV, HS);
-    ops->attention_paged(b->att, layer, b->qkv, b->table, b->first, b->past, s->prec, R, pages, NH, NKV, HS);
+    ops->attention_paged(b->att, layer, b->qkv, b->table, b->first, b->past, s->cache_prec, R, pages, NH, NKV, HS);
     linear(s, b->mid, b->att, P_proj_w, P_proj_b, b->x, FN_NONE, l, N);
 
     norm_forward(s, b->norm, b->mean, b->rstd, b->mid, P_ln2_w, P_ln2_b, l, N);

@@ -9,8 +9,8 @@
 
 typedef struct Session Session;
 
-/* Room for `pages` pages.  prec: how weights are packed, and keys and values kept.  NULL where memory does not suffice;
- * then `error` (of `size` bytes) says how much is needed. */
+/* Room for `pages` pages.  prec: how weights are packed; keys and values are kept in fp32 with PREC_FP32, else in bf16.
+ * NULL where memory does not suffice; then `error` (of `size` bytes) says how much is needed. */
 Session *session_create(const Config *c, const Ops *ops, int prec, int pages, char *error, int size);
 void session_free(Session *s);
 const char *session_error(const Session *s);

@@ -70,6 +70,27 @@ INLINE vf vbf16(vf x) {
     r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
     return _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32((int)0xffff0000u)));
 }
+/* W 32-bit integers.  vidot: acc + the sum over 4 bytes of each lane of w (unsigned) times the bytes of quad (signed),
+ * exact.
+ */
+typedef __m512i vi;
+INLINE vi viset(int32_t a) { return _mm512_set1_epi32(a); }
+INLINE vi viload(const void *p) { return _mm512_loadu_si512(p); }
+INLINE vf vifloat(vi x) { return _mm512_cvtepi32_ps(x); }
+INLINE vi vidot(vi acc, vi w, int32_t quad) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(quad));
+#else /* bytes 0 and 2, then 1 and 3, as 16 bits: no product of two overflows */
+    vi q = _mm512_set1_epi32(quad), low = _mm512_set1_epi16(0xff);
+    vi even = _mm512_srai_epi16(_mm512_slli_epi16(q, 8), 8), odd = _mm512_srai_epi16(q, 8);
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_and_si512(w, low), even));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_srli_epi16(w, 8), odd));
+#endif
+}
+/* W whole numbers in [-128, 127] as bytes */
+INLINE void vstore_int8(int8_t *p, vf x) {
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
 /* W values of bf16: exact one way; the other way the values must be bf16 already (vbf16) */
 INLINE vf vload_bf16(const uint16_t *p) {
     __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
@@ -169,6 +190,21 @@ INLINE vf vbf16(vf x) {
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     r = _mm256_blendv_epi8(r, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan);
     return _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32((int)0xffff0000u)));
+}
+typedef __m256i vi;
+INLINE vi viset(int32_t a) { return _mm256_set1_epi32(a); }
+INLINE vi viload(const void *p) { return _mm256_loadu_si256(p); }
+INLINE vf vifloat(vi x) { return _mm256_cvtepi32_ps(x); }
+INLINE vi vidot(vi acc, vi w, int32_t quad) {
+    vi q = _mm256_set1_epi32(quad), low = _mm256_set1_epi16(0xff);
+    vi even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8), odd = _mm256_srai_epi16(q, 8);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_and_si256(w, low), even));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), odd));
+}
+INLINE void vstore_int8(int8_t *p, vf x) {
+    __m256i u = _mm256_cvtps_epi32(x);
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
 }
 INLINE vf vload_bf16(const uint16_t *p) {
     __m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));

@@ -105,6 +105,22 @@ def linear_forward(x, weight, bias=None, residual=None, fn="none"):  # (..., C),
     return FUNCTIONS[fn](pre) + (0 if residual is None else residual), pre
 
 
+def int8(x, group=64):
+    """x (N, C) -> q (N, groups, 64) integers, scale (N, groups): a group's scale is its greatest magnitude / 127.  In
+    fp32 as the operators compute it, because a last bit decides where q is rounded to."""
+    N, C = x.shape
+    padded = np.pad(x.astype(np.float32), ((0, 0), (0, -C % group))).reshape(N, -1, group)
+    most = np.abs(padded).max(-1)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    return np.rint(padded * inverse[..., None]).astype(np.int64), (most / np.float32(127)).astype(np.float64)
+
+
+def linear_int8(x, weight):
+    """The products of each group times both scales: (N, OC, groups); their sum is x @ weight^T."""
+    (q, scale), (qw, scale_w) = int8(x), int8(weight)
+    return np.einsum("ngi,ogi->nog", q, qw) * scale[:, None] * scale_w[None]
+
+
 def linear_backward_input(dout, weight, pre=None, fn="none", dres=None):  # (..., OC), (OC, C), (..., C) -> (..., C)
     dx = dout @ weight
     return (dx if fn == "none" else dx * DERIVATIVES[fn](pre)) + (0 if dres is None else dres)

@@ -3,11 +3,15 @@ operators of training, which tests/test_ops.py holds against the reference."""
 
 import numpy as np
 import pytest
+import reference
 from barelm import _core
 from barelm._core import ops
 from cases import LINEAR
 from conftest import guarded
-from test_ops import FN, PREC, normal, same_bits
+from test_ops import DOT, EPS, FN, assert_close, f64, function_tolerance, normal, same_bits
+
+PREC = {"fp32": 0, "bf16": 1, "int8": 2}
+EXACT = ("fp32", "bf16")
 
 SHORT = [c for c in LINEAR if not c.big]
 
@@ -53,7 +57,7 @@ def test_a_packed_product_has_the_bits_of_linear_forward(backend, rng, c, thread
             assert same_bits(out, want), (N, n)
 
 
-@pytest.mark.parametrize("prec", PREC)
+@pytest.mark.parametrize("prec", EXACT)
 def test_a_packed_product_in_place_and_of_no_rows(backend, rng, prec):
     N, C, OC = 5, 70, 50
     x, weight, residual = normal(rng, N, C), normal(rng, OC, C), normal(rng, N, OC)
@@ -71,6 +75,64 @@ def test_packing_has_the_same_bits_for_any_number_of_threads(backend, rng, prec,
         _core.threads_set(n)
         results.append(packed(backend, weight, prec))
     assert all(same_bits(results[0], other) for other in results[1:])
+
+
+# ---- int8
+
+
+def int8_product(backend, x, w, bias, residual, fn, C, OC):
+    out = empty(len(x), OC)
+    ops.linear_packed(
+        backend, out, constant(x), w, constant(bias), constant(residual), FN[fn], PREC["int8"], len(x), C, OC
+    )
+    return out
+
+
+@pytest.mark.parametrize("c", [c for c in SHORT if c.prec == "fp32"], ids=str)
+def test_int8_products(backend, rng, c, threads):
+    """A term is rounded three times (the scales' product, the term, its addition); the sum of the terms is a walk."""
+    for N in {c.N, 1, 2, 3, 5}:
+        x, weight, bias, residual = linear_arguments(rng, c, N)
+        x[0, : c.C // 2] = 0  # groups of zeros
+        terms = reference.linear_int8(x, weight)
+        want, pre = reference.linear_forward(terms.sum(-1), np.eye(c.OC), *f64(bias, residual), c.fn)
+        dpre = EPS * (DOT * np.abs(terms).sum(-1) + np.abs(pre))
+        tol = 1.13 * dpre + function_tolerance(c.fn, pre)[0] + EPS * np.abs(want)
+        w = packed(backend, weight, "int8")
+        got = int8_product(backend, x, w, bias, residual, c.fn, c.C, c.OC)
+        assert_close("out", got, want, tol)
+        _core.threads_set(3)
+        assert same_bits(int8_product(backend, x, w, bias, residual, c.fn, c.C, c.OC), got)
+        row = None if residual is None else residual[-1:]
+        assert same_bits(int8_product(backend, x[-1:], w, bias, row, c.fn, c.C, c.OC), got[-1:])
+
+
+def test_int8_extremes_are_exact(backend):
+    """Every byte at its greatest: a sum of 16-bit products would overflow."""
+    C = 320
+    for sign in (1, -1):
+        x, weight = np.full((3, C), 127, np.float32), np.full((50, C), 127 * sign, np.float32)
+        out = int8_product(backend, x, packed(backend, weight, "int8"), None, None, "none", C, 50)
+        assert (out == 127 * 127 * C * sign).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_int8_does_not_hide_what_is_not_finite(backend, rng, bad):
+    C, OC = 130, 5
+    x, weight = normal(rng, 2, C), normal(rng, OC, C)
+    clean = packed(backend, weight, "int8")
+    x[1, 70] = weight[3, 129] = bad
+    assert not np.isfinite(int8_product(backend, x, clean, None, None, "none", C, OC)[1]).any()
+    out = int8_product(backend, x[:1], packed(backend, weight, "int8"), None, None, "none", C, OC)
+    assert np.isfinite(out[0]).tolist() == [True, True, True, False, True]
+
+
+def test_int8_loses_little(backend, rng):
+    """Of rows and weights drawn at random: a relative error of 1 % of the result's size."""
+    x, weight = normal(rng, 20, 768), normal(rng, 100, 768)
+    out = int8_product(backend, x, packed(backend, weight, "int8"), None, None, "none", 768, 100)
+    want = x.astype(np.float64) @ weight.T.astype(np.float64)
+    assert np.sqrt(np.mean((out - want) ** 2)) < 0.01 * np.sqrt(np.mean(want**2))
 
 
 # ---- attention
@@ -110,7 +172,7 @@ class Cache:
         return np.split(out, first[1:-1])
 
 
-@pytest.mark.parametrize("prec", PREC)
+@pytest.mark.parametrize("prec", EXACT)
 @pytest.mark.parametrize("NH, NKV, HS", HEADS)
 def test_paged_attention_has_the_bits_of_one_forward_pass(backend, rng, NH, NKV, HS, prec, threads):
     lengths = [1, 130, 65, 203]
@@ -129,7 +191,7 @@ def test_paged_attention_has_the_bits_of_one_forward_pass(backend, rng, NH, NKV,
         assert same_bits(np.concatenate(got[r]), want[r]), r
 
 
-@pytest.mark.parametrize("prec", PREC)
+@pytest.mark.parametrize("prec", EXACT)
 def test_paged_attention_writes_to_the_pages_of_its_rows_alone(backend, rng, prec):
     NH, NKV, HS = 2, 1, 20
     cache = Cache(backend, rng, 3, NH, NKV, HS, prec)

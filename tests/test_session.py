@@ -150,6 +150,29 @@ def test_the_logprobs_of_a_step_at_another_temperature(model):
     assert_same_bits(session.logprobs([4], temperature=0.7)[0], want)
 
 
+@pytest.mark.parametrize("family", MIDDLE)
+def test_weights_of_another_precision(family):
+    """bf16 weights under a model of fp32: the bits of the model in bf16."""
+    session, tokens = Session(model_of(family, "fp32"), 300, weights="bf16"), ids(70)
+    (logits,) = session.step([session.add()], [tokens])
+    assert_same_bits(logits, full_logits(model_of(family, "bf16"), tokens))
+
+
+@pytest.mark.parametrize("family", MIDDLE)
+def test_int8_is_close_and_does_not_depend_on_chunks(family):
+    model, tokens = model_of(family, "fp32"), ids(90)
+    session = Session(model, 1000, weights="int8")
+    whole, parts, other = session.add(), session.add(), session.add()
+    (want,) = session.step([whole], [tokens])
+    for at in range(0, 60, 3):
+        session.step([parts, other], [tokens[at : at + 3], [at]])
+    for token in tokens[60:]:
+        (got,) = session.step([parts], [[token]])
+    assert_same_bits(got, want)
+    exact = full_logits(model, tokens)
+    assert np.sqrt(np.mean((want - exact) ** 2)) < 0.05 * exact.std()
+
+
 # ---- pages
 
 
@@ -341,6 +364,8 @@ def test_other_mistakes(model):
     for call in (session.free, session.fork, session.length):
         with pytest.raises(ValueError, match=f"row: there is no row {row}"):
             call(row)
+    with pytest.raises(ValueError, match="weights: is 'int4', must be one of 'fp32', 'bf16', 'int8'"):
+        Session(model, 100, weights="int4")
     for max_tokens in (0, -1, 2**31):
         with pytest.raises(ValueError, match="max_tokens"):
             Session(model, max_tokens)

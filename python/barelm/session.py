@@ -18,20 +18,23 @@ PAGE: int = _core.PAGE  # tokens
 class Session:
     """A KV cache for one model, in pages of 64 tokens, and the rows that live in it.
 
-    model       its weights are packed once, in its precision, and again after `model.update()`.  In "bf16" keys and
-                values are bf16 too.
+    model       its weights are packed once, and again after `model.update()`
     max_tokens  room, rounded up to whole pages; rows that share tokens share their pages
+    weights     how they are packed: "fp32", "bf16" or "int8" (default: the model's precision).  Keys and values are
+                fp32 with "fp32", else bf16.
 
     Rows are named by numbers that are given once.  They join, grow, fork and leave at any time; what a row computes
-    does not depend on the others, and has the bits of `model.forward` over all of its tokens.  Calls are taken one at a
-    time with those of the model.  Ctrl-C interrupts a step between layers: the rows are then as they were.
+    does not depend on the others nor on the chunks it came in, and with the model's precision it has the bits of
+    `model.forward` over all of its tokens.  In "int8" groups of 64 weights, and of 64 values of what they multiply,
+    share a scale: products lose about 1 % of their size.  Calls are taken one at a time with those of the model.
+    Ctrl-C interrupts a step between layers: the rows are then as they were.
 
     MemoryError says how much was needed and how much there was.  An unknown row is a ValueError.
     """
 
-    def __init__(self, model: Model, max_tokens: int):
+    def __init__(self, model: Model, max_tokens: int, weights: str | None = None):
         self.model = model
-        self._core = _core.Session(model._core, max_tokens)
+        self._core = _core.Session(model._core, max_tokens, weights)
 
     @property
     def config(self) -> Config:

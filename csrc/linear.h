@@ -1,0 +1,41 @@
+/* linear.h -- what the ways to multiply by a weight share: what happens to a finished sum, and the int8 way. */
+#pragma once
+#include "gelu.h"
+
+#if defined(__AVX512F__)
+enum { NV = 3 };
+#else
+enum { NV = 2 };
+#endif
+enum { NR = NV * W }; /* columns of a panel: what is packed and multiplied together */
+
+/* In this order. */
+typedef struct {
+    float *c;          /* (M, N) */
+    const float *bias; /* (N) */
+    float *pre;        /* (M, N): what fn is applied to */
+    int fn;
+    const float *residual; /* (M, N) */
+    const float *dpre;     /* (M, N): multiply by fn'(dpre) instead */
+    int accumulate;        /* add to what C holds */
+} Epilogue;
+
+/* The sums S of row i, columns j0 and on, go to C. */
+static inline void finish_row(const Epilogue *e, int N, const float *S, int i, int j0, int columns) {
+    int64_t at = (int64_t)i * N + j0;
+    for (int j = 0; j < columns; j += W) {
+        int k = min_int(W, columns - j);
+        vf x = vload_all(S + j);
+        if (e->bias) x = x + vload(e->bias + j0 + j, k);
+        if (e->pre) vstore(e->pre + at + j, x, k);
+        if (e->dpre) x = x * vdfn(e->fn, vload(e->dpre + at + j, k));
+        else x = vfn(e->fn, x);
+        if (e->residual) x = x + vload(e->residual + at + j, k);
+        if (e->accumulate) x = vload(e->c + at + j, k) + x;
+        vstore(e->c + at + j, x, k);
+    }
+}
+
+int64_t CAT(int8_bytes, ISA)(int C, int OC);
+void CAT(int8_pack, ISA)(void *packed, const float *weight, int C, int OC);
+void CAT(int8_product, ISA)(const Epilogue *e, const float *in, const void *packed, int N, int C, int OC);
