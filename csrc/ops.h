@@ -13,6 +13,7 @@ typedef void act;
 
 enum { PREC_FP32, PREC_BF16, PREC_INT8 };
 enum { FN_NONE, FN_GELU_TANH, FN_GELU_ERF };
+enum { SAMPLE_TEMPERATURE, SAMPLE_TOP_K, SAMPLE_TOP_P, SAMPLE_MIN_P, SAMPLE_COUNT };
 enum { HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_C1, HYPER_C2, HYPER_SCALE, HYPER_COUNT };
 
 /* The order of summation, see ops.def: units a block; over rows units a block and units a chain; keys a block. */

@@ -575,6 +575,75 @@ static void logprob_backward(float *dlogits, const float *dlogprobs, const float
     }
 }
 
+/* Whether token a stands before token b: the greater logit, of equals the lower id. */
+static int before(const float *x, int a, int b) { return x[a] > x[b] || (x[a] == x[b] && a < b); }
+
+/* Heap whose root is the last of its tokens: let order[root] sink to its place among the first n. */
+static void sink(int32_t *order, const float *x, int root, int n) {
+    for (int child; (child = 2 * root + 1) < n; root = child) {
+        if (child + 1 < n && before(x, order[child], order[child + 1])) child++;
+        if (!before(x, order[root], order[child])) return;
+        int32_t t = order[root];
+        order[root] = order[child], order[child] = t;
+    }
+}
+
+/* Heapsort (Williams 1964): in place, and no worse on any order of the logits. */
+static void sort_tokens(int32_t *order, const float *x, int V) {
+    for (int v = 0; v < V; v++) order[v] = v;
+    for (int root = V / 2 - 1; root >= 0; root--) sink(order, x, root, V);
+    for (int n = V - 1; n > 0; n--) {
+        int32_t t = order[0];
+        order[0] = order[n], order[n] = t;
+        sink(order, x, 0, n);
+    }
+}
+
+/* What top_k and top_p drop becomes 0 in p. */
+static void drop_tail(double *p, const float *x, float top_k, float top_p, int V) {
+    int32_t *order = (int32_t *)(p + V);
+    int kept = top_k > 0.0f && top_k < (float)V ? (int)top_k : V;
+    if (kept == V && top_p >= 1.0f) return;
+    sort_tokens(order, x, V);
+    if (top_p < 1.0f) {
+        double mass = 0.0, sum = 0.0;
+        for (int i = 0; i < kept; i++) mass += p[order[i]];
+        for (kept = 0; sum < top_p * mass; kept++) sum += p[order[kept]];
+    }
+    for (int i = kept; i < V; i++) p[order[i]] = 0.0;
+}
+
+static void sample_row(int32_t *token, float *logprob, const float *x, const float *option, double u, int V) {
+    const double temperature = option[SAMPLE_TEMPERATURE];
+    double *p = scratch(SCRATCH_CALL), total = 0.0, sum = 0.0;
+    int top = 0, bad = 0;
+    for (int v = 0; v < V; v++) {
+        if (!(x[v] < INFINITY)) bad = 1;
+        if (x[v] > x[top]) top = v;
+    }
+    *token = -1, *logprob = NAN;
+    if (bad || x[top] == -INFINITY) return;
+    *token = top, *logprob = 0.0f;
+    if (temperature == 0.0) return;
+    for (int v = 0; v < V; v++) p[v] = exp(((double)x[v] - x[top]) / temperature);
+    drop_tail(p, x, option[SAMPLE_TOP_K], option[SAMPLE_TOP_P], V);
+    for (int v = 0; v < V; v++) { /* the greatest p is 1 */
+        if (p[v] < option[SAMPLE_MIN_P]) p[v] = 0.0;
+        total += p[v];
+    }
+    for (int v = 0; v < V && sum <= u * total; v++) { /* u * total may round up to total: then the last that can come */
+        sum += p[v];
+        if (p[v] > 0.0) *token = v;
+    }
+    *logprob = (float)log(p[*token] / total);
+}
+
+static void sample(int32_t *tokens, float *logprobs, const float *logits, const float *options, const double *u, int N,
+                   int V, int Vp) {
+    for (int n = 0; n < N; n++)
+        sample_row(tokens + n, logprobs + n, logits + (int64_t)n * Vp, options + (int64_t)n * SAMPLE_COUNT, u[n], V);
+}
+
 /* ---- update ---------------------------------------------------------------------------------------------------- */
 
 static void square_sums(double *sums, const float *x, const int64_t *offsets, int n) {

@@ -169,6 +169,43 @@ LOGPROB = [
     case("GPT-2", big=True, N=16, V=50257, Vp=50304, invtemp=1.0, entropy=True),
 ]
 
+# temperature, top_k, top_p, min_p
+SAMPLE_OPTIONS = {
+    "greedy": [(0, 0, 1, 0)],
+    "plain": [(1, 0, 1, 0)],
+    "top-k": [(1, 50, 1, 0)],
+    "top-p": [(1, 0, 0.9, 0)],
+    "min-p": [(1, 0, 1, 0.05)],
+    "all": [(0.8, 200, 0.95, 0.02)],
+    "many": [
+        (1, 0, 1, 0),
+        (0.7, 0, 1, 0),
+        (1e-6, 5, 0.5, 0.1),
+        (100, 0, 1, 0),
+        (1, 1, 1, 0),
+        (1.3, 5, 1, 0),
+        (2, 1e6, 0.999999, 0),
+        (1, 0, 1e-6, 0),
+        (1, 0, 0.5, 0),
+        (100, 0, 0.97, 0),
+        (100, 20, 0.6, 0.99),
+        (1, 0, 1, 0.1),
+        (1, 40, 0.9, 0.01),
+        (0, 3, 0.5, 0.5),
+        (1.7, 30, 0.999, 0.5),
+    ],
+}
+
+SAMPLE = [
+    case("smallest", N=2, V=1, Vp=1, options="many"),
+    case("less than a vector, padded", N=30, V=7, Vp=8, options="many"),
+    case("one past a vector of 8", N=30, V=9, Vp=64, options="many"),
+    case("one past two vectors of 16", N=30, V=33, Vp=40, options="many"),
+    case("several blocks of sums", N=30, V=3001, Vp=3003, options="many"),
+    case("many rows", N=131, V=100, Vp=128, options="many"),
+    *(case("GPT-2", big=True, N=1, V=50257, Vp=50304, options=kind) for kind in SAMPLE_OPTIONS if kind != "many"),
+]
+
 SQUARE_SUMS = [
     case("no tensor", lengths=()),
     case("smallest", lengths=(1,)),
@@ -213,6 +250,7 @@ CASES = {
     "attention_backward": ATTENTION,
     "logprob_forward": LOGPROB,
     "logprob_backward": LOGPROB,
+    "sample": SAMPLE,
     "square_sums": SQUARE_SUMS,
     "clip_scale": CLIP_SCALE,
     "adamw": ADAMW,
@@ -260,6 +298,8 @@ def bytes(op, c):
         return 4 * (qkv + out if op.endswith("forward") else 2 * qkv + 2 * out)
     if op.startswith("logprob"):
         return 4 * s.N * (s.V if op.endswith("forward") else s.V + s.Vp)
+    if op == "sample":
+        return 4 * s.N * s.V
     if op == "square_sums":
         return 4 * sum(s.lengths)
     if op == "clip_scale":

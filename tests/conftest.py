@@ -69,7 +69,8 @@ def prefilled(run, **outputs):
     """Run `run(**arrays)` twice on outputs that hold other values before, prove their "=" or "+=", return the first.
 
     outputs: name = (shape, mode) or (shape, mode, dtype).  mode
-      "="         holds NaN, then -1e30, and must come out with the same bits: no old value survives or takes part
+      "="         holds NaN, then -1e30 (integers: -77, then 77), and must come out with the same bits: no old value
+                  survives or takes part
       "+="        holds zeros, then garbage, and must come out as garbage + the first result, rounded once: the sum was
                   finished before it was added
       "in place"  holds the array that stands in place of the shape, both times
@@ -78,7 +79,8 @@ def prefilled(run, **outputs):
     def fill(shape, mode, number, second, dtype=np.float32):
         if mode == "in place":
             return guarded(shape)
-        old = np.full(shape, {"=": (np.nan, -1e30), "+=": (0, 0)}[mode][second], dtype)
+        values = (-77, 77) if np.issubdtype(dtype, np.integer) else (np.nan, -1e30)
+        old = np.full(shape, {"=": values, "+=": (0, 0)}[mode][second], dtype)
         if mode == "+=" and second:
             old[...] = np.random.default_rng(number).normal(0, 3, shape)
         return guarded(old)

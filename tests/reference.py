@@ -232,6 +232,36 @@ def logprob_backward(dlogprobs, logits, targets, invtemp=1.0):  # -> dlogits (..
     return d * (onehot - np.exp(logits * invtemp - lse[..., None]))
 
 
+def sample_probabilities(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):  # (V) -> (V): what is drawn from
+    p = np.exp((logits - logits.max()) / temperature)
+    kept = np.argsort(-logits, kind="stable")  # stable: of equals the lower id comes first
+    if top_k:
+        kept = kept[: int(top_k)]
+    if top_p < 1:
+        mass = np.cumsum(p[kept])
+        kept = kept[: 1 + np.searchsorted(mass, top_p * mass[-1])]
+    kept = kept[p[kept] >= min_p]
+    out = np.zeros_like(p)
+    out[kept] = p[kept] / p[kept].sum()
+    return out
+
+
+def sample(logits, options, u):  # (N, V), (N, 4), (N) -> tokens, logprobs (N)
+    tokens, logprobs = np.full(len(logits), -1), np.full(len(logits), np.nan)
+    for n, (x, (temperature, *kept)) in enumerate(zip(logits, options, strict=True)):
+        if not np.isfinite(x.max()):
+            continue
+        if temperature == 0:
+            tokens[n], logprobs[n] = x.argmax(), 0
+            continue
+        p = sample_probabilities(x, temperature, *kept)
+        mass = np.cumsum(p)
+        token = np.searchsorted(mass, u[n] * mass[-1], side="right")
+        tokens[n] = min(token, np.flatnonzero(p)[-1])  # u * mass may round up to mass
+        logprobs[n] = math.log(p[tokens[n]])
+    return tokens, logprobs
+
+
 # ---- update
 
 

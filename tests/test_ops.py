@@ -23,7 +23,7 @@ import pytest
 import reference
 from barelm import _core
 from barelm._core import ops
-from cases import CASES, make_starts
+from cases import CASES, SAMPLE_OPTIONS, make_starts
 from conftest import guarded, prefilled
 
 EPS = float(np.finfo(np.float32).eps)
@@ -97,7 +97,8 @@ class Out:
 def filled(shape, mode, dtype):
     if mode == "in place":
         return guarded(shape)
-    return guarded(np.full(shape, 0 if mode == "+=" else np.nan, dtype))
+    old = -77 if np.issubdtype(dtype, np.integer) else np.nan
+    return guarded(np.full(shape, 0 if mode == "+=" else old, dtype))
 
 
 OPERATORS = {}
@@ -738,6 +739,69 @@ def logprob_backward(rng, c):
         batch="N",
         batched=("dlogits", "dlogprobs", "logits", "targets", "lse"),
         aliases=("dlogits", "logits"),
+    )
+
+
+def sample_rounding(x, temperature, kept):
+    """How far a sum of the probabilities `kept` may be off, as a share of their sum: the contract's bound of one p's
+    error, for the sum and for what it is divided by."""
+    y = (x - x.max())[kept] / temperature
+    p = np.exp(y)
+    return 2 * EPS * (p * (2 - 2 * np.where(p > 0, y, 0))).sum() / p.sum()
+
+
+def sample_tolerance(x, temperature, top_k, top_p, min_p, u):
+    """Of the log-probability; infinite where a border is so near that rounding decides the token or what is kept."""
+    if temperature == 0:
+        return 0
+    y = (x - x.max()) / temperature
+    order = np.argsort(-x, kind="stable")[: int(top_k) or None]
+    rounding = sample_rounding(x, temperature, order)
+    mass = np.cumsum(np.exp(y[order]))
+    near = top_p < 1 and np.abs(mass / mass[-1] - top_p).min() < rounding
+    near |= min_p > 0 and np.abs(y - math.log(min_p)).min() < 1e-8  # in double on every backend
+    p = reference.sample_probabilities(x, temperature, top_k, top_p, min_p)
+    rounding = sample_rounding(x, temperature, p > 0)
+    near |= p.max() < 1 and np.abs(np.cumsum(p)[:-1] - u).min() < rounding
+    return math.inf if near else rounding
+
+
+@operator
+def sample(rng, c):
+    logits = np.full((c.N, c.Vp), np.nan, np.float32)
+    logits[:, c.V :: 2] = np.inf
+    logits[:, : c.V] = normal(rng, c.N, c.V, scale=3)
+    logits[1::3, : c.V] = np.round(logits[1::3, : c.V])  # equals
+    logits[2::3, 1 : c.V : 3] = -np.inf
+    kinds = SAMPLE_OPTIONS[c.options]
+    options = np.array([kinds[n % len(kinds)] for n in range(c.N)], np.float32)
+    u = rng.random(c.N)
+
+    def want():
+        x, o = f64(logits[:, : c.V], options)
+        tokens, logprobs = reference.sample(x, o, u)
+        with np.errstate(under="ignore"):
+            tol = np.array([sample_tolerance(x[n], *o[n], u[n]) for n in range(c.N)])
+        assert np.isfinite(tol).mean() > 0.8  # else this is no test
+        return dict(
+            tokens=(tokens, np.where(np.isinf(tol), np.inf, 0)), logprobs=(logprobs, tol + EPS * np.abs(logprobs))
+        )
+
+    return Call(
+        "sample",
+        dict(
+            tokens=Out((c.N,), dtype=np.int32),
+            logprobs=Out((c.N,)),
+            logits=logits,
+            options=options,
+            u=u,
+            N=c.N,
+            V=c.V,
+            Vp=c.Vp,
+        ),
+        want,
+        batch="N",
+        batched=("tokens", "logprobs", "logits", "options", "u"),
     )
 
 
