@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("csrc", "cuda", "python", "tests", "CMakeLists.txt", "pyproject.toml")
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
-ALL = OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD, TRAIN, TRUST, NGRAM, LOOP = tuple(
+ALL = OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD, TRAIN, TRUST, NGRAM, LOOP, DRAWS = tuple(
     f"tests/test_{name}.py"
     for name in (
         "ops",
@@ -35,6 +35,7 @@ ALL = OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD, TRA
         "trust",
         "ngram",
         "loop",
+        "draws",
     )
 )
 
@@ -621,6 +622,75 @@ FAULTS = [
         "self._discount * kinds * lower",
         "0.0 * kinds * lower",
         NGRAM,
+    ),
+    Fault(
+        "sample: what is no number is dropped by the maximum",
+        "csrc/sample.c",
+        "return vsum(bad) == 0.0f ? vhmax(vmax(a, b)) : NAN;",
+        "return vhmax(vmax(a, b));",
+        DRAWS,
+    ),
+    Fault(
+        "sample: the greater id of equals comes too",
+        "csrc/sample.c",
+        "int end = 1 + find_border(",
+        "int end = l->n + 0 * find_border(",
+        DRAWS,
+    ),
+    Fault(
+        "sample: the border of a half is counted twice",
+        "csrc/sample.c",
+        "high = nextafterf(middle, -INFINITY), above = weight;",
+        "high = middle, above = weight;",
+        DRAWS,
+    ),
+    Fault(
+        "sample: the float below zero has the next bits",
+        "csrc/sample.c",
+        "high = nextafterf(middle, -INFINITY), above = weight;",
+        "high = of_key(key_of(middle) - 1), above = weight;",
+        DRAWS,
+    ),
+    Fault(
+        "sample: both zeros are not equal",
+        "csrc/sample.c",
+        "    x += 0.0f;\n",
+        "",
+        DRAWS,
+    ),
+    Fault(
+        "sample: top_p counts what top_k dropped",
+        "csrc/sample.c",
+        "    keep_top_k(&l, option[SAMPLE_TOP_K]);\n    keep_top_p(&l, option[SAMPLE_TOP_P]);\n",
+        "    keep_top_p(&l, option[SAMPLE_TOP_P]);\n    keep_top_k(&l, option[SAMPLE_TOP_K]);\n",
+        DRAWS,
+    ),
+    Fault(
+        "sample: min_p without the temperature",
+        "csrc/sample.c",
+        "l->max + log(p) * l->temperature, -FLT_MAX",
+        "l->max + log(p), -FLT_MAX",
+        DRAWS,
+    ),
+    Fault(
+        "sample: a block without a token is not passed over",
+        "csrc/sample.c",
+        "running + l->sums[block] <= goal; block++",
+        "running + l->sums[block] < goal; block++",
+        DRAWS,
+    ),
+    Fault(
+        "sample: the temperature's inverse may be infinite",
+        "csrc/sample.c",
+        "fminf(1.0f / l->temperature, FLT_MAX)",
+        "1.0f / l->temperature",
+        DRAWS,
+    ),
+    Fault(
+        "sample: rows share the options of the first",
+        "csrc/ops_ref.c",
+        "options + (int64_t)n * SAMPLE_COUNT",
+        "options",
     ),
     Fault("recipe: the batch grows with the square root", "python/barelm/recipe.py", "** 0.383", "** 0.5", LOOP),
 ]
