@@ -259,13 +259,13 @@ static int block_rows(const Gemm *g) {
 
 /* Pack rows i0 .. i1 of A, all of K: panel after panel, in each the K blocks one behind the other. */
 static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
-    int chain = values_of_units(g, ROW_CHAIN), per_unit = values_a_unit(g);
+    int step = want_sums ? values_of_units(g, ROW_CHAIN) : values_a_block(g), per_unit = values_a_unit(g);
     int64_t panel = panel_units(g, MR);
     for (int i = i0; i < i1; i += MR) {
         float *out = w.a + (i - i0) / MR * panel;
         double total[MR] = {0};
-        for (int k = 0; k < g->K; k += chain) {
-            int values = min_int(chain, g->K - k);
+        for (int k = 0; k < g->K; k += step) {
+            int values = min_int(step, g->K - k);
             for (int j = 0; want_sums && j < MR; j++) w.sums[j] = 0;
             pack_a(out + (int64_t)k / per_unit * MR, g, i, k, values, want_sums ? w.sums : NULL);
             for (int j = 0; want_sums && j < MR; j++) total[j] += (double)w.sums[j];
