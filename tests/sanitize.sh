@@ -27,7 +27,7 @@ tsan)
     # what runs on several threads; avx2 stands for all, for the threads are the same
     export BARELM_ISA=avx2
     set -- -m "not slow and not peers" -k "thread or fork or same_bits" tests/test_threads.py tests/test_model.py \
-        tests/test_ops.py tests/test_bpe.py "$@"
+        tests/test_ops.py tests/test_bpe.py tests/test_session.py tests/test_packed.py "$@"
     ;;
 *) echo "sanitize.sh: asan or tsan, not $kind" >&2 && exit 2 ;;
 esac
