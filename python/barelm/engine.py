@@ -1,170 +1,498 @@
-"""Text from a model: one token drawn from its logits, and the loop that draws many."""
+"""Batched decoding: texts that are written side by side by one model, joining and leaving at any step; generate().
+
+The engine knows tokens; a Row makes them text.  What a row says depends on its prompt, its Sampling and its key alone,
+never on what runs beside it or on how much memory there is: draw number i of a row comes from Philox keyed by
+(seed, stream, key, i), and a session's logits do not depend on the batch.  So a row whose pages are wanted elsewhere
+can be put back and read again later.
+"""
 
 import codecs
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+import operator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from . import _core
+from .drawing import Drawn, Sampling, draw, penalised
+from .session import CacheFull, Session, StaleRow
 
-__all__ = ["Drawn", "draw_tokens", "generate", "sample_token", "text_of"]
-
-
-class Drawn(NamedTuple):
-    id: int
-    logprob: float  # log p(id) under the model as it is, before temperature, top_k and top_p; nats
+__all__ = ["Drawn", "Engine", "Row", "Sampling", "generate"]
 
 
-def sample_token(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float, u: float) -> int:
-    """The token that the number u in [0, 1) draws from softmax(logits / temperature), in float64.
-
-    logits        (V); -inf is a token that cannot come
-    temperature   0: the most likely token (the first of equals)
-    top_k         only the k most likely may come; None: all
-    top_p         only the fewest tokens whose probabilities sum to at least p may come (nucleus sampling: Holtzman
-                  et al. 2019, arXiv:1904.09751), after top_k; 1: all
-
-    ValueError: the logits are NaN or +inf, or nothing can come.
-    """
-    logits = np.asarray(logits, np.float64)
-    best = logits.max(initial=-math.inf)
-    if not math.isfinite(best):
-        raise ValueError(f"logits: the largest is {best}, nothing can be drawn")
-    if temperature == 0:
-        return int(logits.argmax())
-    with np.errstate(over="ignore"):  # a tiny temperature sends every other logit to -inf, as it should
-        p = np.exp((logits - best) / temperature)
-    if top_k is not None or top_p < 1:
-        order = np.argsort(-p, kind="stable")  # stable: of equals the lower id stays
-        keep = order[:top_k]
-        if top_p < 1:
-            mass = np.cumsum(p[keep])
-            keep = keep[: 1 + np.searchsorted(mass, top_p * mass[-1])]
-        p = np.where(np.isin(np.arange(len(p)), keep), p, 0.0)
-    mass = np.cumsum(p)
-    token = np.searchsorted(mass, u * mass[-1], side="right")
-    return int(min(token, np.flatnonzero(p)[-1]))  # u * mass may round up to mass
-
-
-def generate(
-    model,
-    tok,
-    prompt: "str | bytes | Sequence[int]" = "",
-    *,
-    max_tokens: int = 64,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
-    row: int = 0,
-    stop: "str | Sequence[str]" = (),
-) -> Iterator[str]:
+def generate(model, tok, prompt: "str | bytes | Sequence[int]" = "", *, row: int = 0, **sampling) -> Iterator[str]:
     """Continue a prompt; yields pieces of valid text as they come, without the prompt.
 
-    Ends after max_tokens, at the end-of-text token, or before the first of the `stop` strings.  An empty prompt begins
-    a new document.  Draw number i comes from Philox keyed by (seed, stream, row, i), so samples with other rows are
-    independent, and each is the same whatever runs beside it.  See sample_token for temperature, top_k and top_p.
-    Only the last `context` tokens are seen.
+    prompt    text, or ids; an empty one begins a new document
+    row       samples of one seed with other rows are independent, and each is the same whatever runs beside it
+    sampling  the fields of Sampling: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop ...
 
-    ValueError, before anything runs: an argument out of its range, or a prompt with an id that the model lacks.
+    Ends after max_tokens, at the end-of-text token or one of stop_ids, or before the first of the `stop` strings.  Of a
+    prompt longer than the context its last `context` tokens are read.  Where the context is full the text goes on from
+    its last context // 2 tokens, read anew as a prompt: one reading every context / 2 tokens, instead of one a token.
+
+    ValueError, TypeError, before anything runs: an argument out of its range, or a prompt with an id that the model
+    lacks.
     """
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(s, str) and s for s in stops):
-        raise ValueError("stop: each must be a string that is not empty")
-    drawn = draw_tokens(
-        model,
-        tok,
-        prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        row=row,
-    )
-    return text_of((token.id for token in drawn), tok, stops)
+    wanted = Sampling(**sampling)
+    ids = _ids("prompt", prompt, tok)
+    session = Session(model, max_tokens=row_tokens(model.config.context, len(ids), wanted.max_tokens))
+    engine = Engine(session, tok)
+    return _pieces(engine, engine.add(ids, wanted, row=row))
 
 
-def draw_tokens(
-    model,
-    tok,
-    prompt: "str | bytes | Sequence[int]" = "",
-    *,
-    max_tokens: int = 64,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
-    row: int = 0,
-) -> Iterator[Drawn]:
-    """As generate, but the tokens themselves, each with its log-probability; the end-of-text token is not yielded."""
-    ids = tok.encode(prompt) if isinstance(prompt, str | bytes) else [int(id) for id in prompt]
-    _check(model, tok, ids, max_tokens, temperature, top_k, top_p, seed, row)
-
-    def draw(logits: np.ndarray, position: int) -> int:
-        u = _core.philox_uniform(seed, _core.STREAM_SAMPLE, row, position)
-        return sample_token(logits, temperature, top_k, top_p, u)
-
-    return _tokens(model, tok, ids or [tok.eot], max_tokens, draw)
+def _pieces(engine: "Engine", row: "Row") -> Iterator[str]:
+    try:
+        while row.finish is None:
+            engine.step()
+            if piece := row.take():
+                yield piece
+    finally:
+        row.cancel()  # where the reader stops early: the cache goes now
 
 
-def _check(model, tok, ids, max_tokens, temperature, top_k, top_p, seed, row) -> None:
-    config = model.config
-    if tok.n_vocab > config.vocab_size:
-        raise ValueError(f"tok: its ids go up to {tok.n_vocab - 1}, the model's vocabulary has {config.vocab_size}")
-    bad = next((id for id in ids if not 0 <= id < config.vocab_size), None)
-    if bad is not None:
-        raise ValueError(f"prompt: the id {bad} is not in [0, {config.vocab_size})")
-    rules = [
-        ("max_tokens", max_tokens, max_tokens >= 0, "0 or more"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more, and finite"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None"),
-        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-        ("seed", seed, 0 <= seed < 2**64, "in [0, 2^64)"),
-        ("row", row, 0 <= row < 2**64, "in [0, 2^64)"),
-    ]
-    for name, value, good, rule in rules:
-        if not good:
-            raise ValueError(f"{name}: must be {rule}, got {value}")
+def row_tokens(context: int, prompt: int, max_tokens: int) -> int:
+    """Tokens that a row of a prompt of so many ids holds in the cache at most: the last one drawn is never read."""
+    return min(context, max(prompt, 1) + max(max_tokens - 1, 0))
 
 
-def _tokens(model, tok, ids: list[int], max_tokens: int, draw: Callable[[np.ndarray, int], int]) -> Iterator[Drawn]:
-    ids = list(ids)
-    for position in range(max_tokens):
-        window = np.array([ids[-model.config.context :]], np.int32)
-        logits = model.logits(window, last=True)[0]
-        token = draw(logits[: tok.n_vocab], position)  # a model's vocabulary may be padded
-        if token == tok.eot:
+class Row:
+    """One text that is being written.  Engine.add makes it.
+
+    prompt    its ids
+    tokens    list of Drawn: what was written, with the token that ended it, if one did
+    finish    None while it is written; "stop" (the end-of-text token, a stop id, a stop string), "length" (max_tokens)
+              or "cancelled"
+    key       the row of its random numbers
+    sampling  its Sampling
+    """
+
+    def __init__(self, engine: "Engine", prompt: list[int], sampling: Sampling, key: int):
+        self.prompt, self.sampling, self.key = prompt, sampling, key
+        self.tokens: list[Drawn] = []
+        self.finish: str | None = None
+        self._engine = engine
+        self._ids = list(prompt)  # with those of the tokens
+        self._start = max(0, len(prompt) - engine.session.config.context)  # the first id that the model sees
+        self._forced: deque[int] = deque()
+        self._paused = False
+        self._text = _Text(sampling.stop)
+        self._lane: _Lane | None = None
+        self._age = 0
+
+    def text(self) -> str:
+        """All of the text that is certain: without a character whose last bytes are still to come, and without what may
+        yet begin a stop string."""
+        return "".join(self._text.pieces)
+
+    def take(self) -> str:
+        """What text() has more than at the last take; "" where there is nothing."""
+        return self._text.take()
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    def pause(self) -> None:
+        """Take no step until resume().  The row keeps its pages, unless no other row could go on without them."""
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+
+    def cancel(self) -> None:
+        """End the text here; nothing happens where it has ended already."""
+        if self.finish is None:
+            self._end("cancelled")
+            self._engine._leave(self)
+
+    def force(self, ids: "str | bytes | Sequence[int]") -> None:
+        """Tokens that come next, before anything is drawn, such as a tool's answer.
+
+        They count as tokens of the text, and their log-probabilities are kept; but it is the model that ends a text, so
+        neither an end-of-text token nor a stop string among them does.
+
+        ValueError: the row has ended, or an id has no token.
+        """
+        if self.finish is not None:
+            raise ValueError(f"force: the row has ended ({self.finish})")
+        ids, tok = _ids("force", ids, self._engine.tok), self._engine.tok
+        _check_ids("force", ids, tok.n_vocab)
+        self._forced.extend(ids)
+
+    def __repr__(self) -> str:
+        return f"<Row {self.key}: {len(self.prompt)} ids of prompt, {len(self.tokens)} written, finish={self.finish!r}>"
+
+    def _next_logits(self, logits: np.ndarray) -> np.ndarray:
+        """(V): what the next token is drawn from, before its Sampling."""
+        penalty = self.sampling.repetition_penalty
+        return logits if penalty == 1 else penalised(logits, self._ids, penalty)
+
+    def _uniform(self) -> float:
+        return _core.philox_uniform(self.sampling.seed, _core.STREAM_SAMPLE, self.key, len(self.tokens))
+
+    def _append(self, drawn: Drawn) -> None:
+        if drawn.forced:
+            self._forced.popleft()
+        self.tokens.append(drawn)
+        self._ids.append(drawn.id)
+        tok, sampling = self._engine.tok, self.sampling
+        ends = drawn.id in sampling.stop_ids or (drawn.id == tok.eot and not sampling.ignore_eot)
+        if not drawn.forced and (ends or self._text.feed(_token_bytes(tok, drawn.id))):
+            self._end("stop")
             return
-        yield Drawn(token, _logprob(logits, token))
-        ids.append(token)
+        if drawn.forced:
+            self._text.pass_by(_token_bytes(tok, drawn.id))
+        if len(self.tokens) == sampling.max_tokens:
+            self._end("length")
+        elif len(self._ids) - self._start > self._engine.session.config.context:
+            self._start = len(self._ids) - max(1, self._engine.session.config.context // 2)
+
+    def _end(self, finish: str) -> None:
+        self.finish = finish
+        self._text.close()
 
 
-def _logprob(logits: np.ndarray, token: int) -> float:
-    shifted = logits.astype(np.float64) - logits.max()
-    return float(shifted[token] - np.log(np.exp(shifted).sum()))
+class _Lane:
+    """A row of the session, or one that waits for pages, and the Rows that draw when it is read.
+
+    Rows that share a prompt share a lane until each has drawn its first token.
+    """
+
+    def __init__(self, rows: list[Row], id: int | None = None, start: int | None = None, read: int | None = None):
+        self.rows = rows
+        self.id = id  # the session's; None: it waits
+        self.start = rows[0]._start if start is None else start  # of the rows' ids: the first that is read
+        self.read = self.start if read is None else read  # and where reading goes on
+        for row in rows:
+            row._lane = self
+
+    @property
+    def unread(self) -> int:
+        return len(self.rows[0]._ids) - self.read
+
+    @property
+    def paused(self) -> bool:
+        return all(row._paused for row in self.rows)
+
+    def chunk(self, count: int) -> list[int]:
+        return self.rows[0]._ids[self.read : self.read + count]
 
 
-def text_of(tokens: Iterable[int], tok, stops: Sequence[str] = ()) -> Iterator[str]:
+class Engine:
+    """Writes any number of texts with one Session.
+
+    session  a Session; its free pages are the engine's, and other rows in it are left alone
+    tok      Tokenizer
+    chunk    tokens of prompts that a step reads at most, beside one token of every row that is written: long prompts
+             do not hold up the others
+
+    Rows are served oldest first.  One waits until there are pages for its prompt and one more; where rows that are
+    written want pages that are not there, the youngest is put back to wait, and reads its tokens again later: with much
+    memory or little, each text is the same.  Rows that Model.update() made stale are read anew with the new weights, so
+    that no step uses old ones.  An engine serves one thread at a time.
+    """
+
+    def __init__(self, session, tok, chunk: int = 256):
+        V = session.config.vocab_size
+        if tok.n_vocab > V:
+            raise ValueError(f"tok: its ids go up to {tok.n_vocab - 1}, the model's vocabulary has {V}")
+        if chunk < 1:
+            raise ValueError(f"chunk: must be 1 or more, got {chunk}")
+        self.session, self.tok, self.chunk = session, tok, chunk
+        self._lanes: list[_Lane] = []
+        self._added = 0
+
+    def add(
+        self,
+        prompt: "str | bytes | Sequence[int]" = "",
+        sampling: Sampling | None = None,
+        row: int = 0,
+        n: int | None = None,
+    ) -> "Row | list[Row]":
+        """A text to write.  An empty prompt begins a new document.
+
+        With `n` a list of n rows with the keys row .. row + n - 1, which share the pages of the prompt.  It is read
+        once, or once more for those for which there is no page at first.
+
+        ValueError: a bad prompt, key, n, or stop id.  CacheFull: the whole cache has no room for such a row.
+        """
+        sampling = sampling or Sampling()
+        ids = _ids("prompt", prompt, self.tok) or [self.tok.eot]
+        _check_ids("prompt", ids, self.session.config.vocab_size)
+        _check_ids("stop_ids", sampling.stop_ids, self.tok.n_vocab)
+        if n is not None and n < 1:
+            raise ValueError(f"n: must be 1 or more, got {n}")
+        if not 0 <= row <= 2**64 - (n or 1):
+            raise ValueError(f"row: must be in [0, 2^64), got {row}{f' with n {n}' if n else ''}")
+        self._check_room(len(ids), sampling.max_tokens)
+        rows = [Row(self, list(ids), sampling, row + i) for i in range(n or 1)]
+        for one in rows:
+            one._age = self._added
+            self._added += 1
+        if sampling.max_tokens:
+            self._lanes.append(_Lane(list(rows)))
+        else:
+            for one in rows:
+                one._end("length")
+        return rows[0] if n is None else rows
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that are not finished, oldest first."""
+        return sorted((row for lane in self._lanes for row in lane.rows), key=lambda row: row._age)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no row could go on: all are finished or paused."""
+        return all(lane.paused for lane in self._lanes)
+
+    def run(self) -> None:
+        """Step until idle."""
+        while not self.idle:
+            self.step()
+
+    def step(self) -> list[Row]:
+        """One step of the session: the next token of every row that is written, and beside it up to `chunk` tokens of
+        prompts.  Returns the rows that have a token more.
+
+        An exception, Ctrl-C too, costs no row more than reading its tokens once more: the engine can go on.
+        CacheFull: other rows of the session hold the pages without which not even the oldest row can go on.
+        """
+        plan = self._plan()
+        if not plan:
+            return []
+        try:
+            try:
+                logits = self._read(plan)
+            except StaleRow:
+                for lane in self._admitted():
+                    self._put_back(lane)
+                plan = self._plan()
+                logits = self._read(plan)
+            return self._write(plan, logits)
+        except BaseException:
+            self._read_anew()
+            raise
+
+    # ---- pages ----------------------------------------------------------------------------------------------------
+
+    def _check_room(self, prompt: int, max_tokens: int) -> None:
+        longest = row_tokens(self.session.config.context, prompt, max_tokens)
+        id = self.session.add()
+        pages = self.session.pages_needed([id], [longest])
+        self.session.free(id)
+        if pages > self.session.pages:
+            raise CacheFull(f"a row of up to {longest} tokens takes {pages} pages, the cache has {self.session.pages}")
+
+    def _admitted(self, paused: bool | None = None) -> list[_Lane]:
+        """The lanes that are in the session, oldest first; only the paused ones, or the others, where that is said."""
+        return [lane for lane in self._lanes if lane.id is not None and paused in (None, lane.paused)]
+
+    def _needed(self, parts: Iterable[tuple[_Lane, int]]) -> int:
+        parts = list(parts)
+        return self.session.pages_needed([lane.id for lane, _ in parts], [count for _, count in parts])
+
+    def _admit(self) -> None:
+        """Let waiting lanes in, oldest first and none before one that is older."""
+        self._lanes.sort(key=lambda lane: lane.rows[0]._age)
+        for lane in [lane for lane in self._lanes if lane.id is None and not lane.paused]:
+            going = self._admitted(paused=False)
+            lane.id = self.session.add()
+            spare = self._spare([*going, lane])
+            while not going and spare < 0 and (paused := self._admitted(paused=True)):
+                self._put_back(paused[-1])
+                spare = self._spare([lane])
+            if spare == 0 and not going:
+                spare = 1  # alone it may try
+            if spare < 1:
+                self._put_back(lane)
+                if not going:
+                    raise self._too_full(lane, lane.unread)
+                return
+            if spare < len(lane.rows):  # the others read the prompt later, once, and not each after it was put back
+                self._lanes.append(_Lane(lane.rows[spare:]))
+                del lane.rows[spare:]
+                return
+
+    def _spare(self, lanes: list[_Lane]) -> int:
+        """Pages that are left when these have read all they have to read, less one for each row that is to come out of
+        a prompt of all but the last."""
+        ahead = sum(len(lane.rows) for lane in lanes[:-1] if lane.unread > 1)
+        return self.session.room - self._needed((lane, lane.unread) for lane in lanes) - ahead
+
+    def _plan(self) -> list[tuple[_Lane, int]]:
+        """What each lane reads in this step, in pages that are there."""
+        self._admit()
+        plan, left = [], self.chunk
+        for lane in self._admitted(paused=False):
+            count = 1 if lane.unread == 1 else min(lane.unread, left)
+            if count:
+                plan.append((lane, count))
+            if lane.unread > 1:
+                left -= count
+        while plan and self._needed(plan) > self.session.room:
+            going, paused = self._admitted(paused=False), self._admitted(paused=True)
+            if len(going) == 1 and not paused:
+                raise self._too_full(*plan[0])
+            victim = going[-1] if len(going) > 1 else paused[-1]
+            self._put_back(victim)
+            plan = [part for part in plan if part[0] is not victim]
+        return plan
+
+    def _too_full(self, lane: _Lane, count: int) -> CacheFull:
+        tokens = lane.read - lane.start + count
+        return CacheFull(f"a row of {tokens} tokens needs more than the {self.session.room} pages that are left for it")
+
+    def _put_back(self, lane: _Lane) -> None:
+        """Free a lane's pages; its tokens are read again when there is room."""
+        if lane.id is not None:
+            self.session.free(lane.id)
+        lane.id, lane.read = None, lane.start
+
+    def _leave(self, row: Row) -> None:
+        """Forget a row that has ended."""
+        lane, row._lane = row._lane, None
+        lane.rows.remove(row)
+        if not lane.rows:
+            self._lanes.remove(lane)
+            if lane.id is not None:
+                self.session.free(lane.id)
+
+    def _read_anew(self) -> None:
+        """Put every row back, each for itself: where a step broke off, rows of one lane may differ."""
+        rows = [row for lane in self._lanes for row in lane.rows]
+        for lane in self._admitted():
+            self._put_back(lane)
+        self._lanes = [_Lane([row]) for row in rows if row.finish is None]
+
+    # ---- tokens ---------------------------------------------------------------------------------------------------
+
+    def _read(self, plan: list[tuple[_Lane, int]]) -> np.ndarray:
+        """The logits (len(plan), V) after each part."""
+        logits = self.session.step([lane.id for lane, _ in plan], [lane.chunk(count) for lane, count in plan])
+        for lane, count in plan:
+            lane.read += count
+        return logits
+
+    def _write(self, plan: list[tuple[_Lane, int]], logits: np.ndarray) -> list[Row]:
+        """The next token of every row whose tokens are all read."""
+        slots = [slot for slot, (lane, _) in enumerate(plan) if lane.unread == 0]
+        rows = [(slot, row) for slot in slots for row in plan[slot][0].rows if not row._paused]
+        for (_, row), drawn in zip(rows, self._draw(rows, logits), strict=True):
+            row._append(drawn)
+        for slot in slots:
+            self._part(plan[slot][0])
+        return [row for _, row in rows]
+
+    def _draw(self, rows: list[tuple[int, Row]], logits: np.ndarray) -> list[Drawn]:
+        """What comes next in each row, whose logits are those of its slot."""
+        V = self.tok.n_vocab  # a model's vocabulary may be padded
+        free = [(slot, row) for slot, row in rows if not row._forced]
+        ids, sampled = draw(
+            [row._next_logits(logits[slot, :V]) for slot, row in free],
+            [row.sampling for _, row in free],
+            [row._uniform() for _, row in free],
+        )
+        drawn = iter(zip(ids.tolist(), sampled.tolist(), strict=True))
+        chosen = [(row._forced[0], 0.0) if row._forced else next(drawn) for _, row in rows]
+        asked = [
+            [id, *_likeliest(logits[slot, :V], row.sampling.alternatives)]
+            for (slot, row), (id, _) in zip(rows, chosen, strict=True)
+        ]
+        said = self._logprobs([slot for slot, _ in rows], asked, len(logits))
+        return [
+            Drawn(id, logprobs[0], sampled, tuple(zip(others, logprobs[1:], strict=True)), bool(row._forced))
+            for (_, row), (id, sampled), (_, *others), logprobs in zip(rows, chosen, asked, said, strict=True)
+        ]
+
+    def _logprobs(self, slots: list[int], asked: list[list[int]], n: int) -> list[list[float]]:
+        """Log-probabilities of the tokens asked about, each list under the last step's logits of its slot.
+
+        The session answers for one token of every slot at a time.
+        """
+        queues: list[list[tuple[int, int]]] = [[] for _ in range(n)]  # of each slot: (which list, token)
+        for which, (slot, ids) in enumerate(zip(slots, asked, strict=True)):
+            queues[slot] += [(which, id) for id in ids]
+        said: list[list[float]] = [[] for _ in asked]
+        for turn in range(max(map(len, queues), default=0)):
+            due = [queue[turn] if turn < len(queue) else None for queue in queues]
+            for question, logprob in zip(due, self.session.logprobs([q[1] if q else 0 for q in due]), strict=True):
+                if question:
+                    said[question[0]].append(float(logprob))
+        return said
+
+    def _part(self, lane: _Lane) -> None:
+        """After a draw: rows that have ended leave, and each other one goes on in a lane of its own."""
+        for row in [row for row in lane.rows if row.finish]:
+            self._leave(row)
+        drawn = [row for row in lane.rows if len(row._ids) > lane.read]
+        kept = [row for row in drawn if row._start == lane.start]
+        if not lane.rows or len(kept) == len(lane.rows) == 1:
+            return
+        ids = [lane.id, *self.session.fork(lane.id, len(kept) - 1)] if len(kept) > 1 else [lane.id] * len(kept)
+        parts = [_Lane([row], id, lane.start, lane.read) for row, id in zip(kept, ids, strict=True)]
+        parts += [_Lane([row]) for row in drawn if row._start != lane.start]  # its context was full
+        if paused := [row for row in lane.rows if len(row._ids) == lane.read]:  # since before the prompt was read
+            parts.append(_Lane(paused))
+        self._lanes = [other for other in self._lanes if other is not lane] + parts
+        if not kept:
+            self.session.free(lane.id)
+
+
+def _likeliest(logits: np.ndarray, n: int) -> list[int]:
+    """The ids of the n largest, the largest first; of equals the lower id first."""
+    if n == 0:
+        return []
+    n = min(n, len(logits))
+    those = np.flatnonzero(logits >= np.partition(logits, -n)[-n])
+    return those[np.argsort(-logits[those], kind="stable")][:n].tolist()
+
+
+# ---- text and ids -------------------------------------------------------------------------------------------------
+
+
+class _Text:
     """Tokens to text: bytes wait until they are whole characters, characters while they may begin a stop string."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    held = ""
-    for token in tokens:
-        held += decoder.decode(tok.token_bytes(token))
-        found = [at for at in (held.find(stop) for stop in stops) if at >= 0]
+
+    def __init__(self, stops: Sequence[str]):
+        self.pieces: list[str] = []
+        self._stops, self._held, self._taken = stops, "", 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._closed = False
+
+    def feed(self, data: bytes) -> bool:
+        """Bytes that were drawn.  True: they complete a stop string, and the text ends before it."""
+        self._held += self._decoder.decode(data)
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
         if found:
-            if min(found):
-                yield held[: min(found)]
-            return
-        safe = len(held) - _overlap(held, stops)
-        if safe:
-            yield held[:safe]
-            held = held[safe:]
-    held += decoder.decode(b"", final=True)
-    if held:
-        yield held
+            self._release(min(found))
+            self._held, self._closed = "", True
+            return True
+        self._release(len(self._held) - _overlap(self._held, self._stops))
+        return False
+
+    def pass_by(self, data: bytes) -> None:
+        """Bytes in which no stop string is looked for."""
+        self._held += self._decoder.decode(data)
+        self._release(len(self._held))
+
+    def close(self) -> None:
+        """What waited for more is text after all."""
+        if not self._closed:
+            self._held += self._decoder.decode(b"", final=True)
+            self._release(len(self._held))
+            self._closed = True
+
+    def take(self) -> str:
+        taken = "".join(self.pieces[self._taken :])
+        self._taken = len(self.pieces)
+        return taken
+
+    def _release(self, n: int) -> None:
+        if n:
+            self.pieces.append(self._held[:n])
+            self._held = self._held[n:]
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
@@ -174,3 +502,24 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
         if any(stop.startswith(text[-n:]) for stop in stops):
             return n
     return 0
+
+
+def _ids(name: str, text: "str | bytes | Sequence[int]", tok) -> list[int]:
+    try:
+        return tok.encode(text) if isinstance(text, str | bytes) else [operator.index(id) for id in text]
+    except TypeError:
+        raise TypeError(f"{name}: must be text or token ids, got {text!r}") from None
+
+
+def _check_ids(name: str, ids: Sequence[int], V: int) -> None:
+    bad = next((id for id in ids if not 0 <= id < V), None)
+    if bad is not None:
+        raise ValueError(f"{name}: the id {bad} is not in [0, {V})")
+
+
+def _token_bytes(tok, id: int) -> bytes:
+    """A token's bytes; none for an id that the vocabulary leaves out but the model may draw."""
+    try:
+        return tok.token_bytes(id)
+    except ValueError:
+        return b""

@@ -2,17 +2,22 @@
 
 import json
 import sys
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 from . import _core
-from .engine import draw_tokens, text_of
+from .engine import Engine, Row, Sampling, row_tokens
 from .model import Model
 from .report import printable
 from .runs import newest_checkpoint
+from .session import Session
 from .tokenizer import Tokenizer
 
 __all__ = ["SampleConfig", "main"]
+
+AT_ONCE = 16  # texts that the cache surely has room for; of more, some wait for their turn
 
 
 @dataclass
@@ -25,8 +30,11 @@ class SampleConfig:
     temperature: Annotated[float, "0: always the most likely token; 1: as the model says"] = 0.8
     top_k: Annotated[int, "only the k most likely tokens may come; 0: all"] = 0
     top_p: Annotated[float, "only the likeliest tokens with this share of probability may come; 1: all"] = 1.0
+    min_p: Annotated[float, "only tokens this share as probable as the likeliest may come; 0: all"] = 0.0
+    repetition_penalty: Annotated[float, "above 1: tokens that are there already become less likely"] = 1.0
+    stop: Annotated[str, "the text ends before this string; left out: none"] = ""
     seed: Annotated[int, "another seed, another text; the same seed, the same"] = 0
-    n: Annotated[int, "texts to write"] = 1
+    n: Annotated[int, "texts to write, side by side"] = 1
     threads: Annotated[int, "0: as many as the machine grants"] = 0
     json: Annotated[bool, "one JSON object a text, when it is whole, with its ids and their log-probabilities"] = False
 
@@ -36,39 +44,85 @@ def main(config: SampleConfig) -> int:
         raise ValueError(f"--n: must be 1 or more, got {config.n}")
     if config.threads < 0:
         raise ValueError(f"--threads: must be 0 or more, got {config.threads}")
+    sampling = _sampling(config)
     if config.threads:
         _core.threads_set(config.threads)
     folder = newest_checkpoint(config.checkpoint)
     model, tok = Model.load(folder), Tokenizer.load(folder)
+    prompt = tok.encode(config.prompt)
+    room = row_tokens(model.config.context, len(prompt), config.max_tokens) + 64  # a row's last page is partly empty
+    engine = Engine(Session(model, max_tokens=min(config.n, AT_ONCE) * room), tok)
+    rows = engine.add(prompt, sampling, n=config.n)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" instead of stopping us
-    for row in range(config.n):
-        drawn = draw_tokens(
-            model,
-            tok,
-            config.prompt,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k or None,
-            top_p=config.top_p,
-            seed=config.seed,
-            row=row,
-        )
-        if config.json:
-            tokens = list(drawn)
-            ids, logprobs = [token.id for token in tokens], [token.logprob for token in tokens]
-            text = "".join(text_of(ids, tok))
-            print(json.dumps({"prompt": config.prompt, "text": text, "ids": ids, "logprobs": logprobs}), flush=True)
-        else:
-            _stream(config, row, text_of((token.id for token in drawn), tok))
+    if config.n == 1 and not config.json:
+        _stream(config, engine, rows[0])
+    else:
+        _print_each(config, engine, rows)
     return 0
 
 
-def _stream(config: SampleConfig, row: int, pieces) -> None:
-    if config.n > 1:
-        print(f"{chr(10) * (row > 0)}--- {row + 1} of {config.n} ---")
-    show = printable if sys.stdout.isatty() else str
+def _sampling(config: SampleConfig) -> Sampling:
+    return Sampling(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k or None,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        stop=config.stop or (),
+        seed=config.seed,
+    )
+
+
+def _stream(config: SampleConfig, engine: Engine, row: Row) -> None:
+    show = _show()
     print(show(config.prompt), end="", flush=True)
-    for piece in pieces:
-        print(show(piece), end="", flush=True)
-    print()
+    try:
+        while row.finish is None:
+            engine.step()
+            print(show(row.take()), end="", flush=True)
+    finally:
+        print(flush=True)  # after Ctrl-C too
+
+
+def _print_each(config: SampleConfig, engine: Engine, rows: list[Row]) -> None:
+    """Each text when it is whole, in order.  Ctrl-C: those that are whole are not lost."""
+    left = deque(rows)
+    try:
+        while left:
+            while left[0].finish is None:
+                engine.step()
+            _print(config, left.popleft(), engine.tok)
+    except KeyboardInterrupt:
+        for row in left:
+            if row.finish:
+                _print(config, row, engine.tok)
+        raise
+
+
+def _print(config: SampleConfig, row: Row, tok: Tokenizer) -> None:
+    if config.json:
+        print(json.dumps(_record(config, row, tok)), flush=True)
+        return
+    show = _show()
+    print(f"{chr(10) * (row.key > 0)}--- {row.key + 1} of {config.n} ---")
+    print(show(config.prompt) + show(row.text()), flush=True)
+
+
+def _record(config: SampleConfig, row: Row, tok: Tokenizer) -> dict:
+    """What --json says of a text; the token that ended it, which is no text, is left out."""
+    ends = row.finish == "stop" and row.tokens[-1].id == tok.eot
+    tokens = row.tokens[:-1] if ends else row.tokens
+    return {
+        "prompt": config.prompt,
+        "text": row.text(),
+        "ids": [token.id for token in tokens],
+        "logprobs": [token.logprob for token in tokens],
+        "finish": row.finish,
+    }
+
+
+def _show() -> Callable[[str], str]:
+    """How text goes to standard output: to a terminal without what would take it over."""
+    return printable if sys.stdout.isatty() else str
