@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from barelm import Tokenizer, _core
+from barelm.drawing import draw
 from barelm.engine import Engine, Sampling, _Text, generate
 from barelm.session import CacheFull, Session
 from conftest import GPT2, LLAMA
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import assert_same_bits, random_model
 from sessions import PlainSession
-from test_sampling import exact_logprob
+from test_sampling import exact_logprob, near
 
 TOK = Tokenizer.bytes()
 V = TOK.n_vocab
@@ -112,16 +113,8 @@ def draw_alone(logits, s, key, position, prompt, tokens):
     if s.repetition_penalty != 1:
         for id in {*prompt, *(id for id, _ in tokens)}:
             p[id] = p[id] / s.repetition_penalty if p[id] > 0 else p[id] * s.repetition_penalty
-    if s.temperature == 0:
-        return int(p.argmax())
-    p = np.exp((p - p.max()) / s.temperature)
-    order = np.argsort(-p, kind="stable")
-    keep = order[: s.top_k]
-    keep = keep[: 1 + np.searchsorted(np.cumsum(p[keep]), s.top_p * p[keep].sum())]
-    p[np.setdiff1d(order, keep)] = 0
-    p[p < s.min_p] = 0
-    u = _core.philox_uniform(s.seed, _core.STREAM_SAMPLE, key, position)
-    return int(np.searchsorted(np.cumsum(p), u * p.cumsum()[-1], side="right"))
+    (id,), _ = draw([p], [s], [_core.philox_uniform(s.seed, _core.STREAM_SAMPLE, key, position)])
+    return int(id)
 
 
 def said(row):
@@ -330,7 +323,7 @@ def test_logprobs_are_forwards_to_the_bit_and_sampled_ones_those_drawn_from(kind
     assert all(isinstance(token.logprob, float) for token in row.tokens + beside.tokens)
     for i, token in enumerate(row.tokens):
         logits = model.logits(np.ascontiguousarray(ids[:, : 70 + i]))[0, :V]
-        assert token.sampled_logprob == pytest.approx(exact_logprob(logits, token.id, row.sampling), rel=0, abs=1e-13)
+        assert token.sampled_logprob == near(exact_logprob(logits, token.id, row.sampling))
 
 
 def test_a_penalty_counts_in_sampled_logprob_only():
@@ -342,7 +335,7 @@ def test_a_penalty_counts_in_sampled_logprob_only():
     assert np.float32(token.logprob) == forward_logprob(SMALL, list(b"abc"), token.id)
     for id in b"abc":
         logits[id] *= 3.0 if logits[id] < 0 else 1 / 3.0
-    assert token.sampled_logprob == pytest.approx(exact_logprob(logits, token.id, Sampling()), rel=0, abs=1e-13)
+    assert token.sampled_logprob == near(exact_logprob(logits.astype(np.float32), token.id, Sampling()))
 
 
 def test_alternatives_are_the_likeliest_tokens_as_forward_sees_them(kind):

@@ -2,14 +2,13 @@
 
 import json
 import math
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from barelm import Config, Model, Tokenizer, engine
 from barelm import __main__ as command
-from barelm.drawing import Sampling, draw, penalised, sample_token
+from barelm.drawing import Sampling, _options, draw, penalised
 from barelm.engine import generate
 from conftest import GPT2
 from sessions import PlainSession
@@ -18,9 +17,15 @@ LOGITS = np.log([0.1, 0.4, 0.2, 0.3])
 US = (np.arange(1000) + 0.5) / 1000  # an even grid in place of random numbers: shares come out exactly
 
 
-def shares(logits=LOGITS, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
-    drawn = Counter(sample_token(logits, temperature, top_k, top_p, u, min_p)[0] for u in US)
-    return [drawn[token] / len(US) for token in range(len(logits))]
+def one(logits, u, **options):
+    """The token that u draws, and its log-probability."""
+    (id,), (logprob,) = draw([logits], [Sampling(**options)], [u])
+    return id, logprob
+
+
+def shares(logits=LOGITS, **options):
+    ids, _ = draw([logits] * len(US), [Sampling(**options)] * len(US), US)
+    return (np.bincount(ids, minlength=len(logits)) / len(US)).tolist()
 
 
 def test_tokens_come_as_often_as_their_probability_says():
@@ -35,7 +40,7 @@ def test_temperature_sharpens_and_flattens():
 
 def test_temperature_zero_and_tiny_are_greedy():
     assert shares(temperature=0) == shares(temperature=1e-300) == [0, 1, 0, 0]
-    assert sample_token([1.0, 2.0, 2.0], 0, None, 1.0, 0.99) == (1, 0.0)  # the first of equals
+    assert one([1.0, 2.0, 2.0], 0.99, temperature=0) == (1, 0.0)  # the first of equals
 
 
 def test_top_k_keeps_the_k_most_likely():
@@ -74,19 +79,35 @@ def test_min_p_looks_at_probabilities_after_the_temperature_and_after_top_k():
 def test_a_token_of_no_probability_never_comes():
     logits = np.array([-np.inf, 0.0, -np.inf, 0.0, -np.inf])
     below_one = np.nextafter(1.0, 0)
-    assert [sample_token(logits, 1.0, None, 1.0, u)[0] for u in (0.0, below_one)] == [1, 3]
-    assert sample_token(logits, 1.0, 4, 0.99, below_one)[0] == 3
+    assert [one(logits, u)[0] for u in (0.0, below_one)] == [1, 3]
+    assert one(logits, below_one, top_k=4, top_p=0.99)[0] == 3
 
 
-@pytest.mark.parametrize("logits", [[np.nan, 1.0], [np.inf, 1.0], [-np.inf, -np.inf], []])
+@pytest.mark.parametrize("logits", [[np.nan, 1.0], [np.inf, 1.0], [-np.inf, -np.inf]])
 def test_logits_from_which_nothing_can_be_drawn_are_refused(logits):
     for temperature in (0, 1):
         with pytest.raises(ValueError, match="logits"):
-            sample_token(np.array(logits), temperature, None, 1.0, 0.5)
+            one(logits, 0.5, temperature=temperature)
 
 
 def test_float32_logits_far_from_zero_are_drawn_alike():
     assert shares((LOGITS + 80).astype(np.float32)) == pytest.approx(shares(), abs=0.002)
+
+
+def test_options_that_no_float_holds_are_taken_for_the_nearest():
+    assert shares(top_p=1e-300) == shares(temperature=1e-300) == shares(min_p=1 - 2**-53) == [0, 1, 0, 0]
+    assert shares(temperature=1e300) == pytest.approx([0.25] * 4, abs=0.002)
+    assert shares(top_p=1 - 2**-53) == shares(top_k=2**60) == shares()
+    with np.errstate(over="raise"):
+        far = Sampling(temperature=1e300, top_k=2**60, top_p=1e-300, min_p=1 - 2**-53)
+        temperature, top_k, top_p, min_p = np.array(_options(far, 4), np.float32)
+    assert temperature < np.inf and top_k == 0 < top_p and min_p < 1  # what the operator's contract asks for
+
+
+def near(logprob):
+    """The operator's bound for a probability is (2 + 2 |y|) 2^-23, |y| being at most |logprob|; twice, for it and for
+    the sum it is divided by; and the result is rounded."""
+    return pytest.approx(logprob, rel=0, abs=2**-23 * (4 + 5 * abs(logprob)))
 
 
 def exact_logprob(logits, token, s):
@@ -114,12 +135,11 @@ def exact_logprob(logits, token, s):
     ],
 )
 def test_sampled_logprob_is_that_of_what_is_left(rng, options):
-    """Tolerance: a sum of 50 positive numbers and a logarithm in float64, a few units of 1e-16 at values of some 10."""
     for _ in range(20):
         logits, u = rng.normal(0, 3, 50).astype(np.float32), rng.random()
         s = Sampling(**options)
         (token,), (logprob,) = draw([logits], [s], [u])
-        assert logprob == pytest.approx(exact_logprob(logits, token, s), rel=0, abs=1e-13)
+        assert logprob == near(exact_logprob(logits, token, s))
 
 
 def test_rows_of_one_draw_have_options_and_numbers_of_their_own(rng):

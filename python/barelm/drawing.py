@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Drawn", "Sampling", "draw", "penalised", "sample_token"]
+from . import _core
+
+__all__ = ["Drawn", "Sampling", "draw", "penalised"]
 
 
 @dataclass(frozen=True)
@@ -94,49 +96,34 @@ class Drawn(NamedTuple):
     forced: bool = False
 
 
-def draw(logits: np.ndarray, samplings: Sequence[Sampling], u: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """A token for each row of logits (n, V), as sample_token of the row, its Sampling and its number in u (n).
+def draw(
+    logits: "np.ndarray | Sequence[np.ndarray]", samplings: Sequence[Sampling], u: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A token for each row of logits (n, V): what the row's number in u (n), in [0, 1), draws from softmax(logits /
+    temperature) as the row's Sampling leaves it; the penalty is not its concern.  Of equal logits the lower id is the
+    likelier.  -inf is a token that cannot come.
 
-    Returns the tokens (n) int64 and their log-probabilities under the distributions drawn from (n) float64.
+    Returns the tokens (n) int32 and their log-probabilities under the distributions drawn from (n) float32; the
+    operator `sample` of csrc/ops.def says how exactly.  ValueError: logits are NaN or +inf, or nothing can come.
     """
-    drawn = [
-        sample_token(row, s.temperature, s.top_k, s.top_p, number, s.min_p)
-        for row, s, number in zip(logits, samplings, u, strict=True)
-    ]
-    return np.array([token for token, _ in drawn], np.int64), np.array([logprob for _, logprob in drawn], np.float64)
+    n = len(samplings)
+    ids, logprobs = np.empty(n, np.int32), np.empty(n, np.float32)
+    if n:
+        logits = np.ascontiguousarray(logits, np.float32)
+        V = logits.shape[1]
+        options = np.array([_options(s, V) for s in samplings], np.float32)
+        _core.ops.sample("", ids, logprobs, logits, options, np.array(u, np.float64), n, V, V)
+    if (ids < 0).any():
+        raise ValueError("logits: NaN, +inf or nothing but -inf, nothing can be drawn")
+    return ids, logprobs
 
 
-def sample_token(
-    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float, u: float, min_p: float = 0.0
-) -> tuple[int, float]:
-    """The token that the number u in [0, 1) draws from softmax(logits / temperature), in float64, and its
-    log-probability under what top_k, top_p and min_p (see Sampling) leave of it.
-
-    logits  (V); -inf is a token that cannot come
-
-    ValueError: the logits are NaN or +inf, or nothing can come.
-    """
-    logits = np.asarray(logits, np.float64)
-    best = logits.max(initial=-math.inf)
-    if not math.isfinite(best):
-        raise ValueError(f"logits: the largest is {best}, nothing can be drawn")
-    if temperature == 0:
-        return int(logits.argmax()), 0.0
-    with np.errstate(over="ignore"):  # a tiny temperature sends every other logit to -inf, as it should
-        scaled = (logits - best) / temperature
-    p = np.exp(scaled)
-    if top_k is not None or top_p < 1:
-        order = np.argsort(-p, kind="stable")  # stable: of equals the lower id stays
-        keep = order[:top_k]
-        if top_p < 1:
-            mass = np.cumsum(p[keep])
-            keep = keep[: 1 + np.searchsorted(mass, top_p * mass[-1])]
-        p = np.where(np.isin(np.arange(len(p)), keep), p, 0.0)
-    p[p < min_p] = 0.0  # the most likely token's is 1
-    mass = np.cumsum(p)
-    token = np.searchsorted(mass, u * mass[-1], side="right")
-    token = int(min(token, np.flatnonzero(p)[-1]))  # u * mass may round up to mass
-    return token, float(scaled[token] - math.log(mass[-1]))
+def _options(s: Sampling, V: int) -> list[float]:
+    """In the operator's order, and within its bounds when rounded to float."""
+    float32 = np.finfo(np.float32)
+    top_k = s.top_k if s.top_k is not None and s.top_k < V else 0
+    below_one = 1 - float(float32.epsneg)
+    return [min(s.temperature, float(float32.max)), top_k, max(s.top_p, float(float32.tiny)), min(s.min_p, below_one)]
 
 
 def penalised(logits: np.ndarray, ids: Iterable[int], penalty: float) -> np.ndarray:
