@@ -352,6 +352,11 @@ def test_flags_of_sample_reach_what_draws(checkpoint, capsys):
     assert text("--min-p", "0.9999") == text("--temperature", "0") == text("--top-k", "1") != plain
     assert text("--repetition-penalty", "5") != plain != text("--top-p", "0.5")
     assert text("--stop", plain[4:6]) == plain[: plain.find(plain[4:6])]
+    (exact,) = records(capsys, checkpoint, "--prompt", "abc", "--max-tokens", "1")
+    (close,) = records(capsys, checkpoint, "--prompt", "abc", "--max-tokens", "1", "--weights", "int8")
+    assert exact["ids"] == close["ids"] and 0 < abs(exact["logprobs"][0] - close["logprobs"][0]) < 0.05
+    assert command.main(["sample", "--checkpoint", checkpoint, "--weights", "int4"]) == 2
+    assert "weights: is 'int4', must be one of 'fp32', 'bf16', 'int8'" in capsys.readouterr().err
     assert command.main(["sample", "--checkpoint", checkpoint, "--min-p", "2"]) == 2
     assert capsys.readouterr().err == "barelm: min_p: must be in [0, 1), got 2.0\n"
 

@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .drawing import Sampling as Sampling
+    from .engine import Engine as Engine
     from .engine import generate as generate
     from .model import Config as Config
     from .model import Model as Model
@@ -18,14 +20,27 @@ if TYPE_CHECKING:
 _HOME = {
     "CacheFull": "session",
     "Config": "model",
+    "Engine": "engine",
     "Model": "model",
+    "Sampling": "drawing",
     "Session": "session",
     "StaleRow": "session",
     "Tokenizer": "tokenizer",
     "generate": "engine",
 }
 
-__all__ = ["CacheFull", "Config", "Model", "Session", "StaleRow", "Tokenizer", "__version__", "generate"]
+__all__ = [
+    "CacheFull",
+    "Config",
+    "Engine",
+    "Model",
+    "Sampling",
+    "Session",
+    "StaleRow",
+    "Tokenizer",
+    "__version__",
+    "generate",
+]
 
 
 def __getattr__(name: str):

@@ -33,6 +33,7 @@ class SampleConfig:
     min_p: Annotated[float, "only tokens this share as probable as the likeliest may come; 0: all"] = 0.0
     repetition_penalty: Annotated[float, "above 1: tokens that are there already become less likely"] = 1.0
     stop: Annotated[str, "the text ends before this string; left out: none"] = ""
+    weights: Annotated[str, "fp32, bf16 or int8: how they are held while sampling"] = "fp32"
     seed: Annotated[int, "another seed, another text; the same seed, the same"] = 0
     n: Annotated[int, "texts to write, side by side"] = 1
     threads: Annotated[int, "0: as many as the machine grants"] = 0
@@ -51,7 +52,8 @@ def main(config: SampleConfig) -> int:
     model, tok = Model.load(folder), Tokenizer.load(folder)
     prompt = tok.encode(config.prompt)
     room = row_tokens(model.config.context, len(prompt), config.max_tokens) + 64  # a row's last page is partly empty
-    engine = Engine(Session(model, max_tokens=min(config.n, AT_ONCE) * room), tok)
+    session = Session(model, max_tokens=min(config.n, AT_ONCE) * room, weights=config.weights)
+    engine = Engine(session, tok)
     rows = engine.add(prompt, sampling, n=config.n)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" instead of stopping us
