@@ -189,7 +189,7 @@ def check_logits(name, got, want):
 
 def race(workload, names, rounds, bandwidth_seconds=0.2):
     """Everything that was measured, as plain data."""
-    processes, bandwidth = [], []
+    processes = []
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(workload.sizes)
         model.save(folder, optimizer=False)
@@ -198,9 +198,10 @@ def race(workload, names, rounds, bandwidth_seconds=0.2):
             del model
             results = [entry(process, *what) for process in processes for what in activities(process.name, workload)]
             for _ in range(rounds):
-                bandwidth.append(_core.read_bandwidth(bandwidth_seconds))
-                time.sleep(PAUSE)
                 for process, r in results:
+                    if r["what"] == "decode":  # just before: on a shared machine it changes from second to second
+                        r["bandwidth"].append(_core.read_bandwidth(bandwidth_seconds))
+                        time.sleep(PAUSE)
                     r["seconds"].append(process.turn(r["what"], r["rows"]))
         finally:
             for process in processes:
@@ -209,8 +210,8 @@ def race(workload, names, rounds, bandwidth_seconds=0.2):
     results = [r for _, r in results]
     return {
         "workload": asdict(workload),
-        "bandwidth": bandwidth,
-        "results": [summary(r, workload, np.array(bandwidth)) for r in results],
+        "bandwidth": [reading for r in results for reading in r["bandwidth"]],
+        "results": [summary(r, workload) for r in results],
         "ratios": ratios(results),
         "memory": memory,
         "about": sorted({process.about for process in processes}),
@@ -226,6 +227,7 @@ def entry(process, method, rows, tokens):
         "rows": rows,
         "tokens": tokens,
         "bytes": size,
+        "bandwidth": [],
         "seconds": [],
     }
 
@@ -244,13 +246,14 @@ def middle(values):
     return median, (high - low) / median
 
 
-def summary(result, workload, bandwidth):
+def summary(result, workload):
     """The result, with seconds a step, tokens/s, share of the bandwidth and spread."""
     steps = workload.tokens if result["what"] == "decode" else 1
     step, spread = middle(np.array(result["seconds"]) / steps)
     share = None
     if result["what"] == "decode":
-        share = middle(result["bytes"] * steps / np.array(result["seconds"]) / bandwidth)[0]
+        rates = result["bytes"] * steps / np.array(result["seconds"])
+        share = middle(rates / np.array(result["bandwidth"]))[0]
     rate = result["tokens"] / steps / step
     return result | {"step": step, "tokens_per_second": rate, "share_of_bandwidth": share, "spread": spread}
 

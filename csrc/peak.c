@@ -93,16 +93,14 @@ double peak_read(double seconds) {
     size_t bytes = bytes_beyond_cache();
     r = (Read){.src = memory_alloc(bytes), .words = bytes / 8};
     r.tasks = threads_get() < MAX_TASKS ? threads_get() : MAX_TASKS;
-    double best = 0, start = now();
     if (!r.src) return 0;
+    double start = now(), read = 0, took;
     do {
-        double t = now();
         parallel_for(read_task, &r, r.tasks);
-        double rate = (double)bytes / (now() - t);
-        if (rate > best) best = rate;
-    } while (now() - start < seconds);
+        read += (double)bytes;
+    } while ((took = now() - start) < seconds);
     memory_free((void *)r.src, bytes);
-    return best;
+    return read / took;
 }
 
 double peak_copy(double seconds) {

@@ -7,5 +7,6 @@ double peak_flops(const Ops *ops, int prec, double seconds);
 /* Bytes read and written per second by all threads copying with non-temporal stores, between arrays over four times the
  * last cache; 0 where there is no memory for them. */
 double peak_copy(double seconds);
-/* Bytes read per second by all threads together, of an array beyond the caches. */
+/* Bytes read per second by all threads together, of an array beyond the caches: on the average of these seconds, as
+ * decoding is measured; 0 where there is no memory for it. */
 double peak_read(double seconds);
