@@ -1,6 +1,7 @@
 """Sessions: rows that join, grow, fork and leave have the bits of one forward pass; pages are shared, bounded and given
 back; older weights are never sampled from."""
 
+import signal
 import threading
 
 import barelm
@@ -252,6 +253,35 @@ def test_memory_does_not_grow_over_thousands_of_rows(model):
 def resident_bytes():
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * 4096
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_signal_ends_a_long_step_and_leaves_the_rows_as_they_were(monkeypatch):
+    """On the plain backend, where this step takes seconds."""
+    monkeypatch.setenv("BARELM_ISA", "ref")
+    config = MIDDLE["gpt2"] | dict(n_layer=12, n_embd=96, n_inner=384, context=1000)
+    model = random_model(config)
+    session = Session(model, 3000)
+    rows = [session.add(), session.add()]
+    session.step(rows, [ids(70), ids(3)])
+
+    def stop(*_):
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(Stop):
+            session.step(rows, [ids(900), ids(900)])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert [session.length(row) for row in rows] == [70, 3]
+    (logits,) = session.step(rows[:1], [[5]])
+    assert_same_bits(logits, full_logits(model, [*ids(70), 5]))
 
 
 # ---- weights that change
