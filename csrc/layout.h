@@ -32,6 +32,9 @@ typedef struct {
 
 Layout param_layout(const Config *c);
 
+/* The parameter that makes logits. */
+int head_param(const Config *c);
+
 /* cos, sin (context, HS / 2): row p is the angles of position p, computed in double. */
 void rope_angles(const Config *c, float *cos_, float *sin_);
 

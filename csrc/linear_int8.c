@@ -1,4 +1,4 @@
-/* linear_int8.c -- a product with a weight in 8 bits: an eighth to a half of the bytes, for decoding.
+/* linear_int8.c -- a product with a weight in 8 bits: little more than a quarter of the bytes of fp32, for decoding.
  *
  * Weights and rows are quantised alike, in groups of 64 values along C (as LLM.int8() of Dettmers et al. 2022,
  * arXiv:2208.07339, does by whole rows): x = q * scale, scale = max |x| / 127, q the nearest integer.  The products of

@@ -373,10 +373,9 @@ static Chunk head_chunk(const Model *m, int row) {
 }
 
 static int vocab_padded(const Model *m) { return (int)m->layout.p[P_wte].rows; }
-static int head_param(const Model *m) { return m->c.tied ? P_wte : P_head; }
 
 static void chunk_logits(const Model *m, const Chunk *k) {
-    m->ops->linear_forward(k->logits, NULL, k->hidden, param(m, m->weights, head_param(m), 0), NULL, NULL, FN_NONE,
+    m->ops->linear_forward(k->logits, NULL, k->hidden, param(m, m->weights, head_param(&m->c), 0), NULL, NULL, FN_NONE,
                            m->prec, k->rows, m->c.n_embd, vocab_padded(m));
 }
 
@@ -387,7 +386,7 @@ static void chunk_logprobs(const Model *m, const Chunk *k, int entropy) {
 
 /* From the chunk's logits, which it uses up: adds to the head's weight, and leaves the gradient of hidden in dnorm. */
 static void chunk_backward(const Model *m, const Chunk *k, int has_dhidden) {
-    int C = m->c.n_embd, Vp = vocab_padded(m), head = head_param(m), add = m->grads_live || k->row > 0;
+    int C = m->c.n_embd, Vp = vocab_padded(m), head = head_param(&m->c), add = m->grads_live || k->row > 0;
     m->ops->logprob_backward(k->logits, k->dlogprobs, k->logits, k->targets, k->lse, m->invtemp, k->rows,
                              m->c.vocab_size, Vp);
     m->ops->linear_backward_input(k->dhidden, k->logits, has_dhidden ? k->dhidden : NULL, param(m, m->weights, head, 0),
@@ -517,7 +516,7 @@ static Status begin_grads(Model *m, int head_is_written) {
     const Param *p = m->layout.p;
     for (int i = 0; i < N_PARAMS; i++) {
         if (!p[i].floats || (p[i].where == LAYERED && p[i].columns)) continue;
-        if (i == head_param(m) && head_is_written) continue;
+        if (i == head_param(&m->c) && head_is_written) continue;
         for (int l = 0; l < (p[i].where == LAYERED ? m->c.n_layer : 1); l++) {
             int64_t at = param(m, m->grads, i, l) - m->grads;
             zero_floats(m, at, at + p[i].floats);

@@ -79,8 +79,6 @@ static Status allocate(Session *s, void **p, int64_t bytes, const char *purpose)
 
 /* ---- weights ----------------------------------------------------------------------------------------------------- */
 
-static int head_param(const Config *c) { return c->tied ? P_wte : P_head; }
-
 static int is_packed(const Config *c, int i) {
     return i == P_qkv_w || i == P_proj_w || i == P_fc_w || i == P_fc2_w || i == head_param(c);
 }
@@ -304,15 +302,28 @@ static Status take_pages(Session *s, const int *rows, const int *counts, int R) 
 
 /* ---- one slice of tokens through the layers ---------------------------------------------------------------------- */
 
-/* The arena of N tokens of R rows with up to P pages each; NULL in `arena` to learn its size. */
+typedef struct {
+    void *pointer; /* what will point to it */
+    int64_t bytes;
+} Field;
+
+/* Lay fields out one behind the other; returns the size.  NULL in `arena`: only that is wanted. */
+static int64_t place(const Field *list, size_t n, char *arena) {
+    int64_t at = 0;
+    for (size_t i = 0; i < n; i++) {
+        void *p = arena ? arena + at : NULL;
+        memcpy(list[i].pointer, &p, sizeof p);
+        at += aligned(list[i].bytes);
+    }
+    return at;
+}
+
+/* The arena of N tokens of R rows with up to `pages` pages each. */
 static int64_t slice_layout(const Session *s, Slice *out, char *arena, int64_t N, int64_t R, int64_t pages) {
     const Config *c = &s->c;
     LIST_SIZES;
     const int64_t A = (int64_t)s->ops->act_bytes;
-    const struct {
-        void *field;
-        int64_t bytes;
-    } list[] = {
+    const Field list[] = {
         {&out->tokens, 4 * N},        {&out->starts, 4 * N},
         {&out->first, 4 * (R + 1)},   {&out->past, 4 * R},
         {&out->mean, 4 * N},          {&out->rstd, 4 * N},
@@ -321,13 +332,7 @@ static int64_t slice_layout(const Session *s, Slice *out, char *arena, int64_t N
         {&out->att, A * AO * N},      {&out->mid, A * C * N},
         {&out->fch, A * F * N},       {&out->fc, GATED ? A * FC * N : 0},
     };
-    int64_t at = 0;
-    for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
-        void *p = arena ? arena + at : NULL;
-        memcpy(list[i].field, &p, sizeof p);
-        at += aligned(list[i].bytes);
-    }
-    return at;
+    return place(list, sizeof list / sizeof *list, arena);
 }
 
 /* A block of at least this many bytes, for content that does not outlive the step. */
@@ -379,10 +384,11 @@ static void block_forward(const Session *s, const Slice *b, int l, int N, int R,
     linear(s, b->x, b->fch, P_fc2_w, P_fc2_b, b->mid, FN_NONE, l, N);
 }
 
-/* Which tokens of a step make up a slice: rows from[0] .. from[R-1] of the step, taken[i] tokens of each. */
+/* Which tokens of a step make up a slice: rows from[0] .. from[R-1] of the step, taken[i] tokens of each, behind
+ * past[i] that it has. */
 typedef struct {
     int R, N, pages;
-    int from[SLICE], taken[SLICE];
+    int from[SLICE], taken[SLICE], past[SLICE];
 } Plan;
 
 /* The next tokens that have not gone through yet: `row` and `done` say where the last slice ended, and go on. */
@@ -390,8 +396,8 @@ static Plan next_slice(const Session *s, const int *rows, const int *counts, int
     Plan p = {0};
     while (*row < R && p.N < SLICE) {
         int left = counts[*row] - *done, taken = left < SLICE - p.N ? left : SLICE - p.N;
-        int pages = pages_for(s->rows[rows[*row]].length + *done + taken);
-        p.from[p.R] = *row, p.taken[p.R++] = taken, p.N += taken;
+        int past = s->rows[rows[*row]].length + *done, pages = pages_for(past + taken);
+        p.from[p.R] = *row, p.taken[p.R] = taken, p.past[p.R++] = past, p.N += taken;
         if (pages > p.pages) p.pages = pages;
         *done += taken;
         if (*done == counts[*row]) *row += 1, *done = 0;
@@ -399,24 +405,22 @@ static Plan next_slice(const Session *s, const int *rows, const int *counts, int
     return p;
 }
 
-/* Token ids, positions and pages of a slice, to the backend.  `past` of its first row is `first_past`. */
-static Status describe(const Session *s, const Slice *b, const Plan *p, const int *rows, const int32_t *tokens,
-                       const int *past) {
-    int32_t *host = malloc(sizeof *host * ((size_t)p->N + 2 * (size_t)p->R + 1 + (size_t)p->R * (size_t)p->pages));
+/* Token ids, positions and pages of a slice, to the backend. */
+static Status describe(const Session *s, const Slice *b, const Plan *p, const int *rows, const int32_t *tokens) {
+    int32_t *host = malloc(sizeof *host * ((size_t)p->N + (size_t)p->R + 1 + (size_t)p->R * (size_t)p->pages));
     if (!host) return NO_MEMORY;
-    int32_t *starts = host, *first = starts + p->N, *before = first + p->R + 1, *table = before + p->R;
+    int32_t *starts = host, *first = starts + p->N, *table = first + p->R + 1;
     first[0] = 0;
     for (int i = 0; i < p->R; i++) {
         const Row *r = &s->rows[rows[p->from[i]]];
-        before[i] = past[i];
         first[i + 1] = first[i] + p->taken[i];
-        for (int n = first[i]; n < first[i + 1]; n++) starts[n] = first[i] - past[i];
+        for (int n = first[i]; n < first[i + 1]; n++) starts[n] = first[i] - p->past[i];
         for (int j = 0; j < p->pages; j++) table[i * p->pages + j] = j < r->n_pages ? r->pages[j] : 0;
     }
     s->ops->copy_in(b->tokens, tokens, (size_t)p->N * 4);
     s->ops->copy_in(b->starts, starts, (size_t)p->N * 4);
     s->ops->copy_in(b->first, first, ((size_t)p->R + 1) * 4);
-    s->ops->copy_in(b->past, before, (size_t)p->R * 4);
+    s->ops->copy_in(b->past, p->past, (size_t)p->R * 4);
     s->ops->copy_in(b->table, table, (size_t)p->R * (size_t)p->pages * 4);
     free(host);
     return OK;
@@ -432,18 +436,11 @@ typedef struct {
 
 static int64_t head_layout(const Session *s, Head *h, char *p, int64_t R) {
     const int64_t A = (int64_t)s->ops->act_bytes, C = s->c.n_embd, Vp = s->layout.p[P_wte].rows;
-    const int64_t row = aligned(A * C * R), few = aligned(4 * R);
-    *h = (Head){0};
-    if (p)
-        *h = (Head){.last = p,
-                    .hidden = p + row,
-                    .logits = p + 2 * row,
-                    .mean = (float *)(p + 2 * row + aligned(A * Vp * R)),
-                    .rstd = (float *)(p + 2 * row + aligned(A * Vp * R) + few),
-                    .logprobs = (float *)(p + 2 * row + aligned(A * Vp * R) + 2 * few),
-                    .lse = (float *)(p + 2 * row + aligned(A * Vp * R) + 3 * few),
-                    .targets = (int32_t *)(p + 2 * row + aligned(A * Vp * R) + 4 * few)};
-    return 2 * row + aligned(A * Vp * R) + 5 * few;
+    const Field list[] = {
+        {&h->last, A * C * R}, {&h->hidden, A * C * R}, {&h->logits, A * Vp * R}, {&h->mean, 4 * R},
+        {&h->rstd, 4 * R},     {&h->logprobs, 4 * R},   {&h->lse, 4 * R},         {&h->targets, 4 * R},
+    };
+    return place(list, sizeof list / sizeof *list, p);
 }
 
 static void head_forward(const Session *s, const Head *h, float *logits, int R) {
@@ -457,17 +454,18 @@ static void head_forward(const Session *s, const Head *h, float *logits, int R) 
 
 /* ---- a step ------------------------------------------------------------------------------------------------------ */
 
-static Status run_slice(Session *s, const Plan *p, const int *rows, const int32_t *tokens, const int *past) {
-    Slice b;
-    int64_t bytes = slice_layout(s, &b, NULL, p->N, p->R, p->pages);
+/* Leaves the state of every token in b->x. */
+static Status run_slice(Session *s, Slice *b, const Plan *p, const int *rows, const int32_t *tokens) {
+    int64_t bytes = slice_layout(s, b, NULL, p->N, p->R, p->pages);
     Status status = grow(s, &s->arena, &s->arena_bytes, bytes, "activations of a step");
     if (status) return status;
-    slice_layout(s, &b, s->arena, p->N, p->R, p->pages);
-    if (describe(s, &b, p, rows, tokens, past)) return fail(s, NO_MEMORY, "table of a step: no memory");
-    s->ops->embedding_forward(b.x, b.tokens, b.starts, weight(s, P_wte, 0), weight(s, P_wpe, 0), 1, p->N, s->c.n_embd);
+    slice_layout(s, b, s->arena, p->N, p->R, p->pages);
+    if (describe(s, b, p, rows, tokens)) return fail(s, NO_MEMORY, "table of a step: no memory");
+    s->ops->embedding_forward(b->x, b->tokens, b->starts, weight(s, P_wte, 0), weight(s, P_wpe, 0), 1, p->N,
+                              s->c.n_embd);
     for (int l = 0; l < s->c.n_layer; l++) {
         if (s->poll && s->poll()) return INTERRUPTED;
-        block_forward(s, &b, l, p->N, p->R, p->pages);
+        block_forward(s, b, l, p->N, p->R, p->pages);
     }
     return OK;
 }
@@ -483,12 +481,9 @@ Status session_step(Session *s, float *logits, const int *rows, const int *count
     s->R = 0;
     size_t row_bytes = (size_t)s->c.n_embd * s->ops->act_bytes;
     for (int row = 0, done = 0, at = 0; row < R && !status;) {
-        int past[SLICE], before = done;
         Plan p = next_slice(s, rows, counts, R, &row, &done);
-        for (int i = 0; i < p.R; i++) past[i] = s->rows[rows[p.from[i]]].length + (i == 0 ? before : 0);
-        status = run_slice(s, &p, rows, tokens + at, past);
         Slice b;
-        slice_layout(s, &b, s->arena, p.N, p.R, p.pages);
+        status = run_slice(s, &b, &p, rows, tokens + at);
         for (int i = 0, end = 0; i < p.R && !status; i++) { /* a row that ends in this slice: its last token's state */
             end += p.taken[i];
             if (p.from[i] < row)

@@ -83,8 +83,8 @@ FAULTS = [
         "1.0f / (sqrtf(row_sum(x, mean, C, 1) / (float)C) + f->eps)",
     ),
     Fault("norm: residual gradient dropped", "csrc/norm.c", "if (dres) din = din + vload(dres + c, k);", ""),
-    Fault("linear: bias of the wrong column", "csrc/linear.c", "vload(g->bias + j0 + j, k)", "vload(g->bias + j, k)"),
-    Fault("linear: = instead of +=", "csrc/linear.c", "if (g->accumulate) x = vload(g->c + at + j, k) + x;", ""),
+    Fault("linear: bias of the wrong column", "csrc/linear.h", "vload(e->bias + j0 + j, k)", "vload(e->bias + j, k)"),
+    Fault("linear: = instead of +=", "csrc/linear.h", "if (e->accumulate) x = vload(e->c + at + j, k) + x;", ""),
     Fault(
         "linear: K blocks of 512 fp32",
         "csrc/linear.c",
@@ -195,7 +195,7 @@ FAULTS = [
     Fault(
         "session: positions begin anew with each slice",
         "csrc/session.c",
-        "starts[n] = first[i] - past[i];",
+        "starts[n] = first[i] - p->past[i];",
         "starts[n] = first[i];",
         first="tests/test_session.py",
     ),
@@ -258,23 +258,23 @@ FAULTS = [
     ),
     Fault(
         "attention: a query sees the key behind it",
-        "csrc/attention.c",
+        "csrc/attention.h",
         "rows_seen(nk, q, ahead), ahead - q);",
         "rows_seen(nk, q, ahead), ahead - q - 1);",
     ),
     Fault(
         "attention: keys before the start are seen",
-        "csrc/attention.c",
-        "for (int k0 = start; k0 < t0 + nq;",
-        "for (int k0 = start / KEY_BLOCK * KEY_BLOCK; k0 < t0 + nq;",
+        "csrc/attention.h",
+        "for (int k0 = f->start; k0 < t0 + nq;",
+        "for (int k0 = f->start / KEY_BLOCK * KEY_BLOCK; k0 < t0 + nq;",
     ),
     Fault(
         "attention: old sum not rescaled",
-        "csrc/attention.c",
+        "csrc/attention.h",
         "vload_all(sum) * k + block_sum",
         "vload_all(sum) + block_sum",
     ),
-    Fault("attention: keys taken for values", "csrc/attention.c", "return a->NH + a->NKV + kv;", "return a->NH + kv;"),
+    Fault("attention: keys taken for values", "csrc/attention.h", "return a->NH + a->NKV + kv;", "return a->NH + kv;"),
     Fault(
         "attention: last query block of a run forgotten backward",
         "csrc/attention.c",
@@ -388,8 +388,8 @@ FAULTS = [
     Fault(
         "model: stale head where only hidden has a gradient",
         "csrc/model.c",
-        "if (i == head_param(m) && head_is_written) continue;",
-        "if (i == head_param(m)) continue;",
+        "if (i == head_param(&m->c) && head_is_written) continue;",
+        "if (i == head_param(&m->c)) continue;",
         MODEL,
     ),
     Fault(
@@ -409,8 +409,8 @@ FAULTS = [
     Fault(
         "model: an update keeps the older forward",
         "csrc/model.c",
-        "m->step++;\n    m->kept = 0;\n    return OK;",
-        "m->step++;\n    return OK;",
+        "m->step++;\n    m->version++;\n    m->kept = 0;\n    return OK;",
+        "m->step++;\n    m->version++;\n    return OK;",
         MODEL,
     ),
     Fault("model: half a gradient is kept", "csrc/model.c", "m->grads_live = s == OK;", "m->grads_live = 1;", THREADS),
@@ -430,7 +430,7 @@ FAULTS = [
     ),
     Fault(
         "model: blend of wavelengths the wrong way round",
-        "csrc/model.c",
+        "csrc/layout.c",
         "(keep + (1 - keep) / c->rope_factor)",
         "(1 - keep + keep / c->rope_factor)",
         MODEL,
