@@ -1,6 +1,6 @@
 /* barelm.h -- the C API: one transformer, described by a Config, on any backend.
  *
- * Sizes, pointers and token ids are checked by the caller (bindings.cpp).  A function that can fail returns a Status
+ * Sizes, pointers and token ids are checked by the caller (bindings*.cpp).  A function that can fail returns a Status
  * and leaves a sentence in model_error(); then nothing of the model has changed, except where it says so. */
 #pragma once
 #include <stdint.h>

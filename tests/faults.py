@@ -451,10 +451,16 @@ FAULTS = [
         THREADS,
     ),
     Fault("binding: a token of V is taken", "csrc/bindings.cpp", "ids[i] >= high", "ids[i] > high", INPUT),
-    Fault("binding: an older view of the gradients is stale", "csrc/bindings.cpp", "me.grads_seen_ = true;", "", MODEL),
+    Fault(
+        "binding: an older view of the gradients is stale",
+        "csrc/bindings_model.cpp",
+        "me.grads_seen_ = true;",
+        "",
+        MODEL,
+    ),
     Fault(
         "binding: a view does not keep its block",
-        "csrc/bindings.cpp",
+        "csrc/bindings_model.cpp",
         "Floats(shape_of(t), strides, block + t.offset, self)",
         "Floats(shape_of(t), strides, block + t.offset, py::none())",
         MODEL,

@@ -1,0 +1,204 @@
+// bindings_session.cpp -- what python/barelm/session.py stands on: every argument is checked here, once.
+#include <unordered_map>
+#include "bindings.h"
+extern "C" {
+#include "session.h"
+}
+
+// All of it happens under its model's lock, so that no update comes between.  Ids are given once: that of a row which
+// was freed names no other.
+class PySession {
+  public:
+    PySession(const py::object &model, int64_t max_tokens, const std::optional<std::string> &weights)
+        : model_(model), m_(held_by(model)), prec_(model_precision(m_.model)) {
+        if (weights) prec_ = choice("weights", *weights, {"fp32", "bf16", "int8"});
+        const Config &c = *model_config(m_.model);
+        const int64_t most = (int64_t)1 << 30;
+        if (max_tokens < 1 || max_tokens > most)
+            throw py::value_error("max_tokens: is " + str(max_tokens) + ", must be in [1, " + str(most) + "]");
+        int pages = (int)((max_tokens + KEY_BLOCK - 1) / KEY_BLOCK);
+        std::string error(512, 0);
+        m_.gate.run(
+            [&] {
+                const Ops *ops = model_ops(m_.model);
+                session_ = session_create(&c, ops, prec_, pages, error.data(), (int)error.size());
+                if (!session_) return NO_MEMORY;
+                load();
+                return OK;
+            },
+            [&] { return error.c_str(); });
+        session_set_poll(session_, signal_pending);
+    }
+    PySession(const PySession &) = delete;
+    ~PySession() { session_free(session_); }
+
+    int64_t add() {
+        int64_t row = 0;
+        run([&] { return named(session_add(session_), &row); });
+        return row;
+    }
+
+    std::vector<int64_t> fork(int64_t row, int n) {
+        if (n < 0) throw py::value_error("n: is " + str(n) + ", must not be negative");
+        std::vector<int64_t> out((size_t)n);
+        run([&] {
+            int from = slot_of(row, "row");
+            Status s = OK;
+            for (size_t i = 0; i < out.size() && !s; i++) s = named(session_fork(session_, from), &out[i]);
+            return s;
+        });
+        return out;
+    }
+
+    void free(int64_t row) {
+        run([&] {
+            session_drop(session_, slot_of(row, "row"));
+            slots_.erase(row);
+            return OK;
+        });
+    }
+
+    int length(int64_t row) {
+        int n = 0;
+        run([&] { return n = session_length(session_, slot_of(row, "row")), OK; });
+        return n;
+    }
+
+    int room() {
+        int n = 0;
+        run([&] { return n = session_pages_free(session_), OK; });
+        return n;
+    }
+    int pages() const { return session_pages(session_); }
+
+    int pages_needed(const std::vector<int64_t> &rows, const std::vector<int> &counts) {
+        if (counts.size() != rows.size())
+            throw py::value_error("counts: there are " + str((int64_t)counts.size()) + ", rows has " +
+                                  str((int64_t)rows.size()));
+        for (size_t i = 0; i < counts.size(); i++)
+            if (counts[i] < 0)
+                throw py::value_error("counts[" + str((int64_t)i) + "]: is " + str(counts[i]) +
+                                      ", must not be negative");
+        int n = 0;
+        run([&] {
+            std::vector<int> slots = slots_of(rows);
+            n = session_pages_needed(session_, slots.data(), counts.data(), (int)slots.size());
+            return OK;
+        });
+        return n;
+    }
+
+    // tokens: the chunks of all rows, one behind the other
+    Floats step(const std::vector<int64_t> &rows, const std::vector<int> &counts, const Ids &tokens) {
+        const Config &c = *model_config(m_.model);
+        const int32_t *ids = tokens.data();
+        int64_t at = 0, R = (int64_t)rows.size();
+        for (int64_t i = 0; i < R; i++) {
+            std::string chunk = "chunks[" + str(i) + "]";
+            if (counts[i] < 1) throw py::value_error(chunk + ": is empty");
+            for (int k = 0; k < counts[i]; k++, at++)
+                if (ids[at] < 0 || ids[at] >= c.vocab_size)
+                    throw py::value_error(chunk + ": value " + str(ids[at]) + " at [" + str(k) + "] is outside [0, " +
+                                          str(c.vocab_size) + ")");
+        }
+        Floats logits({R, (int64_t)c.vocab_size});
+        float *p = logits.mutable_data();
+        run([&] {
+            std::vector<int> slots = slots_of(rows);
+            if (model_version(m_.model) != version_) load();
+            for (size_t i = 0; i < slots.size(); i++) {
+                int length = session_length(session_, slots[i]);
+                if (length > c.context - counts[i])
+                    throw py::value_error("chunks[" + str((int64_t)i) + "]: " + str(counts[i]) +
+                                          " tokens behind a row of " + str(length) +
+                                          " are more than the model's context of " + str(c.context));
+            }
+            return session_step(session_, p, slots.data(), counts.data(), ids, (int)R);
+        });
+        return logits;
+    }
+
+    Floats logprobs(const Ids &tokens, double temperature) {
+        const Config &c = *model_config(m_.model);
+        if (tokens.ndim() != 1) throw py::value_error("tokens: has " + str(tokens.ndim()) + " dimensions, must have 1");
+        check_temperature(temperature);
+        const int32_t *ids = tokens.data();
+        int64_t R = tokens.shape(0);
+        check_range(ids, "tokens", 1, R, 0, c.vocab_size);
+        Floats out(R);
+        float *p = out.mutable_data();
+        run([&] { return session_logprobs(session_, p, ids, (float)temperature, (int)R); });
+        return out;
+    }
+
+    // After weights were written by hand, through model.params: no version tells of that.
+    void refresh() {
+        run([&] { return version_ = -1, OK; });
+    }
+
+    py::dict memory() const {
+        const Config &c = *model_config(m_.model);
+        SessionMemory b = session_memory(&c, model_ops(m_.model), prec_, session_pages(session_));
+        py::dict d;
+        d["weights"] = b.weights, d["cache"] = b.cache;
+        return d;
+    }
+
+  private:
+    template <class F>
+    void run(F f) {
+        m_.gate.run(f, [this] { return session_error(session_); });
+    }
+    void load() {
+        version_ = model_version(m_.model);
+        session_load(session_, model_weights(m_.model), loads_++);
+    }
+    Status named(int slot, int64_t *row) {
+        if (slot < 0) return NO_MEMORY;
+        *row = next_++;
+        slots_[*row] = slot;
+        return OK;
+    }
+    int slot_of(int64_t row, const std::string &name) const {
+        auto found = slots_.find(row);
+        if (found == slots_.end()) throw py::value_error(name + ": there is no row " + str(row));
+        return found->second;
+    }
+    std::vector<int> slots_of(const std::vector<int64_t> &rows) const {
+        std::vector<int> slots;
+        std::unordered_map<int, size_t> seen;
+        for (size_t i = 0; i < rows.size(); i++) {
+            std::string name = "rows[" + str((int64_t)i) + "]";
+            slots.push_back(slot_of(rows[i], name));
+            if (!seen.emplace(slots.back(), i).second)
+                throw py::value_error(name + ": row " + str(rows[i]) + " is there twice");
+        }
+        return slots;
+    }
+
+    py::object model_;  // kept alive: the session reads its weights
+    Held m_;
+    int prec_;
+    Session *session_ = nullptr;
+    int64_t version_ = 0, loads_ = 0, next_ = 0;  // the model's version that was loaded; how often; the next id
+    std::unordered_map<int64_t, int> slots_;
+};
+
+void bind_session(py::module_ &m) {
+    m.attr("PAGE") = (int)KEY_BLOCK;  // tokens
+
+    py::class_<PySession>(m, "Session")
+        .def(py::init<const py::object &, int64_t, const std::optional<std::string> &>(), py::arg("model"),
+             py::arg("max_tokens"), py::arg("weights"))
+        .def("add", &PySession::add)
+        .def("fork", &PySession::fork, py::arg("row"), py::arg("n"))
+        .def("free", &PySession::free, py::arg("row"))
+        .def("length", &PySession::length, py::arg("row"))
+        .def("pages_needed", &PySession::pages_needed, py::arg("rows"), py::arg("counts"))
+        .def("step", &PySession::step, py::arg("rows"), py::arg("counts"), py::arg("tokens"))
+        .def("logprobs", &PySession::logprobs, py::arg("tokens"), py::arg("temperature"))
+        .def("refresh", &PySession::refresh)
+        .def_property_readonly("memory", &PySession::memory)
+        .def_property_readonly("pages", &PySession::pages)
+        .def_property_readonly("room", &PySession::room);
+}
