@@ -65,24 +65,15 @@ def serve(pipe, name, workload, folder):
 
 
 def memory_of_session(pipe, weights, workload, folder):
-    """Send the bytes of a process that loads the model, and fills and decodes one session of 1,024 tokens."""
-    found, T = {"start": status_bytes("VmRSS")}, min(1024, workload.config.context)
-    model = Model.load(folder)
-    found |= {"loading": status_bytes("VmHWM"), "parameters": sum(p.nbytes for p in model.params.values())}
-    forget_peak()
-    session = Session(model, T, weights)
+    """Send the bytes of a process that loads a session of 1,024 tokens, fills it and decodes."""
+    start, T = status_bytes("VmRSS"), min(1024, workload.config.context)
+    session = Session.load(folder, T, weights)
     row, tokens = session.add(), workload.ids(T)
     at = T - T // 16
     session.step([row], [tokens[:at]])
     for token in tokens[at:]:
         session.step([row], [[token]])
-    pipe.send({"session": weights, "tokens": T, **found, **session.memory, "peak": status_bytes("VmHWM")})
-
-
-def forget_peak():
-    """The peak begins anew; where the system does not do that, it stays that of loading."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    pipe.send({"session": weights, "tokens": T, "start": start, **session.memory, "peak": status_bytes("VmHWM")})
 
 
 def status_bytes(field):
@@ -288,9 +279,9 @@ def label(name, what, rows):
 
 
 def losses(folder, n_tokens=4096, rows=16):
-    """Nats per token of a trained model through sessions, by their weights, over the same windows of the run's held-out
-    text (the Python standard library where the folder has none), and the root mean square of what a token's log p is
-    off.  No window sees the one before.  ValueError: there is not a window to score."""
+    """Nats per token and bits per byte of a trained model through sessions, by their weights, over the same windows of
+    the run's held-out text (the Python standard library where the folder has none), and the root mean square of what a
+    token's log p is off.  No window sees the one before.  ValueError: there is not a window to score."""
     folder = newest_checkpoint(folder)
     model, tok = Model.load(folder), Tokenizer.load(folder)
     T, dataset = model.config.context, folder.parent / "data"
@@ -305,11 +296,14 @@ def losses(folder, n_tokens=4096, rows=16):
     for weights in WEIGHTS:
         session = Session(model, batch * -(-T // PAGE) * PAGE, weights)
         logprobs[weights] = np.concatenate([session_logprobs(session, x, y).ravel() for x, y in windows])
+    n_bytes = sum(int(data.lengths[y].sum()) for _, y in windows)
     apart = {weights: found - logprobs["fp32"] for weights, found in logprobs.items()}
     return {
         "checkpoint": str(folder),
         "text": "held-out side of the run" if own else "the Python standard library",
         "tokens": logprobs["fp32"].size,
+        "bytes": n_bytes,
+        "bits_per_byte": {w: -float(found.sum()) / math.log(2) / n_bytes for w, found in logprobs.items()},
         "nats": {weights: -float(found.mean()) for weights, found in logprobs.items()},
         "rms": {weights: float(np.sqrt(np.mean(np.square(d)))) for weights, d in apart.items()},
     }
@@ -352,7 +346,7 @@ def show(found, workload):
         ("tokens/s of", "over that of", "times", "spread %"),
         [(r["of"], r["to"], f"{r['times']:.2f}", f"{100 * r['spread']:.0f}") for r in found["ratios"]],
     )
-    columns = ("start", "loading", "parameters", "weights", "cache", "peak")
+    columns = ("start", "weights", "cache", "peak")
     table(
         ("session", "tokens", *(f"{name} MB" for name in columns)),
         [(m["session"], str(m["tokens"]), *(f"{m[name] / 1e6:.0f}" for name in columns)) for m in found["memory"]],
@@ -374,11 +368,19 @@ def row(r):
 
 
 def show_losses(found):
-    print(f"- {found['checkpoint']}: {found['tokens']} tokens, {found['text']}")
-    exact, rms = found["nats"]["fp32"], found["rms"]
+    print(f"- {found['checkpoint']}: {found['tokens']} tokens ({found['bytes']} bytes), {found['text']}")
+    bits, nats, rms = found["bits_per_byte"], found["nats"], found["rms"]
     table(
-        ("weights", "nats per token", "above fp32", "a token off by"),
-        [(w, f"{x:.5f}", f"{x - exact:+.5f}", f"{rms[w]:.4f}") for w, x in found["nats"].items()],
+        ("weights", "bits per byte", "nats per token", "bits above fp32", "nats above fp32", "a token off by"),
+        [
+            (
+                w,
+                *(f"{x[w]:.5f}" for x in (bits, nats)),
+                *(f"{x[w] - x['fp32']:+.5f}" for x in (bits, nats)),
+                f"{rms[w]:.4f}",
+            )
+            for w in WEIGHTS
+        ],
     )
 
 

@@ -142,6 +142,7 @@ PYBIND11_MODULE(_core, m) {
 #include "ops.def"
 #undef OP
 
+    m.attr("PACK_ROWS") = (int)PACK_ROWS;
     // Bytes of what a backend keeps in its own form: see linear_pack and attention_paged in ops.def.
     m.def("packed_bytes",
           [](const std::string &on, int prec, int C, int OC) { return backend(on).packed_bytes(prec, C, OC); });

@@ -1,36 +1,55 @@
 // bindings_session.cpp -- what python/barelm/session.py stands on: every argument is checked here, once.
+#include <algorithm>
+#include <memory>
+#include <tuple>
 #include <unordered_map>
 #include "bindings.h"
 extern "C" {
 #include "session.h"
 }
 
-// All of it happens under its model's lock, so that no update comes between.  Ids are given once: that of a row which
-// was freed names no other.
+// All of it happens under its model's lock, so that no update comes between; a session that stands alone has a lock of
+// its own.  Ids are given once: that of a row which was freed names no other.
 class PySession {
   public:
+    // Takes the weights of a model, and again when they move.
     PySession(const py::object &model, int64_t max_tokens, const std::optional<std::string> &weights)
-        : model_(model), m_(held_by(model)), prec_(model_precision(m_.model)) {
-        if (weights) prec_ = choice("weights", *weights, {"fp32", "bf16", "int8"});
-        const Config &c = *model_config(m_.model);
-        const int64_t most = (int64_t)1 << 30;
-        if (max_tokens < 1 || max_tokens > most)
-            throw py::value_error("max_tokens: is " + str(max_tokens) + ", must be in [1, " + str(most) + "]");
-        int pages = (int)((max_tokens + KEY_BLOCK - 1) / KEY_BLOCK);
-        std::string error(512, 0);
-        m_.gate.run(
-            [&] {
-                const Ops *ops = model_ops(m_.model);
-                session_ = session_create(&c, ops, prec_, pages, error.data(), (int)error.size());
-                if (!session_) return NO_MEMORY;
-                load();
-                return OK;
-            },
-            [&] { return error.c_str(); });
-        session_set_poll(session_, signal_pending);
+        : model_(model), m_(held_by(model).model), gate_(held_by(model).gate), config_(*model_config(m_)) {
+        create(model_ops(m_), max_tokens, weights ? precision(*weights) : model_precision(m_));
+    }
+    // Stands alone: its weights come in parts, see put.
+    PySession(const Config &config, int64_t max_tokens, const std::string &weights)
+        : m_(nullptr), gate_(own_gate_), config_(config), parts_(tensors_of(config)) {
+        create(&backend(""), max_tokens, precision(weights));
+        std::sort(parts_.begin(), parts_.end(), [](auto &a, auto &b) { return a.offset < b.offset; });
     }
     PySession(const PySession &) = delete;
-    ~PySession() { session_free(session_); }
+
+    // The tensors that put wants, in order: name, and whether its rows are columns in Hugging Face's shape.
+    std::vector<std::tuple<std::string, bool>> order() const {
+        std::vector<std::tuple<std::string, bool>> out;
+        for (const Tensor &t : parts_) out.emplace_back(t.name, t.transposed);
+        return out;
+    }
+
+    // The next rows of a tensor: (rows, columns), or (rows) of a vector.
+    void put(const std::string &name, const py::array &values) {
+        if (!missing()) throw py::value_error(name + ": all weights are there");
+        const Tensor &t = parts_[part_];
+        if (name != t.name) throw py::value_error(name + ": comes out of order, " + t.name + " is not whole yet");
+        int64_t rows = values.ndim() ? values.shape(0) : 0, columns = t.columns ? t.columns : 1;
+        const float *p = t.columns ? checked<float>(values, name.c_str(), "N, C", {rows, t.columns}, "it")
+                                   : checked<float>(values, name.c_str(), "N", {rows}, "it");
+        if (rows > t.rows - row_)
+            throw py::value_error(name + ": has " + str(t.rows) + " rows, " + str(row_ + rows) + " came");
+        run([&] {
+            session_put(session_, t.offset + row_ * columns, p, rows * columns);
+            row_ += rows;
+            if (row_ == t.rows) part_++, row_ = 0;
+            if (!missing()) session_end(session_, loads_++);
+            return OK;
+        });
+    }
 
     int64_t add() {
         int64_t row = 0;
@@ -90,7 +109,7 @@ class PySession {
 
     // tokens: the chunks of all rows, one behind the other
     Floats step(const std::vector<int64_t> &rows, const std::vector<int> &counts, const Ids &tokens) {
-        const Config &c = *model_config(m_.model);
+        const Config &c = config_;
         const int32_t *ids = tokens.data();
         int64_t at = 0, R = (int64_t)rows.size();
         for (int64_t i = 0; i < R; i++) {
@@ -105,7 +124,8 @@ class PySession {
         float *p = logits.mutable_data();
         run([&] {
             std::vector<int> slots = slots_of(rows);
-            if (model_version(m_.model) != version_) load();
+            if (missing()) throw std::runtime_error("the session has not got all of its weights yet");
+            if (m_ && model_version(m_) != version_) load();
             for (size_t i = 0; i < slots.size(); i++) {
                 int length = session_length(session_, slots[i]);
                 if (length > c.context - counts[i])
@@ -119,12 +139,11 @@ class PySession {
     }
 
     Floats logprobs(const Ids &tokens, double temperature) {
-        const Config &c = *model_config(m_.model);
         if (tokens.ndim() != 1) throw py::value_error("tokens: has " + str(tokens.ndim()) + " dimensions, must have 1");
         check_temperature(temperature);
         const int32_t *ids = tokens.data();
         int64_t R = tokens.shape(0);
-        check_range(ids, "tokens", 1, R, 0, c.vocab_size);
+        check_range(ids, "tokens", 1, R, 0, config_.vocab_size);
         Floats out(R);
         float *p = out.mutable_data();
         run([&] { return session_logprobs(session_, p, ids, (float)temperature, (int)R); });
@@ -133,26 +152,48 @@ class PySession {
 
     // After weights were written by hand, through model.params: no version tells of that.
     void refresh() {
+        if (!m_) throw std::runtime_error("refresh: the session has no model whose weights it could take");
         run([&] { return version_ = -1, OK; });
     }
 
     py::dict memory() const {
-        const Config &c = *model_config(m_.model);
-        SessionMemory b = session_memory(&c, model_ops(m_.model), prec_, session_pages(session_));
+        SessionMemory b = session_memory(&config_, ops_, prec_, session_pages(session_));
         py::dict d;
-        d["weights"] = b.weights, d["cache"] = b.cache;
+        d["weights"] = b.packed + (m_ ? 0 : b.plain), d["cache"] = b.cache;
         return d;
     }
 
   private:
+    static int precision(const std::string &weights) { return choice("weights", weights, {"fp32", "bf16", "int8"}); }
+
+    void create(const Ops *ops, int64_t max_tokens, int prec) {
+        const int64_t most = (int64_t)1 << 30;
+        if (max_tokens < 1 || max_tokens > most)
+            throw py::value_error("max_tokens: is " + str(max_tokens) + ", must be in [1, " + str(most) + "]");
+        ops_ = ops, prec_ = prec;
+        int pages = (int)((max_tokens + KEY_BLOCK - 1) / KEY_BLOCK);
+        std::string error(512, 0);
+        gate_.run(
+            [&] {
+                held_.reset(session_create(&config_, ops, prec, pages, error.data(), (int)error.size()));
+                return held_ ? OK : NO_MEMORY;
+            },
+            [&] { return error.c_str(); });
+        session_ = held_.get();
+        session_set_poll(session_, signal_pending);
+        run([&] { return m_ ? load() : session_begin(session_); });
+    }
+
     template <class F>
     void run(F f) {
-        m_.gate.run(f, [this] { return session_error(session_); });
+        gate_.run(f, [this] { return session_error(session_); });
     }
-    void load() {
-        version_ = model_version(m_.model);
-        session_load(session_, model_weights(m_.model), loads_++);
+    Status load() {
+        version_ = model_version(m_);
+        session_load(session_, model_weights(m_), loads_++);
+        return OK;
     }
+    bool missing() const { return part_ < parts_.size(); }
     Status named(int slot, int64_t *row) {
         if (slot < 0) return NO_MEMORY;
         *row = next_++;
@@ -177,10 +218,17 @@ class PySession {
     }
 
     py::object model_;  // kept alive: the session reads its weights
-    Held m_;
-    int prec_;
+    Model *m_;          // null: the session stands alone
+    Gate own_gate_, &gate_;
+    Config config_;
+    const Ops *ops_ = nullptr;
+    int prec_ = PREC_FP32;
+    std::unique_ptr<Session, void (*)(Session *)> held_{nullptr, session_free};
     Session *session_ = nullptr;
     int64_t version_ = 0, loads_ = 0, next_ = 0;  // the model's version that was loaded; how often; the next id
+    std::vector<Tensor> parts_;                   // what put wants
+    size_t part_ = 0;                             // the one that comes next,
+    int64_t row_ = 0;                             // and its first row that is not there yet
     std::unordered_map<int64_t, int> slots_;
 };
 
@@ -190,6 +238,12 @@ void bind_session(py::module_ &m) {
     py::class_<PySession>(m, "Session")
         .def(py::init<const py::object &, int64_t, const std::optional<std::string> &>(), py::arg("model"),
              py::arg("max_tokens"), py::arg("weights"))
+        .def(py::init([](const py::object &config, int64_t max_tokens, const std::string &weights) {
+                 return std::make_unique<PySession>(config_of(config), max_tokens, weights);
+             }),
+             py::kw_only(), py::arg("config"), py::arg("max_tokens"), py::arg("weights"))
+        .def("order", &PySession::order)
+        .def("put", &PySession::put, py::arg("name"), py::arg("values"))
         .def("add", &PySession::add)
         .def("fork", &PySession::fork, py::arg("row"), py::arg("n"))
         .def("free", &PySession::free, py::arg("row"))

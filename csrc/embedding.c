@@ -3,7 +3,7 @@
  * Backward, the rows of one token are a linked list through scratch (V + 2 N ints), built in one pass over the tokens.
  * A task takes whole tokens and sums each list in registers, in double: there is no dense gradient to clear, nothing is
  * added atomically, and the order of the sum is that of (b, t).  Bound by memory: dout is read once. */
-#include "simd.h"
+#include "linear.h"
 #include "threads.h"
 
 static int position(const int32_t *starts, int n, int T) { return n % T - (starts ? starts[n] : 0); }
@@ -35,6 +35,33 @@ void CAT(embedding_forward, ISA)(float *out, const int32_t *tokens, const int32_
                                  const float *wpe, int B, int T, int C) {
     Forward f = {out, tokens, starts, wte, wpe, B * T, T, C, rows_per_task(C)};
     parallel_for(forward, &f, tasks_for(f.N, f.rows));
+}
+
+/* ---- forward, of a weight packed for products ---- */
+
+typedef struct {
+    Forward f; /* wte: not used */
+    const void *packed;
+    int prec;
+} ForwardPacked;
+
+static void forward_packed(void *context, int task) {
+    const ForwardPacked *p = context;
+    const Forward *f = &p->f;
+    const int C = f->C, end = min_int(f->N, (task + 1) * f->rows);
+    for (int n = task * f->rows; n < end; n++) {
+        float *out = f->out + (int64_t)n * C;
+        CAT(packed_row, ISA)(out, p->packed, p->prec, C, f->tokens[n]);
+        if (!f->wpe) continue;
+        const float *wpe_p = f->wpe + (int64_t)position(f->starts, n, f->T) * C;
+        for (int c = 0; c < C; c++) out[c] = out[c] + wpe_p[c];
+    }
+}
+
+void CAT(embedding_packed, ISA)(float *out, const int32_t *tokens, const int32_t *starts, const void *packed,
+                                const float *wpe, int prec, int B, int T, int C) {
+    ForwardPacked p = {{out, tokens, starts, NULL, wpe, B * T, T, C, rows_per_task((int64_t)C * W)}, packed, prec};
+    parallel_for(forward_packed, &p, tasks_for(p.f.N, p.f.rows));
 }
 
 /* ---- backward ---- */

@@ -88,6 +88,8 @@ void rope_angles(const Config *c, float *cos_, float *sin_) {
 
 int head_param(const Config *c) { return c->tied ? P_wte : P_head; }
 
+int is_vocabulary(int param) { return param == P_wte || param == P_head; }
+
 int mlp_function(const Config *c) {
     return c->act == MLP_GELU_TANH ? FN_GELU_TANH : c->act == MLP_GELU_ERF ? FN_GELU_ERF : FN_NONE;
 }

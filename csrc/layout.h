@@ -35,6 +35,9 @@ Layout param_layout(const Config *c);
 /* The parameter that makes logits. */
 int head_param(const Config *c);
 
+/* Whether its rows are tokens: behind the vocabulary's last they are padding, and zero. */
+int is_vocabulary(int param);
+
 /* cos, sin (context, HS / 2): row p is the angles of position p, computed in double. */
 void rope_angles(const Config *c, float *cos_, float *sin_);
 

@@ -173,6 +173,23 @@ void CAT(linear_pack, ISA)(void *packed, const float *weight, int prec, int C, i
     parallel_for(pack_panel, &g, (OC + NR - 1) / NR);
 }
 
+_Static_assert(PACK_ROWS % NR == 0, "a weight is cut between panels");
+
+/* A row lies across its panel, so that this reads a cache line a value: it is for embeddings, not for products. */
+void CAT(packed_row, ISA)(float *out, const void *packed, int prec, int C, int o) {
+    const char *panel = (const char *)packed + o / NR * panel_bytes(C, prec);
+    const float *f = (const float *)panel + o % NR;
+    const uint16_t *single = (const uint16_t *)panel + o % NR, *pair = (const uint16_t *)panel + o % NR * 2;
+    if (prec == PREC_INT8) {
+        CAT(int8_row, ISA)(out, packed, C, o);
+        return;
+    }
+    for (int64_t c = 0; c < C; c++)
+        out[c] = prec == PREC_FP32 ? f[c * NR]
+                 : folded(prec)    ? from_bf16(single[c * NR])
+                                   : from_bf16(pair[c / 2 * NR * 2 + c % 2]);
+}
+
 /* One block of the panel that begins at column j, ready to be multiplied: where it lies, or in `space`. */
 static const float *packed_block(const Gemm *g, int j, int k, int values, float *space) {
     const char *panel = (const char *)g->packed + j / NR * panel_bytes(g->K, g->prec);

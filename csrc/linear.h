@@ -36,6 +36,10 @@ static inline void finish_row(const Epilogue *e, int N, const float *S, int i, i
     }
 }
 
+/* out (C) = row o of the weight that was packed, as it was rounded. */
+void CAT(packed_row, ISA)(float *out, const void *packed, int prec, int C, int o);
+
 int64_t CAT(int8_bytes, ISA)(int C, int OC);
 void CAT(int8_pack, ISA)(void *packed, const float *weight, int C, int OC);
+void CAT(int8_row, ISA)(float *out, const void *packed, int C, int o);
 void CAT(int8_product, ISA)(const Epilogue *e, const float *in, const void *packed, int N, int C, int OC);

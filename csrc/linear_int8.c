@@ -59,6 +59,17 @@ void CAT(int8_pack, ISA)(void *packed, const float *weight, int C, int OC) {
     parallel_for(pack_panel, &p, (OC + NR - 1) / NR);
 }
 
+void CAT(int8_row, ISA)(float *out, const void *packed, int C, int o) {
+    const uint8_t *group = (const uint8_t *)packed + (int64_t)(o / NR) * groups_of(C) * GROUP_BYTES;
+    for (int c = 0; c < C; c++) {
+        int k = c % GROUP;
+        float scale;
+        if (c && !k) group += GROUP_BYTES;
+        memcpy(&scale, group + 4 * (o % NR), sizeof scale);
+        out[c] = (float)(group[4 * NR + ((k / 4) * NR + o % NR) * 4 + k % 4] - 128) * scale;
+    }
+}
+
 /* ---- the product ---- */
 
 typedef struct {

@@ -161,7 +161,7 @@ static Status initial_weights(Model *m, uint64_t seed) {
         const Param *p = &m->layout.p[i];
         if (p->init == ZERO || !p->floats) continue;
         /* the padding of the vocabulary stays zero */
-        int64_t n = i == P_wte || i == P_head ? m->c.vocab_size * p->columns : p->floats;
+        int64_t n = is_vocabulary(i) ? m->c.vocab_size * p->columns : p->floats;
         float *host = malloc((size_t)n * sizeof(float));
         if (!host) return fail(m, NO_MEMORY, "initial weights: no memory");
         for (int l = 0; l < (p->where == LAYERED ? m->c.n_layer : 1); l++) {

@@ -20,6 +20,8 @@ enum { HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_C1, HYPER_C2, HYPER_
 enum { K_BLOCK = 256, ROW_BLOCK = 64, ROW_CHAIN = 8, KEY_BLOCK = 64 };
 /* Values that share a scale in int8. */
 enum { INT8_GROUP = 64 };
+/* Where a weight may be cut that is packed in parts, see linear_pack: whole panels of every backend. */
+enum { PACK_ROWS = 768 };
 
 typedef struct {
     const char *name;

@@ -305,6 +305,18 @@ static void linear_pack(void *packed, const float *weight, int prec, int C, int 
     }
 }
 
+static void embedding_packed(float *out, const int32_t *tokens, const int32_t *starts, const void *packed,
+                             const float *wpe, int prec, int B, int T, int C) {
+    for (int bt = 0; bt < B * T; bt++, out += C) {
+        const char *row = (const char *)packed + packed_bytes(prec, C, tokens[bt]);
+        const Group *groups = (const Group *)row;
+        if (prec != PREC_INT8) from_memory(out, row, prec, C);
+        for (int c = 0; c < C && prec == PREC_INT8; c++)
+            out[c] = groups[c / INT8_GROUP].q[c % INT8_GROUP] * groups[c / INT8_GROUP].scale;
+        for (int c = 0; c < C && wpe; c++) out[c] += wpe[(int64_t)position(starts, bt, T) * C + c];
+    }
+}
+
 static void linear_packed(float *out, const float *in, const void *packed, const float *bias, const float *residual,
                           int fn, int prec, int N, int C, int OC) {
     enum { STRIP = 64 }; /* rows of the weight at a time */

@@ -31,10 +31,13 @@ struct Session {
     const Ops *ops;
     int prec, cache_prec; /* of the packed weights; of keys and values */
     Layout layout;
-    const float *weights;
     int64_t version;
     char *packed; /* the matrices */
     int64_t packed_at[N_PARAMS], packed_layer[N_PARAMS], packed_bytes;
+    const float *plain[N_PARAMS]; /* layer 0 of what is read as it is: in another's block, or in `own` */
+    int64_t plain_layer[N_PARAMS];
+    float *own, *part; /* of a session that takes its weights in parts; rows that wait to be packed */
+    int64_t own_bytes, part_bytes;
     float *cos, *sin;
 
     char *pool; /* [layer][page] */
@@ -79,39 +82,130 @@ static Status allocate(Session *s, void **p, int64_t bytes, const char *purpose)
 
 /* ---- weights ----------------------------------------------------------------------------------------------------- */
 
-static int is_packed(const Config *c, int i) {
-    return i == P_qkv_w || i == P_proj_w || i == P_fc_w || i == P_fc2_w || i == head_param(c);
+static int is_packed(const Session *s, int i) {
+    if (i == P_wte && s->prec == PREC_INT8) return 1;
+    return i == P_qkv_w || i == P_proj_w || i == P_fc_w || i == P_fc2_w || i == head_param(&s->c);
 }
+
+/* Where packing has not rounded the embedding to less than the model's precision, it need not exist twice. */
+static int embeds_packed(const Session *s) { return is_packed(s, P_wte) && s->prec != PREC_BF16; }
+
+static int is_plain(const Session *s, int i) {
+    return s->layout.p[i].floats && (i == P_wte ? !embeds_packed(s) : !is_packed(s, i));
+}
+
+static int layers_of(const Session *s, int i) { return s->layout.p[i].where == LAYERED ? s->c.n_layer : 1; }
 
 /* Where each packed matrix lies, layer after layer of one parameter behind those of another. */
 static void pack_layout(Session *s) {
     int64_t at = 0;
     for (int i = 0; i < N_PARAMS; i++) {
         const Param *p = &s->layout.p[i];
-        if (!is_packed(&s->c, i)) continue;
+        if (!is_packed(s, i)) continue;
         s->packed_at[i] = at;
         s->packed_layer[i] = aligned(s->ops->packed_bytes(s->prec, (int)p->columns, (int)p->rows));
-        at += s->packed_layer[i] * (p->where == LAYERED ? s->c.n_layer : 1);
+        at += s->packed_layer[i] * layers_of(s, i);
     }
     s->packed_bytes = at;
 }
 
+/* Likewise what is not packed, in a block of the session's own; returns its bytes.  NULL: only they are wanted. */
+static int64_t own_layout(Session *s, float *own) {
+    int64_t at = 0;
+    for (int i = 0; i < N_PARAMS; i++) {
+        if (!is_plain(s, i)) continue;
+        int64_t bytes = aligned(s->layout.p[i].floats * (int64_t)sizeof(float));
+        s->plain[i] = own ? own + at / (int64_t)sizeof(float) : NULL;
+        s->plain_layer[i] = bytes / (int64_t)sizeof(float);
+        at += bytes * layers_of(s, i);
+    }
+    return at;
+}
+
 static const float *weight(const Session *s, int i, int l) {
-    const Param *p = &s->layout.p[i];
-    return p->floats ? s->weights + p->offset + (p->where == LAYERED ? l * s->layout.layer_floats : 0) : NULL;
+    return s->layout.p[i].floats ? s->plain[i] + l * s->plain_layer[i] : NULL;
 }
 
 static char *packed(const Session *s, int i, int l) { return s->packed + s->packed_at[i] + l * s->packed_layer[i]; }
 
-void session_load(Session *s, const float *weights, int64_t version) {
-    s->weights = weights;
-    for (int i = 0; i < N_PARAMS; i++) {
-        const Param *p = &s->layout.p[i];
-        for (int l = 0; is_packed(&s->c, i) && l < (p->where == LAYERED ? s->c.n_layer : 1); l++)
-            s->ops->linear_pack(packed(s, i, l), weight(s, i, l), s->prec, (int)p->columns, (int)p->rows);
-    }
+static void taken(Session *s, int64_t version) {
     s->version = version;
     s->R = 0;
+}
+
+void session_load(Session *s, const float *weights, int64_t version) {
+    for (int i = 0; i < N_PARAMS; i++) {
+        const Param *p = &s->layout.p[i];
+        s->plain[i] = weights + p->offset;
+        s->plain_layer[i] = s->layout.layer_floats;
+        for (int l = 0; is_packed(s, i) && l < layers_of(s, i); l++)
+            s->ops->linear_pack(packed(s, i, l), weight(s, i, l), s->prec, (int)p->columns, (int)p->rows);
+    }
+    taken(s, version);
+}
+
+/* ---- weights in parts -------------------------------------------------------------------------------------------- */
+
+Status session_begin(Session *s) {
+    int64_t most = 0;
+    for (int i = 0; i < N_PARAMS; i++)
+        if (is_packed(s, i) && s->layout.p[i].columns > most) most = s->layout.p[i].columns;
+    s->own_bytes = own_layout(s, NULL);
+    s->part_bytes = most * PACK_ROWS * (int64_t)sizeof(float);
+    Status status = allocate(s, (void **)&s->own, s->own_bytes, "weights that are not packed");
+    if (!status) status = allocate(s, (void **)&s->part, s->part_bytes, "weights that wait to be packed");
+    if (!status) own_layout(s, s->own);
+    return status;
+}
+
+typedef struct {
+    int param, layer;
+    int64_t at; /* floats from the begin of the layer's tensor */
+} Place;
+
+/* What lies at this offset of a block of weights. */
+static Place place_of(const Session *s, int64_t offset) {
+    for (int i = 0;; i++) {
+        const Param *p = &s->layout.p[i];
+        int64_t at = offset - p->offset, layer = 0;
+        if (p->where == LAYERED && at >= 0) layer = at / s->layout.layer_floats, at %= s->layout.layer_floats;
+        if (at >= 0 && at < p->floats && layer < layers_of(s, i)) return (Place){i, (int)layer, at};
+    }
+}
+
+/* Rows of a matrix gather in s->part; as many as can be packed together, and the last ones, are packed. */
+static void gather(Session *s, Place to, const float *values, int64_t floats) {
+    const Param *p = &s->layout.p[to.param];
+    const int64_t C = p->columns, V = s->c.vocab_size, real = is_vocabulary(to.param) ? V : p->rows;
+    int64_t row = to.at / C, end = row + floats / C;
+    while (row < end) {
+        int64_t first = row / PACK_ROWS * PACK_ROWS, stop = first + PACK_ROWS < real ? first + PACK_ROWS : real;
+        int64_t n = (end < stop ? end : stop) - row;
+        s->ops->copy_in(s->part + (row - first) * C, values, (size_t)(n * C) * sizeof(float));
+        values += n * C, row += n;
+        if (row < stop) break;
+        if (stop == real) { /* the padding of the vocabulary is zero */
+            s->ops->zero(s->part + (real - first) * C, (size_t)((p->rows - real) * C) * sizeof(float));
+            stop = p->rows;
+        }
+        char *to_rows = packed(s, to.param, to.layer) + s->ops->packed_bytes(s->prec, (int)C, (int)first);
+        s->ops->linear_pack(to_rows, s->part, s->prec, (int)C, (int)(stop - first));
+    }
+}
+
+void session_put(Session *s, int64_t offset, const float *values, int64_t floats) {
+    Place to = place_of(s, offset);
+    if (is_plain(s, to.param)) {
+        float *own = (float *)weight(s, to.param, to.layer) + to.at;
+        s->ops->copy_in(own, values, (size_t)floats * sizeof(float));
+    }
+    if (is_packed(s, to.param)) gather(s, to, values, floats);
+}
+
+void session_end(Session *s, int64_t version) {
+    s->ops->free(s->part, (size_t)s->part_bytes);
+    s->part = NULL;
+    taken(s, version);
 }
 
 /* ---- life -------------------------------------------------------------------------------------------------------- */
@@ -137,7 +231,9 @@ static int64_t bytes_of_page(const Config *c, const Ops *ops, int prec) {
 SessionMemory session_memory(const Config *c, const Ops *ops, int prec, int pages) {
     Session s = {.c = *c, .ops = ops, .prec = prec, .layout = param_layout(c)};
     pack_layout(&s);
-    return (SessionMemory){s.packed_bytes, (int64_t)c->n_layer * pages * bytes_of_page(c, ops, prec)};
+    return (SessionMemory){.packed = s.packed_bytes,
+                           .plain = own_layout(&s, NULL),
+                           .cache = (int64_t)c->n_layer * pages * bytes_of_page(c, ops, prec)};
 }
 
 Session *session_create(const Config *c, const Ops *ops, int prec, int pages, char *error, int size) {
@@ -173,6 +269,8 @@ void session_free(Session *s) {
     if (!s) return;
     size_t half_table = (size_t)s->c.context * (size_t)(s->c.head_size / 2) * sizeof(float);
     if (s->packed) s->ops->free(s->packed, (size_t)s->packed_bytes);
+    if (s->own) s->ops->free(s->own, (size_t)s->own_bytes);
+    if (s->part) s->ops->free(s->part, (size_t)s->part_bytes);
     if (s->pool) s->ops->free(s->pool, (size_t)(s->c.n_layer * s->page_bytes * s->pages));
     if (s->cos) s->ops->free(s->cos, 2 * half_table);
     if (s->arena) s->ops->free(s->arena, (size_t)s->arena_bytes);
@@ -361,6 +459,13 @@ static void linear(const Session *s, act *out, const act *in, int matrix, int bi
                           (int)p->rows);
 }
 
+static void embed(const Session *s, const Slice *b, int N) {
+    const float *wpe = weight(s, P_wpe, 0);
+    if (embeds_packed(s))
+        s->ops->embedding_packed(b->x, b->tokens, b->starts, packed(s, P_wte, 0), wpe, s->prec, 1, N, s->c.n_embd);
+    else s->ops->embedding_forward(b->x, b->tokens, b->starts, weight(s, P_wte, 0), wpe, 1, N, s->c.n_embd);
+}
+
 /* As block_forward of model.c, nothing kept for a backward pass. */
 static void block_forward(const Session *s, const Slice *b, int l, int N, int R, int pages) {
     const Config *c = &s->c;
@@ -461,8 +566,7 @@ static Status run_slice(Session *s, Slice *b, const Plan *p, const int *rows, co
     if (status) return status;
     slice_layout(s, b, s->arena, p->N, p->R, p->pages);
     if (describe(s, b, p, rows, tokens)) return fail(s, NO_MEMORY, "table of a step: no memory");
-    s->ops->embedding_forward(b->x, b->tokens, b->starts, weight(s, P_wte, 0), weight(s, P_wpe, 0), 1, p->N,
-                              s->c.n_embd);
+    embed(s, b, p->N);
     for (int l = 0; l < s->c.n_layer; l++) {
         if (s->poll && s->poll()) return INTERRUPTED;
         block_forward(s, b, l, p->N, p->R, p->pages);

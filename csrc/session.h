@@ -20,6 +20,12 @@ void session_set_poll(Session *s, int (*poll)(void));
  * outlive the session.  `version` names them: rows that other weights have written to are stale. */
 void session_load(Session *s, const float *weights, int64_t version);
 
+/* Or take them in parts, once, so that they need not exist beside the session: begin, every part, end.  A part is what
+ * lies from `offset` on in such a block, within one Tensor; of a matrix whole rows, which come in order. */
+Status session_begin(Session *s);
+void session_put(Session *s, int64_t offset, const float *values, int64_t floats);
+void session_end(Session *s, int64_t version);
+
 /* The new row, empty; -1: no memory. */
 int session_add(Session *s);
 int session_fork(Session *s, int row);
@@ -40,7 +46,7 @@ Status session_step(Session *s, float *logits, const int *rows, const int *count
  * last step. */
 Status session_logprobs(Session *s, float *logprobs, const int32_t *targets, float temperature, int R);
 
-typedef struct { /* bytes by purpose */
-    int64_t weights, cache;
+typedef struct {                  /* bytes by purpose */
+    int64_t packed, plain, cache; /* plain: the rest of the weights, where they are taken in parts */
 } SessionMemory;
 SessionMemory session_memory(const Config *c, const Ops *ops, int prec, int pages);

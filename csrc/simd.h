@@ -248,6 +248,13 @@ INLINE int min_int(int a, int b) { return a < b ? a : b; }
 INLINE int rows_per_task(int64_t row) { return row < 16384 ? (int)(16384 / row) : 1; }
 INLINE int tasks_for(int N, int rows) { return (int)(((int64_t)N + rows - 1) / rows); }
 
+INLINE float from_bf16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
 /* exp(x).  x = n ln2 + r with |r| <= ln2/2, ln2 in two parts so that r is exact; exp(r) by a polynomial of degree 7.
  * Below -87.3 (no normal result) exactly 0, above 88.7 inf, NaN stays NaN. */
 INLINE vf vexp(vf x) {

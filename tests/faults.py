@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("csrc", "cuda", "python", "tests", "CMakeLists.txt", "pyproject.toml")
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
-ALL = OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD, TRAIN, TRUST, NGRAM, LOOP, DRAWS = tuple(
+ALL = tuple(
     f"tests/test_{name}.py"
     for name in (
         "ops",
@@ -36,8 +36,14 @@ ALL = OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD, TRA
         "ngram",
         "loop",
         "draws",
+        "session",
+        "packed",
+        "session_load",
+        "engine",
     )
 )
+(OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD) = ALL[:9]
+(TRAIN, TRUST, NGRAM, LOOP, DRAWS, SESSION, PACKED, LOAD, ENGINE) = ALL[9:]
 
 
 @dataclass
@@ -127,112 +133,112 @@ FAULTS = [
         "csrc/linear.c",
         "tile(2, NV, pairs",
         "tile(1, NV, pairs",
-        first="tests/test_packed.py",
+        first=PACKED,
     ),
     Fault(
         "linear: a packed block is always the first",
         "csrc/linear.c",
         "return (const float *)panel + (int64_t)(k / values_a_unit(g)) * NR;",
         "return (const float *)panel;",
-        first="tests/test_packed.py",
+        first=PACKED,
     ),
     Fault(
         "int8: too little is taken away again",
         "csrc/linear_int8.c",
         "p->begins[at] = -128 * sum;",
         "p->begins[at] = -127 * sum;",
-        first="tests/test_packed.py",
+        first=PACKED,
     ),
     Fault(
         "paged attention: a query does not see its own key",
         "csrc/attention_paged.c",
         "int nk = min_int(KEY_BLOCK, t + 1 - k0), d = 0;",
         "int nk = min_int(KEY_BLOCK, t - k0), d = 0;",
-        first="tests/test_packed.py",
+        first=PACKED,
     ),
     Fault(
         "paged attention: the old maximum is forgotten",
         "csrc/attention_paged.c",
         "s->max = block_max > old_max ? block_max : old_max;",
         "s->max = block_max;",
-        first="tests/test_packed.py",
+        first=PACKED,
     ),
     Fault(
         "session: a shared page is written",
         "csrc/session.c",
         "if (tail >= 0 && s->owners[tail] > 1) copy_tail(s, r);",
         "",
-        first="tests/test_session.py",
+        first=SESSION,
     ),
     Fault(
         "session: the pages of a row that leaves are lost",
         "csrc/session.c",
         "for (int i = 0; i < r->n_pages; i++) leave_page(s, r->pages[i]);",
         "",
-        first="tests/test_session.py",
+        first=SESSION,
     ),
     Fault(
         "session: a fork is no owner",
         "csrc/session.c",
         "s->owners[to->pages[i]]++;",
         "",
-        first="tests/test_session.py",
+        first=SESSION,
     ),
     Fault(
         "session: a copied page holds the first layer alone",
         "csrc/session.c",
         "for (int l = 0; l < s->c.n_layer; l++) {\n        char *layer",
         "for (int l = 0; l < 1; l++) {\n        char *layer",
-        first="tests/test_session.py",
+        first=SESSION,
     ),
     Fault(
         "session: rows of older weights go on",
         "csrc/session.c",
         "s->rows[row].version != s->version",
         "0",
-        first="tests/test_session.py",
+        first=SESSION,
     ),
     Fault(
         "session: positions begin anew with each slice",
         "csrc/session.c",
         "starts[n] = first[i] - p->past[i];",
         "starts[n] = first[i];",
-        first="tests/test_session.py",
+        first=SESSION,
     ),
     Fault(
         "engine: draws are keyed without the row",
         "python/barelm/engine.py",
         "_core.STREAM_SAMPLE, self.key, len(self.tokens))",
         "_core.STREAM_SAMPLE, 0, len(self.tokens))",
-        first="tests/test_engine.py",
+        first=ENGINE,
     ),
     Fault(
         "engine: a row that was put back goes on behind what it had read",
         "python/barelm/engine.py",
         "lane.id, lane.read = None, lane.start",
         "lane.id = None",
-        first="tests/test_engine.py",
+        first=ENGINE,
     ),
     Fault(
         "engine: a stop string across tokens is missed",
         "python/barelm/engine.py",
         "self._release(len(self._held) - _overlap(self._held, self._stops))",
         "self._release(len(self._held))",
-        first="tests/test_engine.py",
+        first=ENGINE,
     ),
     Fault(
         "engine: the pages of a row that has ended are kept",
         "python/barelm/engine.py",
         "self._lanes.remove(lane)\n            if lane.id is not None:\n                self.session.free(lane.id)",
         "self._lanes.remove(lane)",
-        first="tests/test_engine.py",
+        first=ENGINE,
     ),
     Fault(
         "drawing: the penalty makes negative logits likelier",
         "python/barelm/drawing.py",
         "out[seen] / penalty, out[seen] * penalty",
         "out[seen] / penalty, out[seen] / penalty",
-        first="tests/test_engine.py",
+        first=ENGINE,
     ),
     Fault("model: a step above the limit is made", "csrc/model.c", "if (*norm > skip_above) return OK;", ""),
     Fault(
@@ -286,6 +292,27 @@ FAULTS = [
         "csrc/embedding.c",
         "return n % T - (starts ? starts[n] : 0);",
         "return (void)starts, n % T;",
+    ),
+    Fault(
+        "embedding: of a packed weight, starts ignored",
+        "csrc/embedding.c",
+        "position(f->starts, n, f->T) * C;\n        for",
+        "position(NULL, n, f->T) * C;\n        for",
+        PACKED,
+    ),
+    Fault(
+        "session: parts are packed over each other",
+        "csrc/session.c",
+        "s->ops->packed_bytes(s->prec, (int)C, (int)first)",
+        "s->ops->packed_bytes(s->prec, (int)C, 0)",
+        LOAD,
+    ),
+    Fault(
+        "session: a part's last rows are lost",
+        "csrc/session.c",
+        "if (row < stop) break;",
+        "if (row < first + PACK_ROWS) break;",
+        LOAD,
     ),
     Fault(
         "embedding: = instead of +=",
@@ -489,8 +516,8 @@ FAULTS = [
     Fault(
         "checkpoint: missing tensors are no error",
         "python/barelm/checkpoint.py",
-        "    if targets:\n",
-        "    if False:\n",
+        "        if missing:\n",
+        "        if False:\n",
         CHECKPOINT,
     ),
     Fault(

@@ -9,6 +9,7 @@ import pytest
 from barelm import Model, Tokenizer
 from barelm.data.documents import Documents
 from barelm.data.shards import write_dataset
+from barelm.evaluate import evaluate
 from models import random_model
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -47,7 +48,7 @@ def test_every_session_is_timed(capsys):
     check_times(found, 2)
     assert len(found["bandwidth"]) == 2 * 6 and not found["left_out"] and len(found["ratios"]) == 8
     for m in found["memory"]:
-        assert m["peak"] >= m["start"] + m["parameters"] + m["weights"] + m["cache"] and m["tokens"] == 160
+        assert m["peak"] >= m["start"] + m["weights"] + m["cache"] and m["tokens"] == 160
     bench.show(found, TINY)
     assert "| barelm int8 | decode, 3 rows |" in capsys.readouterr().out
 
@@ -116,6 +117,9 @@ def test_the_loss_of_fp32_sessions_is_the_models(run):
     )
     assert found["tokens"] == 256 and found["text"] == "held-out side of the run"
     assert found["nats"]["fp32"] == pytest.approx(-want.mean(dtype=np.float64), rel=1e-12)
+    scored = evaluate(model, bench.Dataset.open(run / "data", tok).validation, B=4, T=64, batches=1)
+    assert found["bytes"] == scored.n_bytes
+    assert found["bits_per_byte"]["fp32"] == pytest.approx(scored.bits_per_byte, rel=1e-12)
     assert 0 == found["rms"]["fp32"] < found["rms"]["bf16"] < found["rms"]["int8"] < 0.2
 
 

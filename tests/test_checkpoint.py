@@ -408,7 +408,7 @@ def serialised(tmp_path, tensors):
         (lambda t, k: t.update({k: t[k].T.copy()}), "has shape"),
         (lambda t, k: t.update({k: t[k].ravel()}), "has shape"),
         (lambda t, k: t.update({k: t[k][None]}), "has shape"),
-        (lambda t, k: t.update({k: t[k].astype(np.int32)}), "has dtype int32"),
+        (lambda t, k: t.update({k: t[k].astype(np.int32)}), "has dtype I32"),
     ],
 )
 def test_tensors_that_do_not_fit(folder, tmp_path, change, says, sealed):

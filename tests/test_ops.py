@@ -34,7 +34,12 @@ TINY = 1e-36  # below the smallest normal float: kernels may flush it to 0
 FN = {"none": 0, "gelu_tanh": 1, "gelu_erf": 2}
 PREC = {"fp32": 0, "bf16": 1}
 KEY_BLOCK = 64
-PRIVATE = {"linear_pack", "linear_packed", "attention_paged"}  # in a backend's own form: tests/test_packed.py
+PRIVATE = {
+    "linear_pack",
+    "linear_packed",
+    "embedding_packed",
+    "attention_paged",
+}  # in a backend's own form: tests/test_packed.py
 HYPER = ("lr", "beta1", "beta2", "eps", "c1", "c2", "scale")
 
 

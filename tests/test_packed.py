@@ -77,6 +77,48 @@ def test_packing_has_the_same_bits_for_any_number_of_threads(backend, rng, prec,
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("prec", PREC)
+@pytest.mark.parametrize("C", [1, 7, 64, 65, 300])
+def test_the_rows_of_a_packed_embedding(backend, rng, prec, C, threads):
+    """Each value as packing has rounded it: one product with a scale in int8, nothing else."""
+    V, B, T = 101, 3, 11
+    wte, wpe, tokens = normal(rng, V, C), normal(rng, 40, C), rng.integers(0, V, (B, T), dtype=np.int32)
+    tokens[0, :2] = 0, V - 1
+    starts = -rng.integers(0, 40 - T, (B, T), dtype=np.int32)
+    rounded = {"fp32": np.asarray, "bf16": reference.bf16, "int8": int8_values}[prec](wte)
+    for positions, where in ((None, None), (wpe, None), (wpe, starts)):
+        want = np.empty((B, T, C), np.float32)
+        ops.embedding_forward(backend, want, tokens, where, rounded.astype(np.float32), positions, B, T, C)
+        for n in 1, 3:
+            _core.threads_set(n)
+            out = empty(B, T, C)
+            w, ids = packed(backend, wte, prec), constant(tokens)
+            ops.embedding_packed(backend, out, ids, where, w, constant(positions), PREC[prec], B, T, C)
+            assert same_bits(out, want), (n, positions is None, where is None)
+
+
+def int8_values(weight):
+    q, scale = reference.int8(weight)
+    values = q.astype(np.float32) * scale[..., None].astype(np.float32)
+    return values.reshape(len(weight), -1)[:, : weight.shape[1]]
+
+
+@pytest.mark.parametrize("prec", PREC)
+def test_a_weight_is_packed_in_parts(backend, rng, prec):
+    C, OC = 70, 2 * _core.PACK_ROWS + 50
+    weight = normal(rng, OC, C)
+    whole, parts = (
+        np.array(packed(backend, weight, prec)).view(np.uint8),
+        empty(-(-_core.packed_bytes(backend, PREC[prec], C, OC) // 4)),
+    )
+    bytes_ = parts.view(np.uint8)
+    for o in range(0, OC, _core.PACK_ROWS):
+        rows = weight[o : o + _core.PACK_ROWS]
+        begin, end = (_core.packed_bytes(backend, PREC[prec], C, at) for at in (o, o + len(rows)))
+        bytes_[begin:end] = np.array(packed(backend, rows, prec)).view(np.uint8)[: end - begin]
+    assert (bytes_ == whole).all()
+
+
 # ---- int8
 
 

@@ -9,19 +9,24 @@ state.json              step, whatever the caller adds, size and SHA-256 of ever
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from . import _core
 from .convert import huggingface as hf
 from .files import digest, digest_of, whole_folder
-from .model import Model
+from .model import Config, Model
 
 _WEIGHTS, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
 _MOMENTS = ("exp_avg.", "exp_avg_sq.")
+_FLOATS = ("F32", "F16", "F64")  # as safetensors calls them
+_PART = 1 << 20  # values that are read at a time
 
 
 class CheckpointError(ValueError):
@@ -118,44 +123,100 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def load(cls, folder, precision: str = "fp32", device: str = "cpu") -> Model:
-    """The model of a checkpoint folder, with moments and step if it has them.  CheckpointError names what is wrong."""
-    folder = Path(folder)
-    state = verify(folder)
+def read_config(folder) -> Config:
+    """The Config of a checkpoint folder."""
+    path = Path(folder) / _CONFIG
     try:
-        config = hf.config_from_hf(_read_json(folder / _CONFIG))
+        return hf.config_from_hf(_read_json(path))
     except CheckpointError:
         raise
     except ValueError as e:
-        raise CheckpointError(f"{folder / _CONFIG}: {e}") from None
-    model = cls(config, precision=precision, device=device)
-    _read_tensors(folder / _WEIGHTS, dict(model.params), lambda name: hf.from_file_name(config, name))
-    if (folder / _OPTIMIZER).exists():
-        targets = {kind + name: p for kind, m in zip(_MOMENTS, model.moments, strict=True) for name, p in m.items()}
-        _read_tensors(folder / _OPTIMIZER, targets, lambda name: name)
+        raise CheckpointError(f"{path}: {e}") from None
+
+
+def load(cls, folder, precision: str = "fp32", device: str = "cpu") -> Model:
+    """The model of a checkpoint folder, with moments and step if it has them.  CheckpointError names what is wrong."""
+    state, weights = verify(folder), Weights(folder)
+    moments = None
+    if (Path(folder) / _OPTIMIZER).exists():
+        shapes = {kind + name: shape for kind in _MOMENTS for name, shape in weights.shapes.items()}
+        moments = _Tensors(Path(folder) / _OPTIMIZER, shapes, lambda name: name)
+    model = cls(weights.config, precision=precision, device=device)
+    weights.tensors.fill(model.params)
+    if moments:
+        moments.fill({kind + name: p for kind, m in zip(_MOMENTS, model.moments, strict=True) for name, p in m.items()})
     model.step = state.get("step", 0)
     return model
 
 
-def _read_tensors(path: Path, targets: dict[str, np.ndarray], rename):
-    """Fill every target from the file; a name too many, too few or of another shape is an error."""
-    try:
-        with safe_open(path, framework="np") as f:
+class Weights:
+    """The config and the weights of a checkpoint folder, which need never be in memory as a whole.
+
+    CheckpointError names what is wrong: names, shapes and dtypes are known to be good once it exists.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        self.config = read_config(folder)
+        self.shapes = _core.model_tensors(self.config)
+        self.tensors = _Tensors(folder / _WEIGHTS, self.shapes, lambda name: hf.from_file_name(self.config, name))
+
+    def rows(self, name: str, axis: int):
+        """A parameter in parts, float32, one after the other along `axis` of Hugging Face's shape."""
+        for _, part in self.tensors.parts(name, axis):
+            yield np.asarray(part, np.float32)
+
+
+class _Tensors:
+    """Tensors of a safetensors file: exactly those of `shapes`.  rename: what a name in the file means; None: nothing.
+
+    The file is opened anew for every part: what a mapping has touched counts as memory of this process until it ends.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], rename):
+        self.path, self.keys, self.shapes = path, {}, shapes
+        with self._open() as f:
             for key in f.keys():  # noqa: SIM118 (safe_open is no dict)
                 name = rename(key)
                 if name is None:
                     continue
-                if name not in targets:
+                if name not in shapes or name in self.keys:
                     raise CheckpointError(
                         f"{path}: has {key}, which the model of config.json has not (or it comes twice)"
                     )
-                value, target = f.get_tensor(key), targets.pop(name)
-                if value.shape != target.shape:
-                    raise CheckpointError(f"{path}: {key} has shape {value.shape}, config.json says {target.shape}")
-                if value.dtype.kind != "f":
-                    raise CheckpointError(f"{path}: {key} has dtype {value.dtype}, must be a float")
-                target[...] = value
-    except (SafetensorError, OSError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{path}: cannot be read: {e}") from None
-    if targets:
-        raise CheckpointError(f"{path}: lacks {', '.join(sorted(targets)[:3])}{' ...' if len(targets) > 3 else ''}")
+                self._check(f.get_slice(key), key, shapes[name])
+                self.keys[name] = key
+        missing = sorted(shapes.keys() - self.keys.keys())
+        if missing:
+            raise CheckpointError(f"{path}: lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
+
+    def _check(self, tensor, key: str, shape: tuple[int, ...]):
+        if tuple(tensor.get_shape()) != shape:
+            raise CheckpointError(f"{self.path}: {key} has shape {tuple(tensor.get_shape())}, config.json says {shape}")
+        if tensor.get_dtype() not in _FLOATS:
+            raise CheckpointError(
+                f"{self.path}: {key} has dtype {tensor.get_dtype()}, must be one of {', '.join(_FLOATS)}"
+            )
+
+    @contextmanager
+    def _open(self):
+        try:
+            with safe_open(self.path, framework="np") as f:
+                yield f
+        except (SafetensorError, OSError, TypeError, AttributeError) as e:
+            raise CheckpointError(f"{self.path}: cannot be read: {e}") from None
+
+    def parts(self, name: str, axis: int = 0):
+        """(where along the axis, values as they are stored), until all of the tensor has come."""
+        shape = self.shapes[name]
+        step = max(1, _PART // (math.prod(shape) // shape[axis]))
+        for at in range(0, shape[axis], step):
+            where = slice(at, min(at + step, shape[axis]))
+            with self._open() as f:
+                part = f.get_slice(self.keys[name])[(slice(None),) * axis + (where,)]
+            yield where, part
+
+    def fill(self, targets: Mapping[str, np.ndarray]):
+        for name, target in targets.items():
+            for where, part in self.parts(name):
+                target[where] = part

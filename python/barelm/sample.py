@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from . import _core
+from . import _core, checkpoint
 from .engine import Engine, Row, Sampling, row_tokens
-from .model import Model
 from .report import printable
 from .runs import newest_checkpoint
-from .session import Session
+from .session import PAGE, Session
 from .tokenizer import Tokenizer
 
 __all__ = ["SampleConfig", "main"]
@@ -49,10 +48,10 @@ def main(config: SampleConfig) -> int:
     if config.threads:
         _core.threads_set(config.threads)
     folder = newest_checkpoint(config.checkpoint)
-    model, tok = Model.load(folder), Tokenizer.load(folder)
+    context, tok = checkpoint.read_config(folder).context, Tokenizer.load(folder)
     prompt = tok.encode(config.prompt)
-    room = row_tokens(model.config.context, len(prompt), config.max_tokens) + 64  # a row's last page is partly empty
-    session = Session(model, max_tokens=min(config.n, AT_ONCE) * room, weights=config.weights)
+    room = row_tokens(context, len(prompt), config.max_tokens) + PAGE  # a row's last page is partly empty
+    session = Session.load(folder, max_tokens=min(config.n, AT_ONCE) * room, weights=config.weights)
     engine = Engine(session, tok)
     rows = engine.add(prompt, sampling, n=config.n)
     if hasattr(sys.stdout, "reconfigure"):

@@ -33,12 +33,25 @@ class Session:
     """
 
     def __init__(self, model: Model, max_tokens: int, weights: str | None = None):
-        self.model = model
+        self.config: Config = model.config
         self._core = _core.Session(model._core, max_tokens, weights)
 
-    @property
-    def config(self) -> Config:
-        return self.model.config
+    @classmethod
+    def load(cls, folder, max_tokens: int, weights: str = "fp32") -> Session:
+        """A session on the weights of a checkpoint, which are packed as they are read: there is no model beside it, and
+        an "int8" session of 124M parameters has 135 MB of them.  The bits are those of a session on
+        `Model.load(folder)`.  CheckpointError names what is wrong with the folder."""
+        from . import checkpoint  # as Model.load does
+
+        checkpoint.verify(folder)
+        source = checkpoint.Weights(folder)
+        session = cls.__new__(cls)
+        session.config = source.config
+        session._core = _core.Session(config=source.config, max_tokens=max_tokens, weights=weights)
+        for name, transposed in session._core.order():
+            for rows in source.rows(name, axis=int(transposed)):
+                session._core.put(name, np.ascontiguousarray(rows.T if transposed else rows))
+        return session
 
     @property
     def pages(self) -> int:
@@ -99,7 +112,7 @@ class Session:
 
     def refresh(self) -> None:
         """Take the weights anew, after some were written by hand through `model.params`.  `model.update()` needs no
-        such call."""
+        such call.  RuntimeError for a session that `load` has made."""
         self._core.refresh()
 
 
