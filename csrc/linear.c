@@ -48,8 +48,6 @@ static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 |
 static int64_t panel_units(const Gemm *g, int rows) {
     return ((int64_t)g->K + values_a_unit(g) - 1) / values_a_unit(g) * rows;
 }
-/* Rows of one packed panel of A. */
-static int panel_rows(const Gemm *g) { return g->rows && g->M == 1 ? 1 : MR; }
 
 /* ---- packing: [k][width], zero beyond `valid` columns ------------------------------------------------------------ */
 
@@ -201,26 +199,24 @@ static const float *packed_block(const Gemm *g, int j, int k, int values, float 
 
 /* ---- one tile of sums, each way A can lie ------------------------------------------------------------------------ */
 
-/* Of a packed panel of A the first `rows` count; the rows of S behind them may be written or not.  A single row may be
- * a panel of its own. */
-INLINE void sums_of_rows(const int pairs, int rows, int width, int units, const float *A, const float *B, float *S,
-                         int add) {
-    if (rows == 1) tile(1, NV, pairs, units, A, 1, width, B, NR, S, NR, add);
+/* Of a packed panel of A the first `rows` count; the rows of S behind them may be written or not. */
+INLINE void sums_of_rows(const int pairs, int rows, int units, const float *A, const float *B, float *S, int add) {
+    if (rows == 1) tile(1, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
     else if (rows == 2) tile(2, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
     else if (rows <= 4) tile(4, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
     else tile(MR, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
 }
-static __attribute__((noinline)) void sums_packed(int rows, int width, int units, const float *A, const float *B,
-                                                  float *S, int add) {
-    sums_of_rows(0, rows, width, units, A, B, S, add);
+static __attribute__((noinline)) void sums_packed(int rows, int units, const float *A, const float *B, float *S,
+                                                  int add) {
+    sums_of_rows(0, rows, units, A, B, S, add);
 }
 static __attribute__((noinline)) void sums_direct(int units, const float *A, int64_t a_i, const float *B, float *S,
                                                   int add) {
     tile(MR, NV, 0, units, A, a_i, 1, B, NR, S, NR, add);
 }
-static __attribute__((noinline)) void sums_pairs(int rows, int width, int units, const float *A, const float *B,
-                                                 float *S, int add) {
-    sums_of_rows(HAVE_PAIRS, rows, width, units, A, B, S, add);
+static __attribute__((noinline)) void sums_pairs(int rows, int units, const float *A, const float *B, float *S,
+                                                 int add) {
+    sums_of_rows(HAVE_PAIRS, rows, units, A, B, S, add);
 }
 
 /* Over rows: a block's sums are added to D, and behind the last block S takes the rounded total. */
@@ -294,24 +290,23 @@ static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
 /* The sums of rows i0 .. i1 over one K block, against one packed panel B, added to S. */
 static void block_sums(const Gemm *g, Work w, const float *B, int i0, int i1, int k, int values) {
     int per_unit = values_a_unit(g), units = (values + per_unit - 1) / per_unit;
-    int width = panel_rows(g);
-    int64_t panel = panel_units(g, width);
+    int64_t panel = panel_units(g, MR);
     for (int i = i0; i < i1; i += MR) {
         float *S = w.S + (i - i0) * NR;
         int rows = min_int(MR, i1 - i);
         if (packs_a(g)) {
-            const float *A = w.a + (i - i0) / MR * panel + (int64_t)k / per_unit * width;
+            const float *A = w.a + (i - i0) / MR * panel + (int64_t)k / per_unit * MR;
             double *D = w.D + (i - i0) * NR;
             int first = k == 0, last = k + values == g->K, chain = values_of_units(g, ROW_CHAIN) / per_unit;
             if (g->over_rows && pairs_of(g)) sums_over_rows_pairs(chain, units, A, B, S, D, first, last);
             else if (g->over_rows) sums_over_rows_packed(chain, units, A, B, S, D, first, last);
-            else if (pairs_of(g)) sums_pairs(rows, width, units, A, B, S, !first);
-            else sums_packed(rows, width, units, A, B, S, !first);
+            else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, !first);
+            else sums_packed(rows, units, A, B, S, !first);
         } else if (i + MR <= g->M) {
             sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, k > 0);
         } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */
             pack_a(w.a, g, i, k, values, NULL);
-            sums_packed(rows, MR, units, w.a, B, S, k > 0);
+            sums_packed(rows, units, w.a, B, S, k > 0);
         }
     }
 }
@@ -365,9 +360,12 @@ static double grid_cost(const Gemm *g, int gm, int gn) {
     return rows * columns + pack_b + pack_a;
 }
 
-/* Few rows against a packed weight: the weight is read once, at the speed of memory, so the rows are packed before,
- * once for all tasks, and tasks are many, so that the threads end together. */
-enum { FEW_ROWS = 64, TASKS_A_THREAD = 4 };
+/* ---- few rows against a packed weight ----------------------------------------------------------------------------
+ *
+ * The weight is read once, at the speed of memory, so the rows are packed before, once for all tasks, and tasks are
+ * many, so that the threads end together. */
+
+enum { FEW_ROWS = 64, TASKS_A_THREAD = 16 };
 
 static void pack_one_row(float *out, const Gemm *g) {
     for (int k = 0, per_unit = values_a_unit(g); k < g->K; k += W * per_unit) {
@@ -376,15 +374,45 @@ static void pack_one_row(float *out, const Gemm *g) {
     }
 }
 
+/* A single row, packed along k: its sums never leave the registers. */
+INLINE void multiply_row(const int pairs, const Gemm *g, Work w, int j0, int j1) {
+    const int block = values_a_block(g), per_unit = values_a_unit(g);
+    for (int j = j0; j < j1; j += NR) {
+        vf total[NV];
+        for (int v = 0; v < NV; v++) total[v] = vset(0.0f);
+        for (int k = 0; k < g->K; k += block) {
+            vf sums[8][4];
+            int values = min_int(block, g->K - k);
+            const float *B = packed_block(g, j, k, values, w.b);
+            tile_chain(1, NV, pairs, (values + per_unit - 1) / per_unit, g->rows + k / per_unit, 1, 1, B, NR, sums);
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) {
+                if (k) sums[0][v] = total[v] + sums[0][v];
+                total[v] = sums[0][v];
+            }
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) vstore_all(w.S + v * W, total[v]);
+        finish_row(&g->end, g->N, w.S, 0, j, min_int(NR, j1 - j));
+    }
+}
+
+static void row_task(void *context, int task) {
+    const Gemm *g = context;
+    int j0 = part_begin(g->N, NR, g->grid_n, task), j1 = part_begin(g->N, NR, g->grid_n, task + 1);
+    if (pairs_of(g)) multiply_row(HAVE_PAIRS, g, work_of_task(), j0, j1);
+    else multiply_row(0, g, work_of_task(), j0, j1);
+}
+
 static void gemm_of_few_rows(Gemm *g, int threads) {
     float *rows = scratch(SCRATCH_CALL);
-    Work w = {.a = rows};
-    if (g->M == 1) pack_one_row(rows, g);
-    else pack_rows(g, w, 0, g->M, 0);
+    int single = g->M == 1 && g->K;
     g->rows = rows;
+    if (single) pack_one_row(rows, g);
+    else pack_rows(g, (Work){.a = rows}, 0, g->M, 0);
     g->grid_m = 1;
     g->grid_n = min_int((g->N + NR - 1) / NR, threads * TASKS_A_THREAD);
-    parallel_for(gemm_task, g, g->grid_n);
+    parallel_for(single ? row_task : gemm_task, g, g->grid_n);
 }
 
 /* Any grid gives the same bits; take the cheapest for this many threads. */

@@ -104,10 +104,16 @@ INLINE void panel_sums(const int rows, const Product *p, int n, const uint8_t *p
         for (int v = 0; v < NV; v++) sum[i][v] = vset(0.0f);
     for (int g = 0; g < G; g++, panel += GROUP_BYTES) {
         vi acc[ROWS][NV];
+        vf scales[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) scales[v] = vload_all((const float *)panel + v * W);
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) acc[i][v] = viset(p->begins[(int64_t)(n + i) * G + g]);
+        /* CPUs prefetch by the address of the load that steps through memory: unrolled, each would step by a group, and
+         * the product would run at three quarters of the speed of memory */
+#pragma GCC unroll 1
         for (int k = 0; k < QUADS; k++) {
 #pragma GCC unroll 4
             for (int i = 0; i < rows; i++) {
@@ -122,7 +128,7 @@ INLINE void panel_sums(const int rows, const Product *p, int n, const uint8_t *p
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) {
-                vf scale = vload_all((const float *)panel + v * W) * vset(p->scales[(int64_t)(n + i) * G + g]);
+                vf scale = scales[v] * vset(p->scales[(int64_t)(n + i) * G + g]);
                 sum[i][v] = vfma(vifloat(acc[i][v]), scale, sum[i][v]);
             }
     }
@@ -153,7 +159,7 @@ static void product_task(void *context, int task) {
 }
 
 /* Many tasks, so that the threads end together. */
-enum { TASKS_A_THREAD = 4, ROWS_AT_ONCE = 4096 };
+enum { TASKS_A_THREAD = 16, ROWS_AT_ONCE = 4096 };
 
 void CAT(int8_product, ISA)(const Epilogue *e, const float *in, const void *packed, int N, int C, int OC) {
     const int64_t G = groups_of(C);

@@ -18,7 +18,7 @@
 #include "clock.h"
 #include "system.h"
 
-enum { MAX_THREADS = 1024, SPINS_A_LOOK = 64, SPINS_BEFORE_YIELD = 20000 };
+enum { MAX_THREADS = 1024, CACHE_LINE = 64, SPINS_A_LOOK = 64, SPINS_BEFORE_YIELD = 20000 };
 static const double SPIN_SECONDS = 2e-3;
 #define OPEN ((uint64_t)1 << 31)
 #define INSIDE (OPEN - 1)
@@ -32,8 +32,10 @@ static struct {
 
     void (*body)(void *, int);
     void *context;
-    int tasks;
-    atomic_int next; /* first task not yet taken */
+    int tasks, runs;
+    struct {
+        _Alignas(CACHE_LINE) atomic_int next; /* first task of the run that is not yet taken */
+    } run[MAX_THREADS];
     _Atomic uint64_t ticket;
 
     pthread_mutex_t park;
@@ -79,12 +81,17 @@ void *scratch(int slot) { return my_scratch + (size_t)slot * SCRATCH_BYTES; }
 
 /* ---- workers ---- */
 
-static void run_tasks(void) {
+/* Where run i of the tasks begins: as many runs as threads. */
+static int begin_of(int i) { return (int)((int64_t)pool.tasks * i / pool.runs); }
+
+/* A thread takes the tasks of its own run, then helps with the others'.  Neighbouring tasks read neighbouring memory:
+ * that they meet in one thread makes one stream of them, however many they are. */
+static void run_tasks(int me) {
     in_task = 1;
-    for (;;) {
-        int task = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed);
-        if (task >= pool.tasks) break;
-        pool.body(pool.context, task);
+    for (int i = 0; i < pool.runs; i++) {
+        int run = (me + i) % pool.runs, end = begin_of(run + 1), task;
+        while ((task = atomic_fetch_add_explicit(&pool.run[run].next, 1, memory_order_relaxed)) < end)
+            pool.body(pool.context, task);
     }
     in_task = 0;
 }
@@ -145,7 +152,7 @@ static void *worker(void *index) {
             if (!atomic_compare_exchange_weak_explicit(&pool.ticket, &t, t + 1, memory_order_acquire,
                                                        memory_order_acquire))
                 continue;
-            run_tasks();
+            run_tasks(me + 1);
             atomic_fetch_sub_explicit(&pool.ticket, 1, memory_order_release);
             break;
         }
@@ -250,11 +257,12 @@ void parallel_for(void (*body)(void *, int), void *context, int tasks) {
     pool.body = body;
     pool.context = context;
     pool.tasks = tasks;
-    atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
+    pool.runs = pool.workers + 1;
+    for (int i = 0; i < pool.runs; i++) atomic_store_explicit(&pool.run[i].next, begin_of(i), memory_order_relaxed);
     uint64_t number = (atomic_load(&pool.ticket) >> 32) + 1;
     atomic_store(&pool.ticket, number << 32 | OPEN);
     wake_all();
-    run_tasks();
+    run_tasks(0);
     atomic_fetch_and_explicit(&pool.ticket, ~OPEN, memory_order_acq_rel);
     for (int i = 0; atomic_load_explicit(&pool.ticket, memory_order_acquire) & INSIDE; i++)
         i < SPINS_BEFORE_YIELD ? pause_cpu() : (void)sched_yield();

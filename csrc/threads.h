@@ -3,9 +3,9 @@
 #include <stddef.h>
 
 /* Call body(context, task) once for each task in 0 .. tasks-1, on up to threads_get() threads, and return when all are
- * done.  Which thread runs a task, and in what order, is not fixed (tasks are taken in rising order, as threads come
- * free): a task's result must depend on the task alone.  A call from inside a body, or while another thread uses the
- * pool, runs its tasks on the calling thread. */
+ * done.  Which thread runs a task, and in what order, is not fixed (each thread has a run of neighbouring tasks, which
+ * it takes in rising order, and helps with the others' when it is done): a task's result must depend on the task alone.
+ * A call from inside a body, or while another thread uses the pool, runs its tasks on the calling thread. */
 void parallel_for(void (*body)(void *context, int task), void *context, int tasks);
 
 /* Number of threads: as set, or BARELM_THREADS, or the CPUs that affinity and cgroup grant. */
