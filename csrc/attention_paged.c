@@ -16,6 +16,11 @@ typedef struct {
     int R, P, most; /* most: blocks of queries in the row that has most */
 } Paged;
 
+static int is_few(const Paged *p, int r) { return p->first[r + 1] - p->first[r] <= FEW; }
+
+static const float *query_of(const Attention *a, int h, int n) { return a->qkv + n * a->row + (int64_t)h * a->HS; }
+static float *out_of(const Attention *a, int h, int n) { return a->out + ((int64_t)n * a->NH + h) * a->HS; }
+
 static int64_t values_a_head(const Attention *a) { return (int64_t)KEY_BLOCK * (a->HS + a->width); }
 static int value_bytes(int prec) { return prec == PREC_BF16 ? 2 : 4; }
 
@@ -64,7 +69,7 @@ static void write_token(const Paged *p, int r, int kv, int n) {
 static void write_row(void *context, int task) {
     const Paged *p = context;
     int r = task / p->a.NKV, kv = task % p->a.NKV;
-    for (int n = p->first[r]; n < p->first[r + 1]; n++) write_token(p, r, kv, n);
+    for (int n = p->first[r]; !is_few(p, r) && n < p->first[r + 1]; n++) write_token(p, r, kv, n);
 }
 
 /* ---- many queries ---- */
@@ -86,30 +91,49 @@ typedef struct {
     float max, sum;
 } Softmax;
 
-/* P = exp(score - max) of the block's keys, exactly 0 from nk on, as they go into the product with the values.  Returns
- * the factor of what came before. */
-INLINE float weigh(const Attention *a, Softmax *s, float *P, const float *q, const char *K, int nk, const int prec) {
+/* score = q . key of `nv` vectors of keys, from vector v on; 0 in vectors that no key is in. */
+INLINE void score_keys(const Attention *a, vf *score, const float *q, const char *K, int v, const int nv, int nk,
+                       const int prec) {
+    vf sum[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < nv; i++) sum[i] = vset(0.0f);
+    for (int d = 0; d < a->HS && v * W < nk; d++)
+#pragma GCC unroll 4
+        for (int i = 0; i < nv; i++)
+            sum[i] = vfma(vset(q[d]), load_cached(K, (int64_t)d * KEY_BLOCK + (v + i) * W, prec), sum[i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < nv; i++) score[i] = sum[i];
+}
+
+/* P = exp(score - max) of the block's keys, exactly 0 from nk on; factors: as they go into the product with the values.
+ * Returns the factor of what came before. */
+INLINE float weigh(const Attention *a, Softmax *s, float *P, float *factors, const float *q, const char *K, int nk,
+                   const int prec) {
     vf score[KEY_VECTORS], most = vset(-INFINITY);
-#pragma GCC unroll 8
-    for (int v = 0; v < KEY_VECTORS; v++) score[v] = vset(0.0f);
-    for (int d = 0; d < a->HS; d++)
-#pragma GCC unroll 8
-        for (int v = 0; v < KEY_VECTORS; v++)
-            score[v] = vfma(vset(q[d]), load_cached(K, (int64_t)d * KEY_BLOCK + v * W, prec), score[v]);
-    for (int v = 0; v < KEY_VECTORS; v++) {
+    int v = 0;
+    for (; v + 4 <= KEY_VECTORS && (v + 3) * W < nk; v += 4) score_keys(a, score + v, q, K, v, 4, nk, prec);
+    for (; v < KEY_VECTORS; v++) score_keys(a, score + v, q, K, v, 1, nk, prec);
+    for (v = 0; v < KEY_VECTORS; v++) {
         int seen = min_int(W, max_int(0, nk - v * W));
         score[v] = vfirst(score[v], vset(-INFINITY), seen);
         most = vmax(score[v], most);
     }
     const float old_max = s->max, block_max = vhmax(most) * a->scale;
     s->max = block_max > old_max ? block_max : old_max;
-    float total = 0.0f, keep[W];
-    for (int v = 0; v < KEY_VECTORS; v++) vstore_all(P + v * W, vexp(vfma(score[v], vset(a->scale), vset(-s->max))));
-    for (int i = 0; i < nk; i++) total += P[i]; /* one chain, as the contract says */
+    for (int v = 0; v < KEY_VECTORS; v++) {
+        vf p = vexp(vfma(score[v], vset(a->scale), vset(-s->max)));
+        vstore_all(P + v * W, p);
+        vstore_all(factors + v * W, prec == PREC_BF16 ? vbf16(p) : p);
+    }
+    float keep[W];
     vstore_all(keep, vexp(vset(old_max - s->max)));
-    s->sum = s->sum * keep[0] + total;
-    for (int v = 0; prec == PREC_BF16 && v < KEY_VECTORS; v++) vstore_all(P + v * W, vbf16(vload_all(P + v * W)));
     return keep[0];
+}
+
+static void add_weights(Softmax *s, const float *P, int nk, float keep) {
+    float total = 0.0f;
+    for (int i = 0; i < nk; i++) total += P[i]; /* one chain, as the contract says */
+    s->sum = s->sum * keep + total;
 }
 
 /* O = O * keep + P V, `nv` vectors from column d on */
@@ -130,9 +154,11 @@ INLINE void add_values(const Attention *a, float *O, const float *P, const char 
     }
 }
 
-INLINE void one_query(const Paged *p, int r, int kv, const float *q, float *out, int t, const int prec) {
+INLINE void one_query_in(const Paged *p, int r, int h, int n, const int prec) {
     const Attention *a = &p->a;
-    float *space = scratch(SCRATCH_TASK), P[KEY_BLOCK];
+    const int kv = h / (a->NH / a->NKV), t = p->past[r] + n - p->first[r];
+    const float *q = query_of(a, h, n);
+    float *space = scratch(SCRATCH_TASK), P[KEY_BLOCK], factors[KEY_BLOCK];
     float *rounded = take(&space, a->width), *O = take(&space, a->width);
     Softmax s = {-INFINITY, 0.0f};
     for (int d = 0; d < a->width; d += W) {
@@ -143,34 +169,50 @@ INLINE void one_query(const Paged *p, int r, int kv, const float *q, float *out,
     for (int k0 = 0; k0 <= t; k0 += KEY_BLOCK) {
         int nk = min_int(KEY_BLOCK, t + 1 - k0), d = 0;
         char *K = keys_at(p, r, kv, k0), *V = values_of(a, K);
-        float keep = weigh(a, &s, P, rounded, K, nk, prec);
-        for (; d + 4 * W <= a->width; d += 4 * W) add_values(a, O, P, V, d, 4, nk, keep, prec);
-        for (; d < a->width; d += W) add_values(a, O, P, V, d, 1, nk, keep, prec);
+        float keep = weigh(a, &s, P, factors, rounded, K, nk, prec);
+        for (; d + 4 * W <= a->width; d += 4 * W) add_values(a, O, factors, V, d, 4, nk, keep, prec);
+        for (; d < a->width; d += W) add_values(a, O, factors, V, d, 1, nk, keep, prec);
+        add_weights(&s, P, nk, keep); /* last: its chain goes on while the next keys come from memory */
     }
-    forward_write(a, out, O, s.sum);
+    forward_write(a, out_of(a, h, n), O, s.sum);
+}
+
+static void one_query(const Paged *p, int r, int h, int n) {
+    if (p->a.prec == PREC_BF16) one_query_in(p, r, h, n, PREC_BF16);
+    else one_query_in(p, r, h, n, PREC_FP32);
+}
+
+/* A task is a row of few queries and a key/value head, whose page it writes to: nobody else reads that. */
+static void few_queries(void *context, int task) {
+    const Paged *p = context;
+    const Attention *a = &p->a;
+    const int r = task / a->NKV, kv = task % a->NKV, group = a->NH / a->NKV;
+    if (!is_few(p, r)) return;
+    for (int n = p->first[r]; n < p->first[r + 1]; n++) write_token(p, r, kv, n);
+    for (int h = kv * group; h < (kv + 1) * group; h++)
+        for (int n = p->first[r]; n < p->first[r + 1]; n++) one_query(p, r, h, n);
 }
 
 /* ---- the operator ---- */
 
 /* A task is 64 queries of one row and head, or nothing where the row has fewer; the longest come first. */
-static void read_task(void *context, int task) {
+static void many_queries(void *context, int task) {
     const Paged *p = context;
     const Attention *a = &p->a;
     int h = task % a->NH, r = task / a->NH % p->R, block = p->most - 1 - task / a->NH / p->R;
-    int kv = h / (a->NH / a->NKV), n = p->first[r] + block * QUERY_BLOCK;
-    int nq = min_int(QUERY_BLOCK, p->first[r + 1] - n), t = p->past[r] + block * QUERY_BLOCK;
-    if (nq <= 0) return;
-    const float *q = a->qkv + n * a->row + (int64_t)h * a->HS;
-    float *out = a->out + ((int64_t)n * a->NH + h) * a->HS;
+    int n = p->first[r] + block * QUERY_BLOCK, nq = min_int(QUERY_BLOCK, p->first[r + 1] - n);
+    if (is_few(p, r) || nq <= 0) return;
     if (nq > FEW) {
-        ForwardQueries f = {.row = r, .kv = kv, .t0 = t, .nq = nq, .q = q, .out = out};
+        ForwardQueries f = {.row = r,
+                            .kv = h / (a->NH / a->NKV),
+                            .t0 = p->past[r] + block * QUERY_BLOCK,
+                            .nq = nq,
+                            .q = query_of(a, h, n),
+                            .out = out_of(a, h, n)};
         forward_queries(a, &f, block_of_pages);
         return;
     }
-    for (int i = 0; i < nq; i++, q += a->row, out += (int64_t)a->NH * a->HS) {
-        if (a->prec == PREC_BF16) one_query(p, r, kv, q, out, t + i, PREC_BF16);
-        else one_query(p, r, kv, q, out, t + i, PREC_FP32);
-    }
+    for (int i = 0; i < nq; i++) one_query(p, r, h, n + i);
 }
 
 void CAT(attention_paged, ISA)(act *out, void *pages, const act *qkv, const int32_t *table, const int32_t *first,
@@ -183,7 +225,10 @@ void CAT(attention_paged, ISA)(act *out, void *pages, const act *qkv, const int3
                .R = R,
                .P = P};
     p.a.out = out;
-    for (int r = 0; r < R; r++) p.most = max_int(p.most, (first[r + 1] - first[r] + QUERY_BLOCK - 1) / QUERY_BLOCK);
+    parallel_for(few_queries, &p, R * NKV);
+    for (int r = 0; r < R; r++)
+        if (!is_few(&p, r)) p.most = max_int(p.most, (first[r + 1] - first[r] + QUERY_BLOCK - 1) / QUERY_BLOCK);
+    if (!p.most) return;
     parallel_for(write_row, &p, R * NKV);
-    parallel_for(read_task, &p, p.most * R * NH);
+    parallel_for(many_queries, &p, p.most * R * NH);
 }

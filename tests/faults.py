@@ -464,10 +464,24 @@ FAULTS = [
     ),
     Fault("threads: workers take signals", "csrc/threads.c", "sigfillset(&all);", "sigemptyset(&all);", THREADS),
     Fault(
+        "threads: nobody helps with another's tasks",
+        "csrc/threads.c",
+        "int run = (me + i) % pool.runs, end",
+        "int run = me, end",
+        THREADS,
+    ),
+    Fault(
+        "attention over pages: the last query of a row is not written",
+        "csrc/attention_paged.c",
+        "for (int n = p->first[r]; n < p->first[r + 1]; n++) write_token(p, r, kv, n);\n    for (int h",
+        "for (int n = p->first[r]; n < p->first[r + 1] - 1; n++) write_token(p, r, kv, n);\n    for (int h",
+        PACKED,
+    ),
+    Fault(
         "threads: a task may be done twice",
         "csrc/threads.c",
-        "int task = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed);",
-        "int task = atomic_load(&pool.next); atomic_store(&pool.next, task + 1);",
+        "(task = atomic_fetch_add_explicit(&pool.run[run].next, 1, memory_order_relaxed)) < end)",
+        "(task = atomic_load(&pool.run[run].next)) < end && (atomic_store(&pool.run[run].next, task + 1), 1))",
         THREADS,
     ),
     Fault(
