@@ -379,6 +379,7 @@ INLINE void multiply_row(const int pairs, const Gemm *g, Work w, int j0, int j1)
     const int block = values_a_block(g), per_unit = values_a_unit(g);
     for (int j = j0; j < j1; j += NR) {
         vf total[NV];
+        fetch_bias(&g->end, g->N, j);
         for (int v = 0; v < NV; v++) total[v] = vset(0.0f);
         for (int k = 0; k < g->K; k += block) {
             vf sums[8][4];

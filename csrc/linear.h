@@ -20,6 +20,12 @@ typedef struct {
     int accumulate;        /* add to what C holds */
 } Epilogue;
 
+/* Few rows: what finish_row reads of a panel is fetched while the panel is multiplied.  It comes from memory as the
+ * weight does, and would be waited for. */
+static inline void fetch_bias(const Epilogue *e, int N, int j0) {
+    for (int j = j0; e->bias && j < min_int(N, j0 + NR); j += 16) __builtin_prefetch(e->bias + j);
+}
+
 /* The sums S of row i, columns j0 and on, go to C. */
 static inline void finish_row(const Epilogue *e, int N, const float *S, int i, int j0, int columns) {
     int64_t at = (int64_t)i * N + j0;

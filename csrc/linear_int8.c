@@ -149,13 +149,15 @@ static void product_task(void *context, int task) {
     const Product *p = context;
     const int panels = (p->OC + NR - 1) / NR;
     int begin = (int)((int64_t)panels * task / p->tasks), end = (int)((int64_t)panels * (task + 1) / p->tasks);
-    for (int panel = begin; panel < end; panel++)
+    for (int panel = begin; panel < end; panel++) {
+        fetch_bias(p->end, p->OC, panel * NR);
         for (int n = 0; n < p->N; n += ROWS) {
             float S[ROWS * NR];
             int rows = min_int(ROWS, p->N - n), j = panel * NR;
             panel_rows(p, n, rows, p->packed + (int64_t)panel * groups_of(p->C) * GROUP_BYTES, S);
             for (int i = 0; i < rows; i++) finish_row(p->end, p->OC, S + i * NR, n + i, j, min_int(NR, p->OC - j));
         }
+    }
 }
 
 /* Many tasks, so that the threads end together. */
