@@ -208,4 +208,5 @@ PYBIND11_MODULE(_core, m) {
     bind_model(m);
     bind_session(m);
     bind_bpe(m);
+    bind_profile(m);
 }

@@ -20,11 +20,14 @@ namespace py = pybind11;
 void bind_model(py::module_ &m);
 void bind_session(py::module_ &m);
 void bind_bpe(py::module_ &m);
+void bind_profile(py::module_ &m);
 
 // Threads and their working memory exist.
 void ready();
 // By its name, or with "" the one that new models use.
 const Ops &backend(const std::string &name);
+// The same, timed where a profile was begun.
+const Ops &profiled(const Ops &ops);
 
 // ---- what a caller may hand over -----------------------------------------------------------------------------------
 

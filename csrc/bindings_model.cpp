@@ -20,7 +20,7 @@ class PyModel {
     PyModel(const Config &config, const std::string &precision, uint64_t seed) {
         if (precision != "fp32" && precision != "bf16")
             throw py::value_error("precision: is '" + precision + "', must be 'fp32' or 'bf16'");
-        const Ops &ops = backend("");
+        const Ops &ops = profiled(backend(""));
         ready();
         char error[512];
         {

@@ -20,7 +20,7 @@ class PySession {
     // Stands alone: its weights come in parts, see put.
     PySession(const Config &config, int64_t max_tokens, const std::string &weights)
         : m_(nullptr), gate_(own_gate_), config_(config), parts_(tensors_of(config)) {
-        create(&backend(""), max_tokens, precision(weights));
+        create(&profiled(backend("")), max_tokens, precision(weights));
         std::sort(parts_.begin(), parts_.end(), [](auto &a, auto &b) { return a.offset < b.offset; });
     }
     PySession(const PySession &) = delete;

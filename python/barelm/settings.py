@@ -28,6 +28,7 @@ FREE = {
     "sample_every",
     "prompt",
     "tensorboard",
+    "profile",
 }
 SMALL_PACE = dict(batch=8, steps=1000, lr=1e-3, warmup=20)  # for a model without preset or depth
 MICRO_BATCH = 4096  # tokens of a micro-batch where --batch is left to a preset or to the depth
@@ -79,6 +80,7 @@ class TrainConfig:
     sample_every: Annotated[int, "steps between samples; 0: none"] = 0
     prompt: Annotated[str, "what the samples continue"] = "def "
     tensorboard: Annotated[bool, "write TensorBoard's files too, where that package is installed"] = True
+    profile: Annotated[bool, "say at the end where the time of a step went, by operator and size"] = False
     out: Annotated[str, "folder of the run"] = "runs/train"
     resume: Annotated[bool, "continue the run in --out from its newest good checkpoint"] = False
     threads: Annotated[int, "0: as many as the machine grants"] = 0

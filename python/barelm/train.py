@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from .evaluate import Evaluation, evaluate
 from .guard import Guard
 from .loop import StepResult, flops_per_token, schedule, step
 from .model import Model
+from .profile import Line, Profile
 from .report import Board, Log, Progress, Reading, console, count, duration, printable, write_report
 from .settings import TrainConfig, check, fields, merge, model_of, settle
 from .tokenizer import Tokenizer
@@ -47,6 +48,7 @@ class TrainResult:
     before: Evaluation
     after: Evaluation
     signal: int = 0  # the one that stopped the run
+    profile: list[Line] = dataclasses.field(default_factory=list)  # where the time of a step went, if that was asked
 
 
 def main(config: TrainConfig) -> int:
@@ -64,7 +66,9 @@ def train(config: TrainConfig, title: str = "Training run") -> TrainResult:
     check(config)
     if config.threads:
         _core.threads_set(config.threads)
+    profile = Profile() if config.profile else None  # before the model, whose operators it times
     run = _resume(config, screen) if config.resume else _start(config, screen)
+    run.profile = profile
     try:
         return _train(run, screen, title)
     finally:
@@ -92,6 +96,7 @@ class Run:
     began: float = dataclasses.field(default_factory=time.perf_counter)
     saved: int = -1  # the step of the last checkpoint
     board: Board | None = None
+    profile: Profile | None = None
 
     @property
     def elapsed(self) -> float:
@@ -271,6 +276,8 @@ def _train(run: Run, screen, title: str) -> TrainResult:
         path = _save(run)
     result = _result(run, path, progress, stop.signal)
     _finish(run, screen, title, facts, result, progress)
+    if run.profile:
+        screen.print(run.profile.table(peak), markup=False, highlight=False, soft_wrap=True)
     return result
 
 
@@ -280,15 +287,16 @@ def _one_step(run: Run, progress: Progress) -> None:
         run.step, run.done, config.lr, kind=config.schedule, warmup=config.warmup, end=config.lr_end, decay=config.decay
     )
     try:
-        result = step(
-            run.model,
-            [_micro_batch(run, micro) for micro in range(run.micro_batches)],
-            lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            clip=config.clip,
-            guard=run.guard,
-        )
+        with run.profile.step() if run.profile else nullcontext():
+            result = step(
+                run.model,
+                [_micro_batch(run, micro) for micro in range(run.micro_batches)],
+                lr,
+                betas=(config.beta1, config.beta2),
+                weight_decay=config.weight_decay,
+                clip=config.clip,
+                guard=run.guard,
+            )
     except FloatingPointError as error:
         raise FloatingPointError(
             f"step {run.step + 1}: {error}, at learning rate {lr:.3g}; {runs.last_good(run.folder)}; try a lower --lr, "
@@ -432,6 +440,7 @@ def _result(run: Run, path: Path, progress: Progress, number: int) -> TrainResul
         scores[0],
         scores[-1],
         number,
+        run.profile.lines() if run.profile else [],
     )
 
 
