@@ -4,11 +4,15 @@ tiny models of both families, and the folder of outside test data."""
 import ctypes
 import mmap
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from barelm import _core
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # what a shell starts in the background hears no Ctrl-C, and some
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send one to what they start
 
 PROT_NONE, PROT_READ = 0, 1
 libc = ctypes.CDLL(None, use_errno=True)
