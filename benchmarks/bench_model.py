@@ -6,6 +6,7 @@ and AdamW.  Peers that do not compute the same loss are an error, not a row of t
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
 import machine  # noqa: E402
+import tuned  # noqa: E402
 from barelm import Config, Model, _core  # noqa: E402
 from barelm.loop import flops_per_token, step  # noqa: E402
 
@@ -31,6 +33,10 @@ PEERS = (
     "torch compile fp32",
     "torch eager bf16",
     "torch compile bf16",
+    "torch eager tuned fp32",
+    "torch compile tuned fp32",
+    "torch eager tuned bf16",
+    "torch compile tuned bf16",
 )
 HEADER = (
     "model",
@@ -39,7 +45,8 @@ HEADER = (
     "ms a step",
     "tokens/s",
     "% of peak",
-    "x best PyTorch",
+    "x stock PyTorch",
+    "x tuned",
     "spread %",
     "rounds",
     "GiB",
@@ -118,7 +125,7 @@ def serve(pipe, peer, workload, folder):
     if library == "barelm":
         take = barelm_step(workload, precision, folder)
     else:
-        take = torch_step(workload, precision, folder, mode == ["compile"])
+        take = torch_step(workload, precision, folder, mode[0] == "compile")
     batches = workload.batches()
     while n := pipe.recv():
         if n > 1:
@@ -149,7 +156,8 @@ class Peer:
         self.name, self.seconds = name, []
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, name, workload, folder), daemon=False)
-        self.process.start()
+        with tuned.preloaded(folder.parent) if "tuned" in name else contextlib.nullcontext():
+            self.process.start()
         theirs.close()
         self.losses = [self.turn(1)[1] for _ in range(2)]
         self.turn(1)
@@ -226,26 +234,29 @@ def race(workload, names, rounds, seconds):
 
 
 def summarize(results, peak):
-    """Add to each result its median, spread, tokens/s, share of peak and ratio to PyTorch."""
+    """Add to each result its median, spread, tokens/s, share of peak and ratios to PyTorch's best, stock and tuned."""
     for r in results:
         workload, precision = Workload(**r["workload"]), r["peer"].split()[-1]
         seconds, tokens = np.array(r["seconds"]), workload.B * workload.T
         low, r["median"], high = (float(q) for q in np.quantile(seconds, [0.25, 0.5, 0.75]))
         r["spread"], r["tokens_per_second"] = (high - low) / r["median"], tokens / r["median"]
         r["share_of_peak"] = flops_per_token(workload.config, workload.T) * r["tokens_per_second"] / peak[precision]
-        rivals = [
-            np.array(t["seconds"]) for t in results if t["peer"].startswith("torch") and t["peer"].endswith(precision)
-        ]
-        r["ratio"] = None
-        if rivals:  # the one with the better median; its time over ours in each round, both having met the same noise
-            best = min(rivals, key=np.median)
-            r["ratio"] = float(np.median(best / seconds))
+        for kind, with_tuned in (("stock", False), ("tuned", True)):
+            rivals = [
+                np.array(t["seconds"])
+                for t in results
+                if t["peer"].startswith("torch") and t["peer"].endswith(precision)
+                if ("tuned" in t["peer"]) == with_tuned
+            ]
+            best = min(rivals, key=np.median, default=None)
+            # the one with the better median; its time over ours in each round, both having met the same noise
+            r[kind] = None if best is None else float(np.median(best / seconds))
     return results
 
 
 def row(r):
     workload = Workload(**r["workload"])
-    ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
+    ratios = ["" if r[kind] is None else f"{r[kind]:.2f}" for kind in ("stock", "tuned")]
     memory = "" if r["gib"] is None else f"{r['gib']:.2f}"
     return (
         workload.name,
@@ -254,7 +265,7 @@ def row(r):
         f"{r['median'] * 1e3:.1f}",
         f"{r['tokens_per_second']:.0f}",
         f"{100 * r['share_of_peak']:.0f}",
-        ratio,
+        *ratios,
         f"{100 * r['spread']:.0f}",
         str(len(r["seconds"])),
         memory,
@@ -264,6 +275,10 @@ def row(r):
 
 def selected(options):
     names = [name for name in PEERS if any(word in name for word in options.peers or [""])]
+    why = tuned.missing()
+    if why and any("tuned" in name for name in names):
+        print(f"left out: tuned PyTorch ({why})", file=sys.stderr)
+        names = [name for name in names if "tuned" not in name]
     workloads = [w for w in WORKLOADS if any(word in f"{w.name} {w.B},{w.T}" for word in options.only or [""])]
     if not names or not workloads:
         raise SystemExit("nothing to run: --only and --peers leave no workload or no peer")

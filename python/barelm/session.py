@@ -65,7 +65,7 @@ class Session:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes: packed "weights", and "cache"."""
+        """Bytes: "weights" (those that are packed; of a session that `load` has made, all) and "cache"."""
         return self._core.memory
 
     def add(self) -> int:
