@@ -34,6 +34,7 @@ esac
 # Left out: what measures the process itself, whose memory and time are the sanitizer's here.
 set -- --deselect tests/test_model.py::test_memory_is_what_the_process_takes \
     --deselect tests/test_session.py::test_memory_does_not_grow_over_thousands_of_rows \
+    --deselect tests/test_session_load.py::test_a_process_holds_little_more_than_packed_weights_and_cache \
     --deselect tests/test_bpe.py::test_too_little_memory_is_an_error \
     --deselect tests/test_threads.py::test_ctrl_c_ends_a_long_call \
     --deselect tests/test_threads.py::test_a_handler_may_ask_the_model_that_computes "$@"
