@@ -13,10 +13,12 @@ typedef struct {
     Attention a; /* first: block_of_pages finds the rest behind it */
     char *pages;
     const int32_t *table, *first, *past;
-    int R, P, most; /* most: blocks of queries in the row that has most */
+    int R, P, most; /* most: blocks of queries in the row that has most, of those that are not few */
+    int by_group;   /* there is a row and key/value head for every thread */
 } Paged;
 
-static int is_few(const Paged *p, int r) { return p->first[r + 1] - p->first[r] <= FEW; }
+/* Rows whose every key/value head is one task.  Both ways make the same bits: the choice may follow the threads. */
+static int is_few(const Paged *p, int r) { return p->by_group && p->first[r + 1] - p->first[r] <= FEW; }
 
 static const float *query_of(const Attention *a, int h, int n) { return a->qkv + n * a->row + (int64_t)h * a->HS; }
 static float *out_of(const Attention *a, int h, int n) { return a->out + ((int64_t)n * a->NH + h) * a->HS; }
@@ -69,7 +71,8 @@ static void write_token(const Paged *p, int r, int kv, int n) {
 static void write_row(void *context, int task) {
     const Paged *p = context;
     int r = task / p->a.NKV, kv = task % p->a.NKV;
-    for (int n = p->first[r]; !is_few(p, r) && n < p->first[r + 1]; n++) write_token(p, r, kv, n);
+    if (is_few(p, r)) return;
+    for (int n = p->first[r]; n < p->first[r + 1]; n++) write_token(p, r, kv, n);
 }
 
 /* ---- many queries ---- */
@@ -223,9 +226,10 @@ void CAT(attention_paged, ISA)(act *out, void *pages, const act *qkv, const int3
                .first = first,
                .past = past,
                .R = R,
-               .P = P};
+               .P = P,
+               .by_group = R * NKV >= threads_get()};
     p.a.out = out;
-    parallel_for(few_queries, &p, R * NKV);
+    if (p.by_group) parallel_for(few_queries, &p, R * NKV);
     for (int r = 0; r < R; r++)
         if (!is_few(&p, r)) p.most = max_int(p.most, (first[r + 1] - first[r] + QUERY_BLOCK - 1) / QUERY_BLOCK);
     if (!p.most) return;

@@ -12,16 +12,18 @@ typedef struct {
     float *out;
     const int32_t *tokens, *starts;
     const float *wte, *wpe;
-    int N, T, C, rows;
+    const void *packed; /* or wte as linear_pack has packed it in `prec` */
+    int prec, N, T, C, rows;
 } Forward;
 
 static void forward(void *context, int task) {
     const Forward *f = context;
     const int C = f->C, end = min_int(f->N, (task + 1) * f->rows);
     for (int n = task * f->rows; n < end; n++) {
-        const float *wte_v = f->wte + (int64_t)f->tokens[n] * C;
         const float *wpe_p = f->wpe ? f->wpe + (int64_t)position(f->starts, n, f->T) * C : NULL;
         float *out = f->out + (int64_t)n * C;
+        const float *wte_v = f->packed ? out : f->wte + (int64_t)f->tokens[n] * C;
+        if (f->packed) CAT(packed_row, ISA)(out, f->packed, f->prec, C, f->tokens[n]);
         for (int c = 0; c < C; c += W) {
             int k = min_int(W, C - c);
             vf x = vload(wte_v + c, k);
@@ -33,35 +35,16 @@ static void forward(void *context, int task) {
 
 void CAT(embedding_forward, ISA)(float *out, const int32_t *tokens, const int32_t *starts, const float *wte,
                                  const float *wpe, int B, int T, int C) {
-    Forward f = {out, tokens, starts, wte, wpe, B * T, T, C, rows_per_task(C)};
+    Forward f = {.out = out, .tokens = tokens, .starts = starts, .wte = wte, .wpe = wpe, .N = B * T, .T = T, .C = C};
+    f.rows = rows_per_task(C);
     parallel_for(forward, &f, tasks_for(f.N, f.rows));
-}
-
-/* ---- forward, of a weight packed for products ---- */
-
-typedef struct {
-    Forward f; /* wte: not used */
-    const void *packed;
-    int prec;
-} ForwardPacked;
-
-static void forward_packed(void *context, int task) {
-    const ForwardPacked *p = context;
-    const Forward *f = &p->f;
-    const int C = f->C, end = min_int(f->N, (task + 1) * f->rows);
-    for (int n = task * f->rows; n < end; n++) {
-        float *out = f->out + (int64_t)n * C;
-        CAT(packed_row, ISA)(out, p->packed, p->prec, C, f->tokens[n]);
-        if (!f->wpe) continue;
-        const float *wpe_p = f->wpe + (int64_t)position(f->starts, n, f->T) * C;
-        for (int c = 0; c < C; c++) out[c] = out[c] + wpe_p[c];
-    }
 }
 
 void CAT(embedding_packed, ISA)(float *out, const int32_t *tokens, const int32_t *starts, const void *packed,
                                 const float *wpe, int prec, int B, int T, int C) {
-    ForwardPacked p = {{out, tokens, starts, NULL, wpe, B * T, T, C, rows_per_task((int64_t)C * W)}, packed, prec};
-    parallel_for(forward_packed, &p, tasks_for(p.f.N, p.f.rows));
+    Forward f = {.out = out, .tokens = tokens, .starts = starts, .wpe = wpe, .N = B * T, .T = T, .C = C};
+    f.packed = packed, f.prec = prec, f.rows = rows_per_task((int64_t)C * W); /* a value is a cache line */
+    parallel_for(forward, &f, tasks_for(f.N, f.rows));
 }
 
 /* ---- backward ---- */

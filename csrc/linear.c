@@ -365,7 +365,7 @@ static double grid_cost(const Gemm *g, int gm, int gn) {
  * The weight is read once, at the speed of memory, so the rows are packed before, once for all tasks, and tasks are
  * many, so that the threads end together. */
 
-enum { FEW_ROWS = 64, TASKS_A_THREAD = 16 };
+enum { FEW_ROWS = 64 };
 
 static void pack_one_row(float *out, const Gemm *g) {
     for (int k = 0, per_unit = values_a_unit(g); k < g->K; k += W * per_unit) {

@@ -8,6 +8,8 @@ enum { NV = 3 };
 enum { NV = 2 };
 #endif
 enum { NR = NV * W }; /* columns of a panel: what is packed and multiplied together */
+/* Where a weight is read at the speed of memory: many, so that the threads end together. */
+enum { TASKS_A_THREAD = 16 };
 
 /* In this order. */
 typedef struct {

@@ -160,8 +160,7 @@ static void product_task(void *context, int task) {
     }
 }
 
-/* Many tasks, so that the threads end together. */
-enum { TASKS_A_THREAD = 16, ROWS_AT_ONCE = 4096 };
+enum { ROWS_AT_ONCE = 4096 };
 
 void CAT(int8_product, ISA)(const Epilogue *e, const float *in, const void *packed, int N, int C, int OC) {
     const int64_t G = groups_of(C);

@@ -294,10 +294,10 @@ FAULTS = [
         "return (void)starts, n % T;",
     ),
     Fault(
-        "embedding: of a packed weight, starts ignored",
+        "embedding: of a packed weight, always the first row",
         "csrc/embedding.c",
-        "position(f->starts, n, f->T) * C;\n        for",
-        "position(NULL, n, f->T) * C;\n        for",
+        "f->packed, f->prec, C, f->tokens[n]);",
+        "f->packed, f->prec, C, 0);",
         PACKED,
     ),
     Fault(

@@ -8,6 +8,7 @@ import pytest
 
 STEPS = """
 import json, sys
+from dataclasses import asdict
 import numpy as np
 from barelm import Config, Model
 from barelm.profile import Profile
@@ -30,7 +31,8 @@ for _ in range(int(sys.argv[2])):
     step(before)
     step(model)  # not within a step
 same = all((p == before.params[name]).all() for name, p in model.params.items())
-print(json.dumps({"steps": profile.steps, "seconds": profile.seconds, "same": same, "lines": profile.as_dicts(),
+lines = [asdict(line) for line in profile.lines()]
+print(json.dumps({"steps": profile.steps, "seconds": profile.seconds, "same": same, "lines": lines,
                   "table": profile.table(1e11, least=float(sys.argv[3]))}))
 """
 SIZES = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=100, context=32)

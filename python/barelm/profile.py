@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from . import _core
 
@@ -90,10 +90,6 @@ class Profile:
             ).rstrip()
             for row in rows
         )
-
-    def as_dicts(self) -> list[dict]:
-        """The lines as plain data, for JSON."""
-        return [asdict(line) for line in self.lines()]
 
 
 _HEADER = ("operator", "size", "calls", "ms", "%", "GFLOP/s", "% of peak", "GB/s")
