@@ -23,7 +23,7 @@ enum { MR = 8, ROWS_OF_CHAINS = 4 };
 #else
 enum { MR = 6, ROWS_OF_CHAINS = 3 };
 #endif
-enum { MC = 64 * MR, PACKED_A_UNITS = 4 << 20 };
+enum { MC = 64 * MR, ROWS_PACKED = W / MR * MR, PACKED_A_UNITS = 4 << 20 };
 
 typedef struct {
     int M, N, K;
@@ -77,9 +77,17 @@ INLINE vf load_units_across_k(const float *p, const float *next, int columns, in
     return prec == PREC_BF16 ? vbf16(x) : x;
 }
 
+/* A vector of units, columns j .. j + W - 1 of k step k.  Two panels of half a vector lie `panel` apart.  A panel that
+ * is narrower still is written in whole vectors: what is too much lies where the next step, or panel, will be. */
+INLINE void put_units(float *out, const int width, int64_t panel, int64_t k, int j, vf x) {
+    float *at = out + k * width + j;
+    if (2 * width == W) vstore_halves(at, at + panel, x);
+    else vstore_all(at, x);
+}
+
 /* Columns lie `stride` apart, k is contiguous: W x W blocks are transposed in registers. */
-INLINE void pack_transposed(float *out, const int width, const float *p, int64_t stride, int valid, int values,
-                            const int per_unit, int prec) {
+INLINE void pack_transposed(float *out, const int width, int64_t panel, const float *p, int64_t stride, int valid,
+                            int values, const int per_unit, int prec) {
     for (int j = 0; j < width; j += W)
         for (int k = 0; k * per_unit < values; k += W) {
             vf r[W];
@@ -89,49 +97,56 @@ INLINE void pack_transposed(float *out, const int width, const float *p, int64_t
                            : vset(0.0f);
             vtranspose(r);
             int rows = min_int(W, (values + per_unit - 1) / per_unit - k);
-            for (int i = 0; i < rows; i++) {
-                if (width - j >= W) vstore_all(out + (k + i) * width + j, r[i]);
-                else vstore(out + (k + i) * width + j, r[i], width - j);
-            }
+            for (int i = 0; i < rows; i++) put_units(out, width, panel, k + i, j, r[i]);
         }
+}
+
+/* A chain of the column sums goes to the double ones. */
+INLINE vf flush_sum(vf sum, vd *low, vd *high) {
+    *low = *low + vdlow(sum), *high = *high + vdhigh(sum);
+    return vset(0.0f);
 }
 
 /* Columns are contiguous, k steps lie `stride` apart.  sums[j], if given, takes the sum over k of the values as they
- * are, before any rounding. */
-INLINE void pack_straight(float *out, const int width, const float *p, int64_t stride, int valid, int values,
-                          const int per_unit, int prec, float *sums) {
+ * are, before any rounding, in chains of `chain`. */
+INLINE void pack_straight(float *out, const int width, int64_t panel, const float *p, int64_t stride, int valid,
+                          int values, const int per_unit, int prec, int chain, double *sums) {
     for (int j = 0; j < width; j += W) {
-        int columns = valid > j ? min_int(W, valid - j) : 0, room = min_int(W, width - j);
+        int columns = valid > j ? min_int(W, valid - j) : 0;
         vf sum = vset(0.0f);
+        vd low = sums ? vdload(sums + j) : vdset(0), high = sums ? vdload(sums + j + W / 2) : vdset(0);
         for (int k = 0; k < values; k += per_unit) {
             const float *row = p + k * stride + j, *next = per_unit == 2 && k + 1 < values ? row + stride : NULL;
-            vf x = load_units_across_k(row, next, columns, prec);
-            if (room == W) vstore_all(out + k / per_unit * width + j, x);
-            else vstore(out + k / per_unit * width + j, x, room);
-            if (sums) sum = sum + vload(row, columns);
-            if (sums && next) sum = sum + vload(next, columns);
+            put_units(out, width, panel, k / per_unit, j, load_units_across_k(row, next, columns, prec));
+            if (!sums) continue;
+            sum = sum + vload(row, columns);
+            if (next) sum = sum + vload(next, columns);
+            if ((k + per_unit) % chain == 0) sum = flush_sum(sum, &low, &high);
         }
-        if (sums) vstore(sums + j, vload(sums + j, room) + sum, room);
+        if (!sums) continue;
+        flush_sum(sum, &low, &high);
+        vdstore(sums + j, low), vdstore(sums + j + W / 2, high);
     }
 }
 
-INLINE void pack(float *out, const int width, const float *p, int64_t along, int64_t along_k, int valid, int values,
-                 int per_unit, int prec, float *sums) {
+INLINE void pack(float *out, const int width, int64_t panel, const float *p, int64_t along, int64_t along_k, int valid,
+                 int values, int per_unit, int prec, int chain, double *sums) {
     int transposed = along_k == 1 && !sums; /* a single column is contiguous both ways */
-    if (transposed && per_unit == 2) pack_transposed(out, width, p, along, valid, values, 2, prec);
-    else if (transposed) pack_transposed(out, width, p, along, valid, values, 1, prec);
-    else if (per_unit == 2) pack_straight(out, width, p, along_k, valid, values, 2, prec, sums);
-    else pack_straight(out, width, p, along_k, valid, values, 1, prec, sums);
+    if (transposed && per_unit == 2) pack_transposed(out, width, panel, p, along, valid, values, 2, prec);
+    else if (transposed) pack_transposed(out, width, panel, p, along, valid, values, 1, prec);
+    else if (per_unit == 2) pack_straight(out, width, panel, p, along_k, valid, values, 2, prec, chain, sums);
+    else pack_straight(out, width, panel, p, along_k, valid, values, 1, prec, chain, sums);
 }
 
 static __attribute__((noinline)) void pack_b(float *out, const Gemm *g, int j, int k, int values) {
-    pack(out, NR, g->b + j * g->b_j + k * g->b_k, g->b_j, g->b_k, min_int(NR, g->N - j), values, values_a_unit(g),
-         g->prec, NULL);
+    pack(out, NR, 0, g->b + j * g->b_j + k * g->b_k, g->b_j, g->b_k, min_int(NR, g->N - j), values, values_a_unit(g),
+         g->prec, 0, NULL);
 }
 
-static __attribute__((noinline)) void pack_a(float *out, const Gemm *g, int i, int k, int values, float *sums) {
-    pack(out, MR, g->a + i * g->a_i + k * g->a_k, g->a_i, g->a_k, min_int(MR, g->M - i), values, values_a_unit(g),
-         g->prec, sums);
+/* ROWS_PACKED rows of A: as many panels as fill a vector. */
+static __attribute__((noinline)) void pack_a(float *out, const Gemm *g, int i, int k, int values, double *sums) {
+    pack(out, MR, panel_units(g, MR), g->a + i * g->a_i + k * g->a_k, g->a_i, g->a_k, min_int(ROWS_PACKED, g->M - i),
+         values, values_a_unit(g), g->prec, values_of_units(g, ROW_CHAIN), sums);
 }
 
 /* ---- all of B, packed once ----------------------------------------------------------------------------------------
@@ -220,8 +235,8 @@ static __attribute__((noinline)) void sums_pairs(int rows, int units, const floa
 }
 
 /* Over rows: a block's sums are added to D, and behind the last block S takes the rounded total. */
-INLINE void sums_over_rows(const int pairs, int chain, int units, const float *A, const float *B, float *S, double *D,
-                           int first, int last) {
+INLINE void sums_over_rows(const int pairs, const int chain, int units, const float *A, const float *B, float *S,
+                           double *D, int first, int last) {
     for (int i0 = 0; i0 < MR; i0 += ROWS_OF_CHAINS) {
         vf sums[8][4];
         tile_of_chains(ROWS_OF_CHAINS, NV, pairs, chain, units, A + i0, 1, MR, B, NR, sums);
@@ -237,28 +252,28 @@ INLINE void sums_over_rows(const int pairs, int chain, int units, const float *A
             }
     }
 }
-static __attribute__((noinline)) void sums_over_rows_packed(int chain, int units, const float *A, const float *B,
-                                                            float *S, double *D, int first, int last) {
-    sums_over_rows(0, chain, units, A, B, S, D, first, last);
+/* A chain is ROW_CHAIN units of the contract: where a pair of bf16 is held as two fp32, twice as many steps. */
+static __attribute__((noinline)) void sums_over_rows_fp32(int units, const float *A, const float *B, float *S,
+                                                          double *D, int first, int last) {
+    sums_over_rows(0, ROW_CHAIN, units, A, B, S, D, first, last);
 }
-static __attribute__((noinline)) void sums_over_rows_pairs(int chain, int units, const float *A, const float *B,
-                                                           float *S, double *D, int first, int last) {
-    sums_over_rows(HAVE_PAIRS, chain, units, A, B, S, D, first, last);
+static __attribute__((noinline)) void sums_over_rows_bf16(int units, const float *A, const float *B, float *S,
+                                                          double *D, int first, int last) {
+    sums_over_rows(HAVE_PAIRS, HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN, units, A, B, S, D, first, last);
 }
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
-    float *S, *b, *a, *sums; /* [MC][NR], [2 * K_BLOCK][NR], packed rows of A, [MR] */
-    double *D;               /* [MC][NR]: sums of finished blocks, over rows */
+    float *S, *b, *a; /* [MC][NR], [2 * K_BLOCK][NR], packed rows of A */
+    double *D;        /* [MC][NR]: sums of finished blocks, over rows */
 } Work;
 
 static Work work_of_task(void) {
     Work w;
     w.S = scratch(SCRATCH_TASK);
     w.b = w.S + MC * NR;
-    w.sums = w.b + 2 * K_BLOCK * NR; /* where bf16 is held as fp32, a K block has 512 units */
-    w.D = (double *)(w.sums + 64);
+    w.D = (double *)(w.b + 2 * K_BLOCK * NR); /* where bf16 is held as fp32, a K block has 512 units */
     w.a = (float *)(w.D + MC * NR);
     return w;
 }
@@ -272,57 +287,67 @@ static int block_rows(const Gemm *g) {
 
 /* Pack rows i0 .. i1 of A, all of K: panel after panel, in each the K blocks one behind the other. */
 static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
-    int step = want_sums ? values_of_units(g, ROW_CHAIN) : values_a_block(g), per_unit = values_a_unit(g);
-    int64_t panel = panel_units(g, MR);
-    for (int i = i0; i < i1; i += MR) {
-        float *out = w.a + (i - i0) / MR * panel;
-        double total[MR] = {0};
-        for (int k = 0; k < g->K; k += step) {
-            int values = min_int(step, g->K - k);
-            for (int j = 0; want_sums && j < MR; j++) w.sums[j] = 0;
-            pack_a(out + (int64_t)k / per_unit * MR, g, i, k, values, want_sums ? w.sums : NULL);
-            for (int j = 0; want_sums && j < MR; j++) total[j] += (double)w.sums[j];
-        }
-        for (int j = 0; want_sums && j < MR && i + j < g->M; j++) g->row_sums[i + j] += (float)total[j];
+    int block = values_a_block(g), per_unit = values_a_unit(g);
+    for (int i = i0; i < i1; i += ROWS_PACKED) {
+        float *out = w.a + (i - i0) / MR * panel_units(g, MR);
+        double total[W] = {0};
+        for (int k = 0; k < g->K; k += block)
+            pack_a(out + (int64_t)k / per_unit * MR, g, i, k, min_int(block, g->K - k), want_sums ? total : NULL);
+        for (int j = 0; want_sums && j < ROWS_PACKED && i + j < i1; j++) g->row_sums[i + j] += (float)total[j];
     }
 }
 
-/* The sums of rows i0 .. i1 over one K block, against one packed panel B, added to S. */
-static void block_sums(const Gemm *g, Work w, const float *B, int i0, int i1, int k, int values) {
+/* The sums of one tile of rows over one K block, against one packed panel B, added to S. */
+static void tile_sums(const Gemm *g, Work w, const float *B, int i, int i0, int i1, int k, int values) {
     int per_unit = values_a_unit(g), units = (values + per_unit - 1) / per_unit;
-    int64_t panel = panel_units(g, MR);
-    for (int i = i0; i < i1; i += MR) {
-        float *S = w.S + (i - i0) * NR;
-        int rows = min_int(MR, i1 - i);
-        if (packs_a(g)) {
-            const float *A = w.a + (i - i0) / MR * panel + (int64_t)k / per_unit * MR;
-            double *D = w.D + (i - i0) * NR;
-            int first = k == 0, last = k + values == g->K, chain = values_of_units(g, ROW_CHAIN) / per_unit;
-            if (g->over_rows && pairs_of(g)) sums_over_rows_pairs(chain, units, A, B, S, D, first, last);
-            else if (g->over_rows) sums_over_rows_packed(chain, units, A, B, S, D, first, last);
-            else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, !first);
-            else sums_packed(rows, units, A, B, S, !first);
-        } else if (i + MR <= g->M) {
-            sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, k > 0);
-        } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */
-            pack_a(w.a, g, i, k, values, NULL);
-            sums_packed(rows, units, w.a, B, S, k > 0);
-        }
+    float *S = w.S + (i - i0) * NR;
+    if (packs_a(g)) {
+        const float *A = w.a + (i - i0) / MR * panel_units(g, MR) + (int64_t)k / per_unit * MR;
+        double *D = w.D + (i - i0) * NR;
+        int first = k == 0, last = k + values == g->K, rows = min_int(MR, i1 - i);
+        if (g->over_rows && g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, S, D, first, last);
+        else if (g->over_rows) sums_over_rows_fp32(units, A, B, S, D, first, last);
+        else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, !first);
+        else sums_packed(rows, units, A, B, S, !first);
+    } else if (i + MR <= g->M) {
+        sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, k > 0);
+    } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */
+        pack_a(w.a, g, i, k, values, NULL);
+        sums_packed(MR, units, w.a, B, S, k > 0);
     }
 }
 
+/* While one block of B is multiplied the next is fetched, a piece with each tile: packing reads short pieces of many
+ * rows, and would wait for memory. */
+INLINE void fetch_b(const Gemm *g, int j, int k, int piece, int pieces) {
+    int values = min_int(values_a_block(g), g->K - k), columns = min_int(NR, g->N - j), along_k = g->b_k == 1;
+    int rows = along_k ? columns : values, length = along_k ? values : columns;
+    const float *p = g->b + j * g->b_j + k * g->b_k;
+    for (int r = rows * piece / pieces; r < rows * (piece + 1) / pieces; r++)
+        for (int c = 0; c < length; c += 16) __builtin_prefetch(p + r * (along_k ? g->b_j : g->b_k) + c, 0, 2);
+}
+
+/* A tile is finished when its last block is, so that stores and functions overlap with the next tile's products. */
 static void multiply_block(const Gemm *g, Work w, int i0, int i1, int j0, int j1) {
-    int block = values_a_block(g);
+    int block = values_a_block(g), tiles = (i1 - i0 + MR - 1) / MR;
     for (int j = j0; j < j1; j += NR) {
+        int k = 0, columns = min_int(NR, j1 - j);
         if (!g->K) memset(w.S, 0, (size_t)MC * NR * sizeof(float));
-        for (int k = 0; k < g->K; k += block) {
+        do {
             int values = min_int(block, g->K - k);
             const float *B = w.b;
             if (g->packed) B = packed_block(g, j, k, values, w.b);
             else pack_b(w.b, g, j, k, values);
-            block_sums(g, w, B, i0, i1, k, values);
-        }
-        for (int i = i0; i < i1; i++) finish_row(&g->end, g->N, w.S + (i - i0) * NR, i, j, min_int(NR, j1 - j));
+            for (int i = i0; i < i1; i += MR) {
+                int last = k + values == g->K, end = min_int(i + MR, i1);
+                if (!last) fetch_b(g, j, k + values, (i - i0) / MR, tiles);
+                else if (j + NR < j1) fetch_b(g, j + NR, 0, (i - i0) / MR, tiles);
+                if (last) fetch_rows(&g->end, g->N, i, end, j, columns);
+                if (values) tile_sums(g, w, B, i, i0, i1, k, values);
+                for (int r = i; last && r < end; r++) finish_row(&g->end, g->N, w.S + (r - i0) * NR, r, j, columns);
+            }
+            k += block;
+        } while (k < g->K);
     }
 }
 

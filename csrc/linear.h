@@ -24,24 +24,43 @@ typedef struct {
 
 /* Few rows: what finish_row reads of a panel is fetched while the panel is multiplied.  It comes from memory as the
  * weight does, and would be waited for. */
-static inline void fetch_bias(const Epilogue *e, int N, int j0) {
+INLINE void fetch_bias(const Epilogue *e, int N, int j0) {
     for (int j = j0; e->bias && j < min_int(N, j0 + NR); j += 16) __builtin_prefetch(e->bias + j);
+}
+
+/* What finish_row will read and write of rows i0 .. i1 - 1 is fetched while their last block is multiplied: it lies in
+ * short pieces, each in another row, that no hardware foresees. */
+INLINE void fetch_rows(const Epilogue *e, int N, int i0, int i1, int j0, int columns) {
+    for (int i = i0; i < i1; i++)
+        for (int j = 0; j < columns; j += 16) {
+            int64_t at = (int64_t)i * N + j0 + j;
+            __builtin_prefetch(e->c + at, 1);
+            if (e->pre) __builtin_prefetch(e->pre + at, 1);
+            if (e->dpre) __builtin_prefetch(e->dpre + at);
+            if (e->residual && e->residual != e->c) __builtin_prefetch(e->residual + at);
+        }
+}
+
+/* k finished sums x go to C, at element `at`, column j. */
+INLINE void finish(const Epilogue *e, vf x, int64_t at, int j, int k) {
+    if (e->bias) x = x + vload(e->bias + j, k);
+    if (e->pre) vstore(e->pre + at, x, k);
+    if (e->dpre) x = x * vdfn(e->fn, vload(e->dpre + at, k));
+    else x = vfn(e->fn, x);
+    if (e->residual) x = x + vload(e->residual + at, k);
+    if (e->accumulate) x = vload(e->c + at, k) + x;
+    vstore(e->c + at, x, k);
 }
 
 /* The sums S of row i, columns j0 and on, go to C. */
 static inline void finish_row(const Epilogue *e, int N, const float *S, int i, int j0, int columns) {
     int64_t at = (int64_t)i * N + j0;
-    for (int j = 0; j < columns; j += W) {
-        int k = min_int(W, columns - j);
-        vf x = vload_all(S + j);
-        if (e->bias) x = x + vload(e->bias + j0 + j, k);
-        if (e->pre) vstore(e->pre + at + j, x, k);
-        if (e->dpre) x = x * vdfn(e->fn, vload(e->dpre + at + j, k));
-        else x = vfn(e->fn, x);
-        if (e->residual) x = x + vload(e->residual + at + j, k);
-        if (e->accumulate) x = vload(e->c + at + j, k) + x;
-        vstore(e->c + at + j, x, k);
+    if (columns == NR) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NR; j += W) finish(e, vload_all(S + j), at + j, j0 + j, W);
+        return;
     }
+    for (int j = 0; j < columns; j += W) finish(e, vload_all(S + j), at + j, j0 + j, min_int(W, columns - j));
 }
 
 /* out (C) = row o of the weight that was packed, as it was rounded. */

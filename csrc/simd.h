@@ -27,8 +27,16 @@ typedef __m512 vf;
 INLINE __mmask16 vmask(int k) { return (__mmask16)((1u << k) - 1); }
 INLINE vf vload_all(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void vstore_all(float *p, vf x) { _mm512_storeu_ps(p, x); }
-INLINE vf vload(const float *p, int k) { return _mm512_maskz_loadu_ps(vmask(k), p); }
-INLINE void vstore(float *p, vf x, int k) { _mm512_mask_storeu_ps(p, vmask(k), x); }
+INLINE vf vload(const float *p, int k) { return k == W ? vload_all(p) : _mm512_maskz_loadu_ps(vmask(k), p); }
+INLINE void vstore(float *p, vf x, int k) {
+    if (k == W) vstore_all(p, x);
+    else _mm512_mask_storeu_ps(p, vmask(k), x);
+}
+/* lanes 0 .. W/2 - 1, and the others */
+INLINE void vstore_halves(float *low, float *high, vf x) {
+    _mm256_storeu_ps(low, _mm512_castps512_ps256(x));
+    _mm256_storeu_ps(high, _mm512_extractf32x8_ps(x, 1));
+}
 INLINE vf vset(float a) { return _mm512_set1_ps(a); }
 INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }   /* a * b + c */
 INLINE vf vnfma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a * b */
@@ -138,6 +146,10 @@ INLINE vf vload(const float *p, int k) { return k == W ? vload_all(p) : _mm256_m
 INLINE void vstore(float *p, vf x, int k) {
     if (k == W) vstore_all(p, x);
     else _mm256_maskstore_ps(p, vmask(k), x);
+}
+INLINE void vstore_halves(float *low, float *high, vf x) {
+    _mm_storeu_ps(low, _mm256_castps256_ps128(x));
+    _mm_storeu_ps(high, _mm256_extractf128_ps(x, 1));
 }
 INLINE vf vset(float a) { return _mm256_set1_ps(a); }
 INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }

@@ -89,8 +89,8 @@ FAULTS = [
         "1.0f / (sqrtf(row_sum(x, mean, C, 1) / (float)C) + f->eps)",
     ),
     Fault("norm: residual gradient dropped", "csrc/norm.c", "if (dres) din = din + vload(dres + c, k);", ""),
-    Fault("linear: bias of the wrong column", "csrc/linear.h", "vload(e->bias + j0 + j, k)", "vload(e->bias + j, k)"),
-    Fault("linear: = instead of +=", "csrc/linear.h", "if (e->accumulate) x = vload(e->c + at + j, k) + x;", ""),
+    Fault("linear: bias of the wrong column", "csrc/linear.h", "at + j, j0 + j, W);", "at + j, j, W);"),
+    Fault("linear: = instead of +=", "csrc/linear.h", "if (e->accumulate) x = vload(e->c + at, k) + x;", ""),
     Fault(
         "linear: K blocks of 512 fp32",
         "csrc/linear.c",
@@ -106,8 +106,8 @@ FAULTS = [
     Fault(
         "linear: a gradient's chain is the whole block",
         "csrc/linear.c",
-        "chain = values_of_units(g, ROW_CHAIN) / per_unit;",
-        "chain = units;",
+        "HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN",
+        "ROW_BLOCK",
     ),
     Fault(
         "linear: a gradient's block is as long as any other",
@@ -118,9 +118,28 @@ FAULTS = [
     Fault(
         "linear: bias gradient misses every second row of pairs",
         "csrc/linear.c",
-        "if (sums && next) sum = sum + vload(next, columns);",
+        "if (next) sum = sum + vload(next, columns);",
         "",
         isa="avx512_bf16",
+    ),
+    Fault(
+        "linear: bias gradient forgets its last, short chain",
+        "csrc/linear.c",
+        "        flush_sum(sum, &low, &high);\n        vdstore",
+        "        vdstore",
+    ),
+    Fault(
+        "linear: two panels of A in one place",
+        "csrc/linear.c",
+        "vstore_halves(at, at + panel, x)",
+        "vstore_halves(at, at, x)",
+        isa="avx512",
+    ),
+    Fault(
+        "linear: a tile is finished with its first block",
+        "csrc/linear.c",
+        "int last = k + values == g->K, end",
+        "int last = k == 0, end",
     ),
     Fault(
         "linear: bias gradient once for every column part",
