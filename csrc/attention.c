@@ -14,6 +14,8 @@
  * query with that start.  Bound by arithmetic: 4 HS flops for each pair of query and key forward, 10 HS backward. */
 #include "attention.h"
 
+static const float ONES[STRIP] = {1, 1, 1, 1, 1, 1, 1, 1};
+
 enum { CHUNK = 16 }; /* query blocks that the backward pass prepares at once */
 
 /* ---- where things lie in a batch ---- */
@@ -35,9 +37,9 @@ static int run_end(const Attention *a, int b, int t, int limit) {
     return end;
 }
 
-/* The n rows of x and more up to a multiple of STRIP, whose values do not matter: x itself, of which `available` rows
- * may be touched, or a copy in `space` (64, width). */
-static Rows readable_rows(const Attention *a, const float *x, int64_t ld, int n, int available, float *space) {
+/* The n rows of x and more up to a multiple of STRIP, whose values do not matter, where a unit is one value: x itself,
+ * of which `available` rows may be touched, or a copy in `space`. */
+static Rows rows_of_values(const Attention *a, const float *x, int64_t ld, int n, int available, float *space) {
     int padded = (n + STRIP - 1) / STRIP * STRIP;
     if (a->prec == PREC_FP32 && a->HS == a->width && padded <= available) return (Rows){x, ld, 1};
     for (int i = 0; i < padded; i++)
@@ -48,14 +50,33 @@ static Rows readable_rows(const Attention *a, const float *x, int64_t ld, int n,
     return (Rows){space, a->width, 1};
 }
 
-static Rows rows_of_head(const Attention *a, int b, int t, int head, int n, float *space) {
-    return readable_rows(a, a->qkv + qkv_at(a, b, t, head), a->row, n, a->T - t, space);
+/* The same rows of units along the head. */
+static Rows rows_along_head(const Attention *a, const float *x, int64_t ld, int n, int available, float *space) {
+    if (!a->pairs) return rows_of_values(a, x, ld, n, available, space);
+    for (int i = 0; i < (n + STRIP - 1) / STRIP * STRIP; i++)
+        for (int d = 0; d < a->HS; d += 2 * W)
+            vstore_all(space + (int64_t)i * a->unit_width + d / 2,
+                       i < n ? load_units(a, x + i * ld + d, a->HS - d) : vset(0.0f));
+    return (Rows){space, a->unit_width, 1};
+}
+
+/* The units across n rows: row i is rows 2 i and 2 i + 1 where they are pairs. */
+static Rows units_across(const Attention *a, const float *x, int64_t ld, int n, int available, float *space) {
+    if (!a->pairs) return rows_of_values(a, x, ld, n, available, space);
+    for (int i = 0; i < n; i += 2)
+        for (int d = 0; d < a->HS; d += W) {
+            const float *p = x + i * ld + d;
+            int columns = min_int(W, a->HS - d);
+            vf next = i + 1 < n ? vload(p + ld, columns) : vset(0.0f);
+            vstore_all(space + (int64_t)i / 2 * a->width + d, vpairs(vload(p, columns), next));
+        }
+    return (Rows){space, a->width, 1};
 }
 
 static Block block_of_batch(const Attention *a, int b, int kv, int k0, int nk, float *space) {
-    Rows K = rows_of_head(a, b, k0, key_head(a, kv), nk, take(&space, (int64_t)KEY_BLOCK * a->width));
-    Rows V = rows_of_head(a, b, k0, value_head(a, kv), nk, space);
-    return (Block){K, V};
+    const float *k = a->qkv + qkv_at(a, b, k0, key_head(a, kv)), *v = a->qkv + qkv_at(a, b, k0, value_head(a, kv));
+    Rows K = rows_along_head(a, k, a->row, nk, a->T - k0, take(&space, operand_size(a)));
+    return (Block){K, units_across(a, v, a->row, nk, a->T - k0, space)};
 }
 
 /* A task is 64 positions of one head, cut where `starts` changes; the last positions first, they see most keys.  Head
@@ -90,29 +111,29 @@ void CAT(attention_forward, ISA)(act *out, float *lse, const act *qkv, const int
 
 /* ---- backward ---- */
 
-/* out[key][d] += S X: the queries that see one of a strip's keys. */
-static void over_queries(const Attention *a, float *out, const float *S, Rows X, int nk, int nq, int ahead) {
-    for (int i = 0; i < nk; i += STRIP) {
-        int q = max_int(0, ahead + i);
-        if (q >= nq) return;
-        strip(a->width / W, nq - q, S + i * QUERY_BLOCK + q, QUERY_BLOCK, 1, X.p + q * X.ld, X.ld,
-              out + (int64_t)i * a->width, a->width, 1);
-    }
+/* out[key][d] += P X for a strip of keys from row i on: the queries that see one of them.  P: rows of units along
+ * queries; X: units across queries.  A pair may begin one query early: that one is 0 in P. */
+static void over_queries(const Attention *a, float *out, const float *P, Rows X, int i, int nq, int ahead) {
+    int per_unit = a->pairs ? 2 : 1, first = max_int(0, ahead + i) / per_unit, ld = QUERY_BLOCK / per_unit;
+    int units = units_for(a->pairs, nq) - first;
+    if (units <= 0) return;
+    X.p += first * X.ld;
+    strip(a, a->width / W, units, P + i * ld + first, ld, 1, X, out + (int64_t)i * a->width, a->width, ONES);
 }
 
 /* What the products want of up to 64 queries of one head: prepared once, used for every block of keys. */
 typedef struct {
     int t0, nq;
-    float *QT, *dOT; /* (HS, 64) */
-    Rows Q, dO;
-    float *lse, *D; /* (64)  D = dout . out, which is the sum of P * dP over the keys */
+    float *QT, *dOT; /* (units, 64) */
+    Rows Q, dO;      /* across queries */
+    float *lse, *D;  /* (64)  D = dout . out, which is the sum of P * dP over the keys */
 } Queries;
 
 typedef struct {
-    int b, h;   /* the query head */
-    int k0, nk; /* keys k0 .. k0+nk-1 */
-    Rows K, V;
-    float *dK, *dV; /* (64, width) */
+    int b, h;            /* the query head */
+    int k0, nk;          /* keys k0 .. k0+nk-1 */
+    Rows K, V, K_across; /* along the head, and across keys */
+    float *dK, *dV;      /* (64, width) */
 } Keys;
 
 enum { WANT_DQ = 1, WANT_DKV = 2 };
@@ -124,12 +145,12 @@ static float dot(const float *x, const float *y, int n) {
 }
 
 static Queries prepare(const Attention *a, int b, int h, int t0, int nq, float **space) {
-    int64_t block = (int64_t)QUERY_BLOCK * a->width, ldo = (int64_t)a->NH * a->HS;
+    int64_t size = operand_size(a), ldo = (int64_t)a->NH * a->HS;
     const float *q = a->qkv + qkv_at(a, b, t0, h), *dout = a->dout + out_at(a, b, t0, h);
     const float *out = a->saved_out + out_at(a, b, t0, h), *lse = a->lse + lse_at(a, b, t0, h);
-    Queries r = {.t0 = t0, .nq = nq, .QT = take(space, block), .dOT = take(space, block)};
-    r.Q = readable_rows(a, q, a->row, nq, a->T - t0, take(space, block));
-    r.dO = readable_rows(a, dout, ldo, nq, a->T - t0, take(space, block));
+    Queries r = {.t0 = t0, .nq = nq, .QT = take(space, size), .dOT = take(space, size)};
+    r.Q = units_across(a, q, a->row, nq, a->T - t0, take(space, size));
+    r.dO = units_across(a, dout, ldo, nq, a->T - t0, take(space, size));
     r.lse = take(space, QUERY_BLOCK), r.D = take(space, QUERY_BLOCK);
     transpose(a, q, a->row, nq, r.QT);
     transpose(a, dout, ldo, nq, r.dOT);
@@ -140,16 +161,30 @@ static Queries prepare(const Attention *a, int b, int h, int t0, int nq, float *
     return r;
 }
 
+/* The matrices of 64 queries and 64 keys. */
+typedef struct {
+    float *S, *dP;    /* (STRIP, 64)  of one strip of keys */
+    float *P, *dS;    /* (64, units of 64)  rows of keys, units along queries */
+    float *dS_across; /* (units of 64, 64)  units across keys; dS itself where a unit is one value */
+    float *dQ;
+} Matrices;
+
 /* Forward was P = exp(score - lse), out = P V.  So dP = dout V^T, dscore = P (dP - D), and both products that follow
- * want it times the scale.  S: scores, then P; dS: dP, then the scaled dscore; both exactly 0 where hidden. */
-static void probabilities(const Attention *a, float *S, float *dS, const float *lse, const float *D, int rows,
+ * want it times the scale.  A strip of keys from row i on, W lanes; P and dS are exactly 0 where hidden. */
+static void probabilities(const Attention *a, const Matrices *m, const Queries *q, int i, int rows, int lane,
                           int hidden) {
-    vf minus_lse = vset(0.0f) - vload_all(lse), minus_D = vset(0.0f) - vload_all(D), scale = vset(a->scale);
-    for (int i = 0; i < rows; i++, S += QUERY_BLOCK, dS += QUERY_BLOCK) {
-        vf p = vexp(vfma(hide(vload_all(S), hidden + i), scale, minus_lse));
-        vf dscore = p * (vload_all(dS) + minus_D) * scale;
-        vstore_all(S, a->prec == PREC_BF16 ? vbf16(p) : p);
-        vstore_all(dS, a->prec == PREC_BF16 ? vbf16(dscore) : dscore);
+    vf minus_lse = vset(0.0f) - vload_all(q->lse + lane), minus_D = vset(0.0f) - vload_all(q->D + lane);
+    const float *S = m->S + lane, *dP = m->dP + lane;
+    const int ld = a->pairs ? QUERY_BLOCK / 2 : QUERY_BLOCK;
+    vf before = vset(0.0f);
+    for (int j = 0; j < rows; j++, S += QUERY_BLOCK, dP += QUERY_BLOCK) {
+        vf p = weight(a, S, minus_lse, hidden + j), dscore = p * (vload_all(dP) + minus_D) * vset(a->scale);
+        store_along(a, m->P + (i + j) * ld, lane, p);
+        store_along(a, m->dS + (i + j) * ld, lane, dscore);
+        if (a->pairs && (j & 1 || j == rows - 1))
+            vstore_all(m->dS_across + (i + j) / 2 * QUERY_BLOCK + lane,
+                       j & 1 ? vpairs(before, dscore) : vpairs(dscore, vset(0.0f)));
+        before = dscore;
     }
 }
 
@@ -158,25 +193,33 @@ static void add_row(float *y, const float *x, int n) {
     for (int d = 0; d < n; d += W) vstore(y + d, vload(y + d, min_int(W, n - d)) + vload_all(x + d), min_int(W, n - d));
 }
 
+/* dQ of STRIP queries from lane q. */
+static void query_gradient(const Attention *a, const Queries *r, const Keys *k, const Matrices *m, int q, int ahead) {
+    float *dq = a->dqkv + qkv_at(a, k->b, r->t0 + q, k->h);
+    int rows = min_int(STRIP, r->nq - q);
+    if (rows == STRIP && a->HS == a->width) {
+        over_keys(a, dq, a->row, ONES, m->dS_across, k->K_across, k->nk, q, ahead);
+    } else if (over_keys(a, m->dQ, a->width, NULL, m->dS_across, k->K_across, k->nk, q, ahead)) {
+        for (int i = 0; i < rows; i++) add_row(dq + i * a->row, m->dQ + (int64_t)i * a->width, a->HS);
+    }
+}
+
 /* 64 queries meet 64 keys. */
 static void backward_pair(const Attention *a, const Queries *q, const Keys *k, int want, float *space) {
-    float *S = take(&space, KEY_BLOCK * QUERY_BLOCK), *dS = take(&space, KEY_BLOCK * QUERY_BLOCK), *dQ = space;
-    int ahead = k->k0 - q->t0;
-    scores(a, S, k->K, k->nk, q->QT, q->nq, ahead);
-    scores(a, dS, k->V, k->nk, q->dOT, q->nq, ahead);
-    for (int i = 0; i < q->nq; i += W)
-        probabilities(a, S + i, dS + i, q->lse + i, q->D + i, rows_seen(k->nk, i, ahead), ahead - i);
-    if (want & WANT_DKV) {
-        over_queries(a, k->dV, S, q->dO, k->nk, q->nq, ahead);
-        over_queries(a, k->dK, dS, q->Q, k->nk, q->nq, ahead);
+    int ahead = k->k0 - q->t0, block = KEY_BLOCK * units_for(a->pairs, QUERY_BLOCK);
+    Matrices m = {.S = take(&space, STRIP * QUERY_BLOCK), .dP = take(&space, STRIP * QUERY_BLOCK)};
+    m.P = take(&space, block), m.dS = take(&space, block);
+    m.dS_across = a->pairs ? take(&space, block) : m.dS, m.dQ = space;
+    for (int i = 0; i < k->nk; i += STRIP) {
+        int lane = scores(a, m.S, k->K, i, q->QT, q->nq, ahead), rows = min_int(STRIP, k->nk - i);
+        scores(a, m.dP, k->V, i, q->dOT, q->nq, ahead);
+        for (; lane < q->nq; lane += W) probabilities(a, &m, q, i, rows, lane, ahead + i - lane);
     }
-    if (want & WANT_DQ)
-        for (int i = 0; i < q->nq; i += STRIP) {
-            if (!over_keys(a, dQ, 0, dS, k->K, k->nk, i, ahead)) continue;
-            float *dq = a->dqkv + qkv_at(a, k->b, q->t0 + i, k->h);
-            for (int j = 0; j < min_int(STRIP, q->nq - i); j++)
-                add_row(dq + j * a->row, dQ + (int64_t)j * a->width, a->HS);
-        }
+    for (int i = 0; want & WANT_DKV && i < k->nk; i += STRIP) {
+        over_queries(a, k->dV, m.P, q->dO, i, q->nq, ahead);
+        over_queries(a, k->dK, m.dS, q->Q, i, q->nq, ahead);
+    }
+    for (int i = 0; want & WANT_DQ && i < q->nq; i += STRIP) query_gradient(a, q, k, &m, i, ahead);
 }
 
 /* Between the rows of dqkv and a padded block of sums. */
@@ -196,18 +239,19 @@ static void store_sums(const Attention *a, const float *sums, int64_t at, int n)
  * Only whole blocks of keys, counted from the queries' start, give dQ; dK and dV may be asked for any range. */
 static void backward_chunk(const Attention *a, int b, int h, int t0, int t1, int k_begin, int k_end, int want) {
     int kv = h / (a->NH / a->NKV), blocks = 0;
-    int64_t block = (int64_t)QUERY_BLOCK * a->width;
+    int64_t block = (int64_t)QUERY_BLOCK * a->width, size = operand_size(a);
     float *space = scratch(SCRATCH_TASK);
     float *dK = take(&space, block), *dV = take(&space, block);
-    float *K_space = take(&space, block), *V_space = take(&space, block);
+    float *K_space = take(&space, size), *V_space = take(&space, size), *across_space = take(&space, size);
     Queries queries[CHUNK];
     for (int t = t0; t < t1; t += QUERY_BLOCK)
         queries[blocks++] = prepare(a, b, h, t, min_int(QUERY_BLOCK, t1 - t), &space);
     for (int k0 = k_begin; k0 < min_int(k_end, t1); k0 += KEY_BLOCK) {
         int64_t dk_at = qkv_at(a, b, k0, key_head(a, kv)), dv_at = qkv_at(a, b, k0, value_head(a, kv));
         Keys k = {.b = b, .h = h, .k0 = k0, .nk = min_int(KEY_BLOCK, min_int(k_end, t1) - k0), .dK = dK, .dV = dV};
-        k.K = rows_of_head(a, b, k0, key_head(a, kv), k.nk, K_space);
-        k.V = rows_of_head(a, b, k0, value_head(a, kv), k.nk, V_space);
+        k.K = rows_along_head(a, a->qkv + dk_at, a->row, k.nk, a->T - k0, K_space);
+        k.V = rows_along_head(a, a->qkv + dv_at, a->row, k.nk, a->T - k0, V_space);
+        k.K_across = a->pairs ? units_across(a, a->qkv + dk_at, a->row, k.nk, a->T - k0, across_space) : k.K;
         if (want & WANT_DKV) load_sums(a, dK, dk_at, k.nk), load_sums(a, dV, dv_at, k.nk);
         for (int i = 0; i < blocks; i++)
             if (queries[i].t0 + queries[i].nq > k0) backward_pair(a, &queries[i], &k, want, space);

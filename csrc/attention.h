@@ -1,5 +1,11 @@
 /* attention.h -- what attention over a batch (attention.c) and over pages (attention_paged.c) share: operands,
- * products, and the forward pass of a block of queries. */
+ * products, and the forward pass of a block of queries.
+ *
+ * Operands are made of units, as those of matmul: where the CPU multiplies pairs of bf16 a 32-bit unit holds two values
+ * that follow each other in the sum, else it holds one.  So an operand has as many forms as there are sums it goes
+ * into: a score sums along the head, the other products sum across rows (keys or queries).  What is left over at the
+ * end of an odd sum is paired with zero, in both operands where it could be anything else: 0 * NaN would spoil the sum.
+ */
 #pragma once
 #include "threads.h"
 #include "tile.h"
@@ -14,25 +20,31 @@ typedef struct {
     const float *dout, *qkv, *saved_out, *lse;
     const int32_t *starts;
     int prec, B, T, NH, NKV, HS;
-    int width;   /* HS rounded up to whole vectors */
-    int64_t row; /* floats from one position of qkv to the next */
-    float scale; /* 1 / sqrt(HS) */
-    int by_head; /* forward: the order of tasks */
+    int pairs;      /* a unit is two values of bf16 */
+    int units;      /* of a head */
+    int unit_width; /* they rounded up to whole vectors */
+    int width;      /* HS rounded up to whole vectors */
+    int64_t row;    /* floats from one position of qkv to the next */
+    float scale;    /* 1 / sqrt(HS) */
+    int by_head;    /* forward: the order of tasks */
 } Attention;
 
-/* Up to 64 rows of a matrix, `ld` floats apart, their values `step` apart.  Where step is 1 they can be read in whole
- * vectors up to `width`. */
+/* Up to 64 rows of units, `ld` apart, the units of a row `step` apart. */
 typedef struct {
     const float *p;
     int64_t ld, step;
 } Rows;
 
-/* Keys and values of one head and one block. */
+/* Keys and values of one head and one block, as scores and outputs want them: K along the head, V across keys. */
 typedef struct {
     Rows K, V;
 } Block;
 
+INLINE int units_for(int pairs, int values) { return pairs ? (values + 1) / 2 : values; }
+INLINE int whole_vectors(int n) { return (n + W - 1) / W * W; }
+
 static Attention attention(const float *qkv, const int32_t *starts, int prec, int B, int T, int NH, int NKV, int HS) {
+    int pairs = prec == PREC_BF16 && HAVE_PAIRS, units = units_for(pairs, HS);
     return (Attention){.qkv = qkv,
                        .starts = starts,
                        .prec = prec,
@@ -41,7 +53,10 @@ static Attention attention(const float *qkv, const int32_t *starts, int prec, in
                        .NH = NH,
                        .NKV = NKV,
                        .HS = HS,
-                       .width = (HS + W - 1) / W * W,
+                       .pairs = pairs,
+                       .units = units,
+                       .unit_width = whole_vectors(units),
+                       .width = whole_vectors(HS),
                        .row = (int64_t)(NH + 2 * NKV) * HS,
                        .scale = 1.0f / sqrtf((float)HS)};
 }
@@ -60,31 +75,102 @@ static float *take(float **scratch, int64_t n) {
     return p;
 }
 
+/* What an operand of 64 rows takes, in any form. */
+static int64_t operand_size(const Attention *a) { return (int64_t)QUERY_BLOCK * a->unit_width; }
+
 /* ---- operands ---- */
 
-/* x (n, HS) -> space (HS, 64), zero in the lanes from n up to whole vectors. */
+/* Lane i: low[i] and behind it high[i], rounded.  These four serve where HAVE_PAIRS alone. */
+INLINE vf vpairs(vf low, vf high) {
+#if defined(__AVX512BF16__)
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low)));
+#else
+    return (void)high, low;
+#endif
+}
+/* W pairs of 2 W values that follow each other */
+INLINE vf vpairs_along(vf first, vf second) {
+#if defined(__AVX512BF16__)
+    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second, first));
+#else
+    return (void)second, first;
+#endif
+}
+/* the first values of W pairs */
+INLINE vf vlow(vf pairs) {
+#if defined(__AVX512BF16__)
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+#else
+    return pairs;
+#endif
+}
+/* W values as W / 2 pairs */
+INLINE void vstore_pairs(float *p, vf x) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x));
+#else
+    vstore_all(p, x);
+#endif
+}
+
+/* A unit in each lane: of x and, where it is a pair, of next. */
+INLINE vf unit_of(const Attention *a, vf x, vf next) {
+    if (HAVE_PAIRS && a->pairs) return vpairs(x, next);
+    return a->prec == PREC_BF16 ? vbf16(x) : x;
+}
+
+/* W units along a row of which so many values are left. */
+INLINE vf load_units(const Attention *a, const float *p, int values) {
+    vf x = vload(p, min_int(W, values));
+    if (HAVE_PAIRS && a->pairs) return vpairs_along(x, vload(p + W, min_int(W, max_int(0, values - W))));
+    return a->prec == PREC_BF16 ? vbf16(x) : x;
+}
+
+/* W values -> units of a row that has them along it, from value `lane` on. */
+INLINE void store_along(const Attention *a, float *row, int lane, vf x) {
+    if (HAVE_PAIRS && a->pairs) vstore_pairs(row + lane / 2, x);
+    else vstore_all(row + lane, a->prec == PREC_BF16 ? vbf16(x) : x);
+}
+
+/* x (n, HS) -> space (units, 64), zero in the lanes from n up to whole vectors. */
 static void transpose(const Attention *a, const float *x, int64_t ld, int n, float *space) {
+    const int per_unit = a->pairs ? 2 : 1;
     for (int q = 0; q < n; q += W)
-        for (int d = 0; d < a->HS; d += W) {
+        for (int u = 0; u < a->units; u += W) {
             vf r[W];
-            int columns = min_int(W, a->HS - d);
-            for (int i = 0; i < W; i++) {
-                r[i] = q + i < n ? vload(x + (q + i) * ld + d, columns) : vset(0.0f);
-                if (a->prec == PREC_BF16) r[i] = vbf16(r[i]);
-            }
+            int d = u * per_unit;
+            for (int i = 0; i < W; i++) r[i] = q + i < n ? load_units(a, x + (q + i) * ld + d, a->HS - d) : vset(0.0f);
             vtranspose(r);
-            for (int i = 0; i < columns; i++) vstore_all(space + (int64_t)(d + i) * QUERY_BLOCK + q, r[i]);
+            for (int i = 0; i < min_int(W, a->units - u); i++)
+                vstore_all(space + (int64_t)(u + i) * QUERY_BLOCK + q, r[i]);
         }
 }
 
 /* ---- products ---- */
 
+/* C[i][j] = C[i][j] * old[i] + the chain of A row i and B column j, rounded once; old NULL: the chain alone. */
+INLINE void tile_onto(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
+                      const float *B, int64_t ldb, float *C, int64_t ldc, const float *old) {
+    vf c[8][4];
+    tile_chain(MR, NV, pairs, kc, A, rs, ks, B, ldb, c);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) {
+            float *p = C + i * ldc + j * W;
+            vstore_all(p, old ? vfma(vload_all(p), vset(old[i]), c[i][j]) : c[i][j]);
+        }
+}
+
 /* STRIP rows of a product, `nv` vectors wide: the widest tiles the registers hold, and none much narrower than the
  * rest, because a tile with few chains waits for its own sums. */
-static void strip(int nv, int kc, const float *A, int64_t rs, int64_t ks, const float *B, int64_t ldb, float *C,
-                  int64_t ldc, int add) {
-#define TILES(MR, NV) \
-    for (int i = 0; i < STRIP; i += MR) tile(MR, NV, 0, kc, A + i * rs, rs, ks, B, ldb, C + i * ldc, ldc, add)
+INLINE void strip_of(const int pairs, int nv, int kc, const float *A, int64_t rs, int64_t ks, const float *B,
+                     int64_t ldb, float *C, int64_t ldc, const float *old) {
+#define TILES(MR, NV)                   \
+    for (int i = 0; i < STRIP; i += MR) \
+    tile_onto(MR, NV, pairs, kc, A + i * rs, rs, ks, B, ldb, C + i * ldc, ldc, old ? old + i : NULL)
     for (int n; nv > 0; nv -= n, B += n * W, C += n * W) {
         n = nv <= NV_MAX ? nv : nv < 2 * NV_MAX ? (nv + 1) / 2 : NV_MAX;
         if (n == 1) TILES(8, 1);
@@ -96,16 +182,34 @@ static void strip(int nv, int kc, const float *A, int64_t rs, int64_t ks, const 
 #undef TILES
 }
 
+static __attribute__((noinline)) void strip_pairs(int nv, int kc, const float *A, int64_t rs, int64_t ks,
+                                                  const float *B, int64_t ldb, float *C, int64_t ldc,
+                                                  const float *old) {
+    strip_of(HAVE_PAIRS, nv, kc, A, rs, ks, B, ldb, C, ldc, old);
+}
+static __attribute__((noinline)) void strip_values(int nv, int kc, const float *A, int64_t rs, int64_t ks,
+                                                   const float *B, int64_t ldb, float *C, int64_t ldc,
+                                                   const float *old) {
+    strip_of(0, nv, kc, A, rs, ks, B, ldb, C, ldc, old);
+}
+
+/* A: row i, unit k at A + i * rs + k * ks.  B: unit k of all columns. */
+static void strip(const Attention *a, int nv, int kc, const float *A, int64_t rs, int64_t ks, Rows B, float *C,
+                  int64_t ldc, const float *old) {
+    if (HAVE_PAIRS && a->pairs) strip_pairs(nv, kc, A, rs, ks, B.p, B.ld, C, ldc, old);
+    else strip_values(nv, kc, A, rs, ks, B.p, B.ld, C, ldc, old);
+}
+
 /* In what follows query lane q is position t0 + q, key row i is position k0 + i, and `ahead` = k0 - t0: the query sees
  * the key where q >= ahead + i.  So in row i the lanes below ahead + i are hidden. */
 
-/* S[key][query] = keys . queries, over the vectors of lanes that see any of a strip's keys.  S (64, 64), QT (HS, 64) */
-static void scores(const Attention *a, float *S, Rows keys, int nk, const float *QT, int nq, int ahead) {
-    for (int i = 0; i < nk; i += STRIP) {
-        int v = max_int(0, ahead + i) / W, nv = (nq + W - 1) / W;
-        strip(nv - v, a->HS, keys.p + i * keys.ld, keys.ld, keys.step, QT + v * W, QUERY_BLOCK,
-              S + i * QUERY_BLOCK + v * W, QUERY_BLOCK, 0);
-    }
+/* S[key][query] = keys . queries for a strip of keys from row i on, over the vectors of lanes that see any of them.
+ * S (STRIP, 64), QT (units, 64).  Returns the first of these lanes. */
+static int scores(const Attention *a, float *S, Rows keys, int i, const float *QT, int nq, int ahead) {
+    int lane = max_int(0, ahead + i) / W * W, nv = (nq + W - 1 - lane) / W;
+    strip(a, nv, a->units, keys.p + i * keys.ld, keys.ld, keys.step, (Rows){QT + lane, QUERY_BLOCK, 1}, S + lane,
+          QUERY_BLOCK, NULL);
+    return lane;
 }
 
 /* How many key rows the lanes lane .. lane+W-1 have to look at: all of any strip that one of them sees a key of. */
@@ -114,11 +218,13 @@ static int rows_seen(int nk, int lane, int ahead) {
     return min_int(nk, (seen + STRIP - 1) / STRIP * STRIP);
 }
 
-/* out[query][d] (+)= S^T X for STRIP queries from lane q: the keys that one of them sees, which may be none. */
-static int over_keys(const Attention *a, float *out, int add, const float *S, Rows X, int nk, int q, int ahead) {
+/* out[query][d] = out * old + P^T X for STRIP queries from lane q: the keys that one of them sees, which may be none.
+ * P: units (keys, 64); X: units across keys.  The partner of an odd last key is 0 in P. */
+static int over_keys(const Attention *a, float *out, int64_t ldo, const float *old, const float *P, Rows X, int nk,
+                     int q, int ahead) {
     int seen = min_int(nk, q + STRIP - ahead);
     if (seen <= 0) return 0;
-    strip(a->width / W, seen, S + q, 1, QUERY_BLOCK, X.p, X.ld, out, a->width, add);
+    strip(a, a->width / W, units_for(a->pairs, seen), P + q, 1, QUERY_BLOCK, X, out, ldo, old);
     return 1;
 }
 
@@ -126,17 +232,26 @@ static int over_keys(const Attention *a, float *out, int add, const float *S, Ro
 
 INLINE vf hide(vf s, int hidden) { return hidden > 0 ? vfirst(vset(-INFINITY), s, min_int(hidden, W)) : s; }
 
+INLINE vf weight(const Attention *a, const float *score, vf minus_max, int hidden) {
+    return vexp(vfma(hide(vload_all(score), hidden), vset(a->scale), minus_max));
+}
+
 /* Online softmax (Milakov, Gimelshein 2018, arXiv:1805.02867) of W queries over one more block of keys.  S, as lanes of
- * rows: scores, then exp(score - max), exactly 0 where hidden.  keep: the factor of all that came before, exactly 1
- * for a query that sees nothing new.  The first `hidden` lanes do not see key row 0, one more each row. */
+ * rows: scores, then units of P = exp(score - max), exactly 0 where hidden.  keep: the factor of all that came before,
+ * exactly 1 for a query that sees nothing new.  The first `hidden` lanes do not see key row 0, one more each row. */
 static void softmax(const Attention *a, float *S, float *max, float *sum, float *keep, int rows, int hidden) {
     vf old_max = vload_all(max), block_max = vset(-INFINITY), block_sum = vset(0.0f);
     for (int i = 0; i < rows; i++) block_max = vmax(hide(vload_all(S + i * QUERY_BLOCK), hidden + i), block_max);
     vf new_max = vmax(block_max * vset(a->scale), old_max), minus_max = vset(0.0f) - new_max;
-    for (int i = 0; i < rows; i++) {
-        vf p = vexp(vfma(hide(vload_all(S + i * QUERY_BLOCK), hidden + i), vset(a->scale), minus_max));
+    float *P = S;
+    for (int i = 0; i < rows; i++, P += QUERY_BLOCK) {
+        vf p = weight(a, S + i * QUERY_BLOCK, minus_max, hidden + i), next = vset(0.0f);
         block_sum = block_sum + p;
-        vstore_all(S + i * QUERY_BLOCK, a->prec == PREC_BF16 ? vbf16(p) : p);
+        if (a->pairs && ++i < rows) {
+            next = weight(a, S + i * QUERY_BLOCK, minus_max, hidden + i);
+            block_sum = block_sum + next;
+        }
+        vstore_all(P, unit_of(a, p, next));
     }
     vf k = vexp(old_max - new_max);
     vstore_all(keep, k);
@@ -144,19 +259,13 @@ static void softmax(const Attention *a, float *S, float *max, float *sum, float 
     vstore_all(sum, vload_all(sum) * k + block_sum);
 }
 
-/* y = x * factor, in whole vectors */
-static void scale_row(float *y, const float *x, float factor, int width) {
-    for (int d = 0; d < width; d += W) vstore_all(y + d, vload_all(x + d) * vset(factor));
-}
-
-/* One block of keys: O and the statistics of nq queries go on. */
+/* One block of keys: O and the statistics of nq queries go on, or begin. */
 static void forward_keys(const Attention *a, float *O, float *S, Rows V, float *max, float *sum, int nk, int nq,
-                         int ahead) {
+                         int ahead, int begin) {
     float keep[QUERY_BLOCK];
     for (int q = 0; q < nq; q += W) softmax(a, S + q, max + q, sum + q, keep + q, rows_seen(nk, q, ahead), ahead - q);
-    for (int q = 0; q < nq; q++)
-        if (keep[q] != 1.0f) scale_row(O + (int64_t)q * a->width, O + (int64_t)q * a->width, keep[q], a->width);
-    for (int q = 0; q < nq; q += STRIP) over_keys(a, O + (int64_t)q * a->width, 1, S, V, nk, q, ahead);
+    for (int q = 0; q < nq; q += STRIP)
+        over_keys(a, O + (int64_t)q * a->width, a->width, begin ? NULL : keep + q, S, V, nk, q, ahead);
 }
 
 /* The end of a sum over keys: out = O / sum */
@@ -177,17 +286,17 @@ typedef struct {
 static void forward_queries(const Attention *a, const ForwardQueries *f,
                             Block (*block_at)(const Attention *, int row, int kv, int k0, int nk, float *space)) {
     const int t0 = f->t0, nq = f->nq;
-    int64_t block = (int64_t)QUERY_BLOCK * a->width, out_row = (int64_t)a->NH * a->HS;
+    int64_t out_row = (int64_t)a->NH * a->HS;
     float *space = scratch(SCRATCH_TASK), max[QUERY_BLOCK], sum[QUERY_BLOCK];
-    float *QT = take(&space, block), *S = take(&space, KEY_BLOCK * QUERY_BLOCK), *O = take(&space, block);
+    float *QT = take(&space, operand_size(a)), *S = take(&space, KEY_BLOCK * QUERY_BLOCK);
+    float *O = take(&space, (int64_t)QUERY_BLOCK * a->width);
     for (int q = 0; q < QUERY_BLOCK; q++) max[q] = -INFINITY, sum[q] = 0.0f;
-    memset(O, 0, (size_t)block * sizeof *O);
     transpose(a, f->q, a->row, nq, QT);
     for (int k0 = f->start; k0 < t0 + nq; k0 += KEY_BLOCK) {
         int nk = min_int(KEY_BLOCK, t0 + nq - k0);
         Block b = block_at(a, f->row, f->kv, k0, nk, space);
-        scores(a, S, b.K, nk, QT, nq, k0 - t0);
-        forward_keys(a, O, S, b.V, max, sum, nk, nq, k0 - t0);
+        for (int i = 0; i < nk; i += STRIP) scores(a, S + i * QUERY_BLOCK, b.K, i, QT, nq, k0 - t0);
+        forward_keys(a, O, S, b.V, max, sum, nk, nq, k0 - t0, k0 == f->start);
     }
     for (int q = 0; q < nq; q++) {
         forward_write(a, f->out + q * out_row, O + (int64_t)q * a->width, sum[q]);
