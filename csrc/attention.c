@@ -44,7 +44,7 @@ static Rows rows_of_values(const Attention *a, const float *x, int64_t ld, int n
     if (a->prec == PREC_FP32 && a->HS == a->width && padded <= available) return (Rows){x, ld, 1};
     for (int i = 0; i < padded; i++)
         for (int d = 0; d < a->HS; d += W) {
-            vf v = i < n ? vload(x + i * ld + d, min_int(W, a->HS - d)) : vset(0.0f);
+            vf v = i < n ? load_left(x + i * ld + d, a->HS - d) : vset(0.0f);
             vstore_all(space + (int64_t)i * a->width + d, a->prec == PREC_BF16 ? vbf16(v) : v);
         }
     return (Rows){space, a->width, 1};
@@ -53,24 +53,27 @@ static Rows rows_of_values(const Attention *a, const float *x, int64_t ld, int n
 /* The same rows of units along the head. */
 static Rows rows_along_head(const Attention *a, const float *x, int64_t ld, int n, int available, float *space) {
     if (!a->pairs) return rows_of_values(a, x, ld, n, available, space);
-    for (int i = 0; i < (n + STRIP - 1) / STRIP * STRIP; i++)
-        for (int d = 0; d < a->HS; d += 2 * W)
-            vstore_all(space + (int64_t)i * a->unit_width + d / 2,
-                       i < n ? load_units(a, x + i * ld + d, a->HS - d) : vset(0.0f));
-    return (Rows){space, a->unit_width, 1};
+    const int HS = a->HS, width = a->unit_width;
+    for (int i = 0; i < (n + STRIP - 1) / STRIP * STRIP; i++, x += ld)
+        for (int d = 0; d < HS; d += 2 * W) {
+            float *to = space + i * width + d / 2;
+            if (i >= n) vstore_all(to, vset(0.0f));
+            else if (HS - d >= 2 * W) vstore_all(to, vpairs_along(vload_all(x + d), vload_all(x + d + W)));
+            else vstore_all(to, vpairs_along(load_left(x + d, HS - d), load_left(x + d + W, HS - d - W)));
+        }
+    return (Rows){space, width, 1};
 }
 
 /* The units across n rows: row i is rows 2 i and 2 i + 1 where they are pairs. */
 static Rows units_across(const Attention *a, const float *x, int64_t ld, int n, int available, float *space) {
     if (!a->pairs) return rows_of_values(a, x, ld, n, available, space);
-    for (int i = 0; i < n; i += 2)
-        for (int d = 0; d < a->HS; d += W) {
-            const float *p = x + i * ld + d;
-            int columns = min_int(W, a->HS - d);
-            vf next = i + 1 < n ? vload(p + ld, columns) : vset(0.0f);
-            vstore_all(space + (int64_t)i / 2 * a->width + d, vpairs(vload(p, columns), next));
+    const int HS = a->HS, width = a->width;
+    for (int i = 0; i < n; i += 2, x += 2 * ld)
+        for (int d = 0; d < HS; d += W) {
+            vf next = i + 1 < n ? load_left(x + ld + d, HS - d) : vset(0.0f);
+            vstore_all(space + i / 2 * width + d, vpairs(load_left(x + d, HS - d), next));
         }
-    return (Rows){space, a->width, 1};
+    return (Rows){space, width, 1};
 }
 
 static Block block_of_batch(const Attention *a, int b, int kv, int k0, int nk, float *space) {
@@ -113,12 +116,13 @@ void CAT(attention_forward, ISA)(act *out, float *lse, const act *qkv, const int
 
 /* out[key][d] += P X for a strip of keys from row i on: the queries that see one of them.  P: rows of units along
  * queries; X: units across queries.  A pair may begin one query early: that one is 0 in P. */
-static void over_queries(const Attention *a, float *out, const float *P, Rows X, int i, int nq, int ahead) {
+static void over_queries(const Attention *a, float *out, int64_t ldo, const float *P, Rows X, int i, int nq,
+                         int ahead) {
     int per_unit = a->pairs ? 2 : 1, first = max_int(0, ahead + i) / per_unit, ld = QUERY_BLOCK / per_unit;
     int units = units_for(a->pairs, nq) - first;
     if (units <= 0) return;
     X.p += first * X.ld;
-    strip(a, a->width / W, units, P + i * ld + first, ld, 1, X, out + (int64_t)i * a->width, a->width, ONES);
+    strip(a, a->width / W, units, P + i * ld + first, ld, 1, X, out + i * ldo, ldo, ONES);
 }
 
 /* What the products want of up to 64 queries of one head: prepared once, used for every block of keys. */
@@ -133,15 +137,24 @@ typedef struct {
     int b, h;            /* the query head */
     int k0, nk;          /* keys k0 .. k0+nk-1 */
     Rows K, V, K_across; /* along the head, and across keys */
-    float *dK, *dV;      /* (64, width) */
+    float *dK, *dV;      /* in dqkv, or sums (64, width) where a strip of rows or a whole vector would not fit there */
+    int64_t ldd;
 } Keys;
 
 enum { WANT_DQ = 1, WANT_DKV = 2 };
 
-static float dot(const float *x, const float *y, int n) {
-    vf sum = vset(0.0f);
-    for (int i = 0; i < n; i += W) sum = vfma(vload(x + i, min_int(W, n - i)), vload(y + i, min_int(W, n - i)), sum);
-    return vsum(sum);
+/* D of W queries, or of the first n of them: their sums lie in the lanes of vectors until a transpose adds them up. */
+static void row_dots(const Attention *a, float *D, const float *x, const float *y, int64_t ld, int n) {
+    vf sums[W];
+    for (int i = 0; i < W; i++) {
+        sums[i] = vset(0.0f);
+        for (int d = 0; i < n && d < a->HS; d += W)
+            sums[i] = vfma(load_left(x + i * ld + d, a->HS - d), load_left(y + i * ld + d, a->HS - d), sums[i]);
+    }
+    vtranspose(sums);
+    for (int step = W / 2; step; step /= 2)
+        for (int i = 0; i < step; i++) sums[i] = sums[i] + sums[i + step];
+    vstore_all(D, sums[0]);
 }
 
 static Queries prepare(const Attention *a, int b, int h, int t0, int nq, float **space) {
@@ -154,9 +167,9 @@ static Queries prepare(const Attention *a, int b, int h, int t0, int nq, float *
     r.lse = take(space, QUERY_BLOCK), r.D = take(space, QUERY_BLOCK);
     transpose(a, q, a->row, nq, r.QT);
     transpose(a, dout, ldo, nq, r.dOT);
-    for (int i = 0; i < QUERY_BLOCK; i++) {
-        r.lse[i] = i < nq ? lse[i] : 0.0f;
-        r.D[i] = i < nq ? dot(dout + i * ldo, out + i * ldo, a->HS) : 0.0f;
+    for (int i = 0; i < nq; i += W) {
+        vstore_all(r.lse + i, load_left(lse + i, nq - i));
+        row_dots(a, r.D + i, dout + i * ldo, out + i * ldo, ldo, nq - i);
     }
     return r;
 }
@@ -171,26 +184,42 @@ typedef struct {
 
 /* Forward was P = exp(score - lse), out = P V.  So dP = dout V^T, dscore = P (dP - D), and both products that follow
  * want it times the scale.  A strip of keys from row i on, W lanes; P and dS are exactly 0 where hidden. */
-static void probabilities(const Attention *a, const Matrices *m, const Queries *q, int i, int rows, int lane,
-                          int hidden) {
-    vf minus_lse = vset(0.0f) - vload_all(q->lse + lane), minus_D = vset(0.0f) - vload_all(q->D + lane);
-    const float *S = m->S + lane, *dP = m->dP + lane;
-    const int ld = a->pairs ? QUERY_BLOCK / 2 : QUERY_BLOCK;
+INLINE void probabilities(const Attention *a, const Matrices *m, const Queries *q, const int pairs, const int masked,
+                          int i, int rows, int lane, int hidden) {
+    const vf log2_scale = vset(a->log2_scale), scale = vset(a->scale), minus_D = vset(0.0f) - vload_all(q->D + lane);
+    const vf minus_lse = vload_all(q->lse + lane) * vset(-LOG2_E);
+    const int ld = units_for(pairs, QUERY_BLOCK), round = a->prec == PREC_BF16;
     vf before = vset(0.0f);
-    for (int j = 0; j < rows; j++, S += QUERY_BLOCK, dP += QUERY_BLOCK) {
-        vf p = weight(a, S, minus_lse, hidden + j), dscore = p * (vload_all(dP) + minus_D) * vset(a->scale);
-        store_along(a, m->P + (i + j) * ld, lane, p);
-        store_along(a, m->dS + (i + j) * ld, lane, dscore);
-        if (a->pairs && (j & 1 || j == rows - 1))
-            vstore_all(m->dS_across + (i + j) / 2 * QUERY_BLOCK + lane,
-                       j & 1 ? vpairs(before, dscore) : vpairs(dscore, vset(0.0f)));
+    for (int j = 0; j < rows; j++) {
+        float *P = m->P + (i + j) * ld, *dS = m->dS + (i + j) * ld;
+        vf p = weight(m->S + lane, j, log2_scale, minus_lse, masked, hidden);
+        vf dscore = p * (vload_all(m->dP + j * QUERY_BLOCK + lane) + minus_D) * scale;
+        if (!pairs) {
+            vstore_all(P + lane, round ? vbf16(p) : p), vstore_all(dS + lane, round ? vbf16(dscore) : dscore);
+            continue;
+        }
+        vstore_pairs(P + lane / 2, p), vstore_pairs(dS + lane / 2, dscore);
+        float *across = m->dS_across + (i + j) / 2 * QUERY_BLOCK + lane;
+        if (j & 1) vstore_all(across, vpairs(before, dscore));
+        else if (j == rows - 1) vstore_all(across, vpairs(dscore, vset(0.0f)));
         before = dscore;
+    }
+}
+
+/* All lanes that see any of the strip's keys. */
+static void strip_probabilities(const Attention *a, const Matrices *m, const Queries *q, int i, int rows, int lane,
+                                int ahead) {
+    for (; lane < q->nq; lane += W) {
+        int hidden = ahead + i - lane, masked = clear_rows(STRIP, hidden) < STRIP;
+        if (HAVE_PAIRS && a->pairs && masked) probabilities(a, m, q, HAVE_PAIRS, 1, i, rows, lane, hidden);
+        else if (HAVE_PAIRS && a->pairs) probabilities(a, m, q, HAVE_PAIRS, 0, i, rows, lane, hidden);
+        else probabilities(a, m, q, 0, 1, i, rows, lane, hidden);
     }
 }
 
 /* y += x, both n wide, x in whole vectors */
 static void add_row(float *y, const float *x, int n) {
-    for (int d = 0; d < n; d += W) vstore(y + d, vload(y + d, min_int(W, n - d)) + vload_all(x + d), min_int(W, n - d));
+    for (int d = 0; d < n; d += W) store_left(y + d, load_left(y + d, n - d) + vload_all(x + d), n - d);
 }
 
 /* dQ of STRIP queries from lane q. */
@@ -213,11 +242,11 @@ static void backward_pair(const Attention *a, const Queries *q, const Keys *k, i
     for (int i = 0; i < k->nk; i += STRIP) {
         int lane = scores(a, m.S, k->K, i, q->QT, q->nq, ahead), rows = min_int(STRIP, k->nk - i);
         scores(a, m.dP, k->V, i, q->dOT, q->nq, ahead);
-        for (; lane < q->nq; lane += W) probabilities(a, &m, q, i, rows, lane, ahead + i - lane);
+        strip_probabilities(a, &m, q, i, rows, lane, ahead);
     }
     for (int i = 0; want & WANT_DKV && i < k->nk; i += STRIP) {
-        over_queries(a, k->dV, m.P, q->dO, i, q->nq, ahead);
-        over_queries(a, k->dK, m.dS, q->Q, i, q->nq, ahead);
+        over_queries(a, k->dV, k->ldd, m.P, q->dO, i, q->nq, ahead);
+        over_queries(a, k->dK, k->ldd, m.dS, q->Q, i, q->nq, ahead);
     }
     for (int i = 0; want & WANT_DQ && i < q->nq; i += STRIP) query_gradient(a, q, k, &m, i, ahead);
 }
@@ -227,12 +256,12 @@ static void load_sums(const Attention *a, float *sums, int64_t at, int n) {
     for (int i = 0; i < (n + STRIP - 1) / STRIP * STRIP; i++)
         for (int d = 0; d < a->HS; d += W)
             vstore_all(sums + (int64_t)i * a->width + d,
-                       i < n ? vload(a->dqkv + at + i * a->row + d, min_int(W, a->HS - d)) : vset(0.0f));
+                       i < n ? load_left(a->dqkv + at + i * a->row + d, a->HS - d) : vset(0.0f));
 }
 static void store_sums(const Attention *a, const float *sums, int64_t at, int n) {
     for (int i = 0; i < n; i++)
         for (int d = 0; d < a->HS; d += W)
-            vstore(a->dqkv + at + i * a->row + d, vload_all(sums + (int64_t)i * a->width + d), min_int(W, a->HS - d));
+            store_left(a->dqkv + at + i * a->row + d, vload_all(sums + (int64_t)i * a->width + d), a->HS - d);
 }
 
 /* Queries t0 .. t1-1 of a head, up to CHUNK blocks of them, with the keys k_begin .. k_end-1 as far as they are seen.
@@ -248,14 +277,22 @@ static void backward_chunk(const Attention *a, int b, int h, int t0, int t1, int
         queries[blocks++] = prepare(a, b, h, t, min_int(QUERY_BLOCK, t1 - t), &space);
     for (int k0 = k_begin; k0 < min_int(k_end, t1); k0 += KEY_BLOCK) {
         int64_t dk_at = qkv_at(a, b, k0, key_head(a, kv)), dv_at = qkv_at(a, b, k0, value_head(a, kv));
-        Keys k = {.b = b, .h = h, .k0 = k0, .nk = min_int(KEY_BLOCK, min_int(k_end, t1) - k0), .dK = dK, .dV = dV};
+        Keys k = {.b = b,
+                  .h = h,
+                  .k0 = k0,
+                  .nk = min_int(KEY_BLOCK, min_int(k_end, t1) - k0),
+                  .dK = dK,
+                  .dV = dV,
+                  .ldd = a->width};
         k.K = rows_along_head(a, a->qkv + dk_at, a->row, k.nk, a->T - k0, K_space);
         k.V = rows_along_head(a, a->qkv + dv_at, a->row, k.nk, a->T - k0, V_space);
         k.K_across = a->pairs ? units_across(a, a->qkv + dk_at, a->row, k.nk, a->T - k0, across_space) : k.K;
-        if (want & WANT_DKV) load_sums(a, dK, dk_at, k.nk), load_sums(a, dV, dv_at, k.nk);
+        int apart = want & WANT_DKV && (a->HS != a->width || k.nk % STRIP);
+        if (apart) load_sums(a, dK, dk_at, k.nk), load_sums(a, dV, dv_at, k.nk);
+        else k.dK = a->dqkv + dk_at, k.dV = a->dqkv + dv_at, k.ldd = a->row;
         for (int i = 0; i < blocks; i++)
             if (queries[i].t0 + queries[i].nq > k0) backward_pair(a, &queries[i], &k, want, space);
-        if (want & WANT_DKV) store_sums(a, dK, dk_at, k.nk), store_sums(a, dV, dv_at, k.nk);
+        if (apart) store_sums(a, dK, dk_at, k.nk), store_sums(a, dV, dv_at, k.nk);
     }
 }
 

@@ -14,6 +14,9 @@
  * the registers. */
 enum { QUERY_BLOCK = 64, STRIP = 8, NV_MAX = W == 16 ? 4 : 2 };
 
+#define LN2 0.69314718055994531f
+#define LOG2_E 1.4426950408889634f
+
 typedef struct {
     float *out, *lse_out; /* forward */
     float *dqkv;          /* backward */
@@ -26,7 +29,8 @@ typedef struct {
     int width;      /* HS rounded up to whole vectors */
     int64_t row;    /* floats from one position of qkv to the next */
     float scale;    /* 1 / sqrt(HS) */
-    int by_head;    /* forward: the order of tasks */
+    float log2_scale;
+    int by_head; /* forward: the order of tasks */
 } Attention;
 
 /* Up to 64 rows of units, `ld` apart, the units of a row `step` apart. */
@@ -58,7 +62,8 @@ static Attention attention(const float *qkv, const int32_t *starts, int prec, in
                        .unit_width = whole_vectors(units),
                        .width = whole_vectors(HS),
                        .row = (int64_t)(NH + 2 * NKV) * HS,
-                       .scale = 1.0f / sqrtf((float)HS)};
+                       .scale = 1.0f / sqrtf((float)HS),
+                       .log2_scale = LOG2_E / sqrtf((float)HS)};
 }
 
 static int max_int(int a, int b) { return a > b ? a : b; }
@@ -121,10 +126,17 @@ INLINE vf unit_of(const Attention *a, vf x, vf next) {
     return a->prec == PREC_BF16 ? vbf16(x) : x;
 }
 
+/* W values of a row of which so many are left.  A mask costs more than the branch. */
+INLINE vf load_left(const float *p, int left) { return left >= W ? vload_all(p) : vload(p, max_int(0, left)); }
+INLINE void store_left(float *p, vf x, int left) {
+    if (left >= W) vstore_all(p, x);
+    else vstore(p, x, left);
+}
+
 /* W units along a row of which so many values are left. */
-INLINE vf load_units(const Attention *a, const float *p, int values) {
-    vf x = vload(p, min_int(W, values));
-    if (HAVE_PAIRS && a->pairs) return vpairs_along(x, vload(p + W, min_int(W, max_int(0, values - W))));
+INLINE vf load_units(const Attention *a, const float *p, int left) {
+    vf x = load_left(p, left);
+    if (HAVE_PAIRS && a->pairs) return vpairs_along(x, load_left(p + W, left - W));
     return a->prec == PREC_BF16 ? vbf16(x) : x;
 }
 
@@ -134,17 +146,29 @@ INLINE void store_along(const Attention *a, float *row, int lane, vf x) {
     else vstore_all(row + lane, a->prec == PREC_BF16 ? vbf16(x) : x);
 }
 
+/* W rows of x, `rows` of which exist, W units of each -> columns of `to`, zero where no row is. */
+INLINE void transpose_units(const Attention *a, const float *x, int64_t ld, int rows, int left, float *to, int units,
+                            const int whole) {
+    vf r[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        r[i] = whole ? load_units(a, x + i * ld, 2 * W) : i < rows ? load_units(a, x + i * ld, left) : vset(0.0f);
+    vtranspose(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        if (whole || i < units) vstore_all(to + i * QUERY_BLOCK, r[i]);
+}
+
 /* x (n, HS) -> space (units, 64), zero in the lanes from n up to whole vectors. */
 static void transpose(const Attention *a, const float *x, int64_t ld, int n, float *space) {
     const int per_unit = a->pairs ? 2 : 1;
     for (int q = 0; q < n; q += W)
         for (int u = 0; u < a->units; u += W) {
-            vf r[W];
-            int d = u * per_unit;
-            for (int i = 0; i < W; i++) r[i] = q + i < n ? load_units(a, x + (q + i) * ld + d, a->HS - d) : vset(0.0f);
-            vtranspose(r);
-            for (int i = 0; i < min_int(W, a->units - u); i++)
-                vstore_all(space + (int64_t)(u + i) * QUERY_BLOCK + q, r[i]);
+            const float *from = x + q * ld + u * per_unit;
+            float *to = space + (int64_t)u * QUERY_BLOCK + q;
+            int left = a->HS - u * per_unit;
+            if (q + W <= n && left >= W * per_unit) transpose_units(a, from, ld, W, left, to, W, 1);
+            else transpose_units(a, from, ld, n - q, left, to, a->units - u, 0);
         }
 }
 
@@ -232,38 +256,75 @@ static int over_keys(const Attention *a, float *out, int64_t ldo, const float *o
 
 INLINE vf hide(vf s, int hidden) { return hidden > 0 ? vfirst(vset(-INFINITY), s, min_int(hidden, W)) : s; }
 
-INLINE vf weight(const Attention *a, const float *score, vf minus_max, int hidden) {
-    return vexp(vfma(hide(vload_all(score), hidden), vset(a->scale), minus_max));
+/* 2^x for the weights of a softmax, where x is not much above 0: half the operations of vexp, which 64 x 64 weights a
+ * block notice.  x = n + r with |r| <= 1/2 and r exact; 2^r by a polynomial of degree 6, at most 0.94 ulp off.  Below
+ * -126 (no normal result) exactly 0, NaN stays NaN. */
+INLINE vf vexp2(vf x) {
+    vf n = vround(x), r = x - n, p = vset(1.5353361960e-4f);
+    p = vfma(p, r, vset(1.3398873853e-3f));
+    p = vfma(p, r, vset(9.6184369177e-3f));
+    p = vfma(p, r, vset(5.5503323674e-2f));
+    p = vfma(p, r, vset(2.4022647738e-1f));
+    p = vfma(p, r, vset(6.9314718246e-1f));
+    p = vfma(p, r, vset(1.0f));
+    return vpick_lt(x, vset(-126.0f), vset(0.0f), vscale2(p, n));
+}
+
+/* exp(score - max) of key row i, exactly 0 where hidden; max in units of ln 2. */
+INLINE vf weight(const float *S, int i, vf scale, vf minus_max, const int masked, int hidden) {
+    vf score = vload_all(S + i * QUERY_BLOCK);
+    return vexp2(vfma(masked ? hide(score, hidden + i) : score, scale, minus_max));
+}
+
+/* How many of so many key rows no lane is hidden from, where the first `hidden` lanes do not see row 0, one more each
+ * row; an even number. */
+INLINE int clear_rows(int rows, int hidden) { return min_int(rows, max_int(0, 1 - hidden)) & ~1; }
+
+/* P = exp(score - max) in the place of the scores, rows i .. end-1; i is even.  Returns sum + their sum. */
+INLINE vf weigh_rows(const Attention *a, float *S, int i, int end, vf minus_max, vf sum, const int pairs,
+                     const int masked, int hidden) {
+    const vf scale = vset(a->log2_scale);
+    const int round = a->prec == PREC_BF16;
+    for (; i < end; i++) {
+        float *P = S + (pairs ? i / 2 : i) * QUERY_BLOCK;
+        vf p = weight(S, i, scale, minus_max, masked, hidden), next = vset(0.0f);
+        sum = sum + p;
+        if (pairs && ++i < end) {
+            next = weight(S, i, scale, minus_max, masked, hidden);
+            sum = sum + next;
+        }
+        vstore_all(P, pairs ? vpairs(p, next) : round ? vbf16(p) : p);
+    }
+    return sum;
 }
 
 /* Online softmax (Milakov, Gimelshein 2018, arXiv:1805.02867) of W queries over one more block of keys.  S, as lanes of
- * rows: scores, then units of P = exp(score - max), exactly 0 where hidden.  keep: the factor of all that came before,
- * exactly 1 for a query that sees nothing new.  The first `hidden` lanes do not see key row 0, one more each row. */
-static void softmax(const Attention *a, float *S, float *max, float *sum, float *keep, int rows, int hidden) {
-    vf old_max = vload_all(max), block_max = vset(-INFINITY), block_sum = vset(0.0f);
-    for (int i = 0; i < rows; i++) block_max = vmax(hide(vload_all(S + i * QUERY_BLOCK), hidden + i), block_max);
-    vf new_max = vmax(block_max * vset(a->scale), old_max), minus_max = vset(0.0f) - new_max;
-    float *P = S;
-    for (int i = 0; i < rows; i++, P += QUERY_BLOCK) {
-        vf p = weight(a, S + i * QUERY_BLOCK, minus_max, hidden + i), next = vset(0.0f);
-        block_sum = block_sum + p;
-        if (a->pairs && ++i < rows) {
-            next = weight(a, S + i * QUERY_BLOCK, minus_max, hidden + i);
-            block_sum = block_sum + next;
-        }
-        vstore_all(P, unit_of(a, p, next));
-    }
-    vf k = vexp(old_max - new_max);
+ * rows: scores, then units of P.  keep: the factor of all that came before, exactly 1 for a query that sees nothing
+ * new.  The first `hidden` lanes do not see key row 0, one more each row. */
+INLINE void softmax(const Attention *a, float *S, float *max, float *sum, float *keep, const int pairs, int rows,
+                    int hidden) {
+    const int clear = clear_rows(rows, hidden);
+    vf old_max = vload_all(max), most = vset(-INFINITY), added = vset(0.0f);
+    for (int i = 0; i < clear; i++) most = vmax(vload_all(S + i * QUERY_BLOCK), most);
+    for (int i = clear; i < rows; i++) most = vmax(hide(vload_all(S + i * QUERY_BLOCK), hidden + i), most);
+    vf new_max = vmax(most * vset(a->log2_scale), old_max), minus_max = vset(0.0f) - new_max;
+    added = weigh_rows(a, S, 0, clear, minus_max, added, pairs, 0, hidden);
+    added = weigh_rows(a, S, clear, rows, minus_max, added, pairs, 1, hidden);
+    vf k = vexp2(old_max - new_max);
     vstore_all(keep, k);
     vstore_all(max, new_max);
-    vstore_all(sum, vload_all(sum) * k + block_sum);
+    vstore_all(sum, vload_all(sum) * k + added);
 }
 
 /* One block of keys: O and the statistics of nq queries go on, or begin. */
 static void forward_keys(const Attention *a, float *O, float *S, Rows V, float *max, float *sum, int nk, int nq,
                          int ahead, int begin) {
     float keep[QUERY_BLOCK];
-    for (int q = 0; q < nq; q += W) softmax(a, S + q, max + q, sum + q, keep + q, rows_seen(nk, q, ahead), ahead - q);
+    for (int q = 0; q < nq; q += W) {
+        int rows = rows_seen(nk, q, ahead);
+        if (HAVE_PAIRS && a->pairs) softmax(a, S + q, max + q, sum + q, keep + q, HAVE_PAIRS, rows, ahead - q);
+        else softmax(a, S + q, max + q, sum + q, keep + q, 0, rows, ahead - q);
+    }
     for (int q = 0; q < nq; q += STRIP)
         over_keys(a, O + (int64_t)q * a->width, a->width, begin ? NULL : keep + q, S, V, nk, q, ahead);
 }
@@ -271,7 +332,7 @@ static void forward_keys(const Attention *a, float *O, float *S, Rows V, float *
 /* The end of a sum over keys: out = O / sum */
 static void forward_write(const Attention *a, float *out, const float *O, float sum) {
     vf factor = vset(1.0f / sum);
-    for (int d = 0; d < a->HS; d += W) vstore(out + d, vload_all(O + d) * factor, min_int(W, a->HS - d));
+    for (int d = 0; d < a->HS; d += W) store_left(out + d, vload_all(O + d) * factor, a->HS - d);
 }
 
 /* nq <= 64 neighbouring queries of one head, from position t0 on, with the same start.  `row` finds a block of keys: it
@@ -300,6 +361,6 @@ static void forward_queries(const Attention *a, const ForwardQueries *f,
     }
     for (int q = 0; q < nq; q++) {
         forward_write(a, f->out + q * out_row, O + (int64_t)q * a->width, sum[q]);
-        if (f->lse) f->lse[q] = max[q] + logf(sum[q]);
+        if (f->lse) f->lse[q] = max[q] * LN2 + logf(sum[q]);
     }
 }

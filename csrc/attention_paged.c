@@ -71,7 +71,7 @@ static void write_key(const Attention *a, char *K, int lane, const float *k) {
 static void write_value(const Attention *a, char *V, int lane, const float *v) {
     int64_t row = (int64_t)(a->pairs ? lane / 2 : lane) * a->width;
     for (int d = 0; d < a->HS; d += W) {
-        vf x = vload(v + d, min_int(W, a->HS - d)), zero = vset(0.0f);
+        vf x = load_left(v + d, a->HS - d), zero = vset(0.0f);
         int second = a->pairs && lane & 1;
         vf units = second ? unit_of(a, vlow(load_cached(V, row + d, a->prec)), x) : unit_of(a, x, zero);
         store_cached(V, row + d, units, a->prec);
@@ -140,15 +140,15 @@ INLINE float weigh(const Attention *a, Softmax *s, float *P, float *factors, con
         score[v] = vfirst(score[v], vset(-INFINITY), seen);
         most = vmax(score[v], most);
     }
-    const float old_max = s->max, block_max = vhmax(most) * a->scale;
+    const float old_max = s->max, block_max = vhmax(most) * a->log2_scale;
     s->max = block_max > old_max ? block_max : old_max;
     for (int v = 0; v < KEY_VECTORS; v++) {
-        vf p = vexp(vfma(score[v], vset(a->scale), vset(-s->max)));
+        vf p = vexp2(vfma(score[v], vset(a->log2_scale), vset(-s->max)));
         vstore_all(P + v * W, p);
         store_along(a, factors, v * W, p);
     }
     float keep[W];
-    vstore_all(keep, vexp(vset(old_max - s->max)));
+    vstore_all(keep, vexp2(vset(old_max - s->max)));
     return keep[0];
 }
 
