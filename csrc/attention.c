@@ -2,21 +2,27 @@
  * arXiv:2205.14135): 64 queries meet 64 keys at a time in scratch memory, and only lse is kept for the backward pass.
  *
  * Scores are held transposed, S[key][query], with the queries in the vector lanes: the maximum and the sum of a query
- * then need no step across lanes, and S serves all products as it lies, as the broadcast operand of `tile`:
- *     forward     S = K Q^T     O += S^T V                                   (S is exp(score - max) by then)
- *     backward    S = K Q^T     dS = V dO^T     dV += S dO     dK += dS Q     dQ += dS^T K
- * Only Q and dO are transposed.  The other operands are read where they lie, which makes forward 5-10 % faster than
- * packing them; they are copied only where they must be rounded to bf16 or padded with zeros to whole vectors.
+ * then need no step across lanes, and P = exp(S - max) or dS is the broadcast operand of the products that follow:
+ *     forward     S = K Q^T     O += P^T V
+ *     backward    S = K Q^T     dP = V dO^T     dV += P dO     dK += dS Q     dQ += dS^T K
+ * Q and dO are transposed.  The other operands are read where they lie, which makes forward 5-10 % faster than packing
+ * them; they are copied only where they must be padded with zeros to whole vectors or rounded to bf16.  As pairs of
+ * bf16 (see attention.h) an operand is copied into each form that its products want: Q, dO and dS into two, K into two
+ * backward.
  *
  * A query's bits depend on its start, its position and what it sees: its key blocks are counted from its start, every
  * sum over keys is one chain a block, and what a masked key adds is exactly 0.  So queries may be grouped at will, and
- * products are cut where the triangle ends.  The gradient of a key sums over queries in blocks counted from the first
- * query with that start.  Bound by arithmetic: 4 HS flops for each pair of query and key forward, 10 HS backward. */
+ * products are cut where the triangle ends, a pair of queries or keys where it was counted from the block's first: what
+ * the cut adds to the triangle is 0 and leaves a sum as it is.  The gradient of a key sums over queries in blocks
+ * counted from the first query with that start.  Bound by arithmetic: 4 HS flops for each pair of query and key
+ * forward, 10 HS backward. */
 #include "attention.h"
 
 static const float ONES[STRIP] = {1, 1, 1, 1, 1, 1, 1, 1};
 
-enum { CHUNK = 16 }; /* query blocks that the backward pass prepares at once */
+enum { TASKS_A_THREAD = 8 };
+enum { CHUNK = 16 };  /* query blocks that the backward pass prepares at once */
+enum { WIDE = 1024 }; /* heads so wide that scratch does not hold several blocks of queries */
 
 /* ---- where things lie in a batch ---- */
 
@@ -82,15 +88,17 @@ static Block block_of_batch(const Attention *a, int b, int kv, int k0, int nk, f
     return (Block){K, units_across(a, v, a->row, nk, a->T - k0, space)};
 }
 
-/* A task is 64 positions of one head, cut where `starts` changes; the last positions first, they see most keys.  Head
- * by head, keys are found in L2 (10 % at T = 1024); where heads are fewer than threads, the longest tasks of all heads
- * come first, so that threads end together. */
+static int forward_tasks_a_row(const Attention *a) { return (blocks_a_row(a) + a->together - 1) / a->together; }
+
+/* A task is some blocks of 64 positions of one head, cut where `starts` changes; the last positions first, they see
+ * most keys.  Head by head, keys are found in L2 (10 % at T = 1024); where heads are fewer than threads, the longest
+ * tasks of all heads come first, so that threads end together. */
 static void forward_task(void *context, int task) {
     const Attention *a = context;
-    int blocks = blocks_a_row(a), heads = a->B * a->NH;
-    int head = a->by_head ? task / blocks : task % heads, block = a->by_head ? task % blocks : task / heads;
-    int b = head / a->NH, h = head % a->NH;
-    int t0 = (blocks - 1 - block) * QUERY_BLOCK, end = min_int(a->T, t0 + QUERY_BLOCK);
+    int parts = forward_tasks_a_row(a), heads = a->B * a->NH;
+    int head = a->by_head ? task / parts : task % heads, part = a->by_head ? task % parts : task / heads;
+    int b = head / a->NH, h = head % a->NH, positions = a->together * QUERY_BLOCK;
+    int t0 = (parts - 1 - part) * positions, end = min_int(a->T, t0 + positions);
     for (int t = t0, next; t < end; t = next) {
         next = run_end(a, b, t, end);
         ForwardQueries f = {.row = b,
@@ -105,11 +113,20 @@ static void forward_task(void *context, int task) {
     }
 }
 
+/* Blocks of queries that share what was packed of the keys, as long as every thread has tasks enough.  Keys that are
+ * read where they lie need no sharing. */
+static int query_blocks_together(const Attention *a) {
+    int64_t blocks = (int64_t)a->B * a->NH * blocks_a_row(a);
+    if ((a->prec == PREC_FP32 && a->HS == a->width) || a->width > WIDE) return 1;
+    return (int)min_int(TOGETHER, max_int(1, (int)(blocks / (TASKS_A_THREAD * threads_get()))));
+}
+
 void CAT(attention_forward, ISA)(act *out, float *lse, const act *qkv, const int32_t *starts, int prec, int B, int T,
                                  int NH, int NKV, int HS) {
     Attention a = attention(qkv, starts, prec, B, T, NH, NKV, HS);
     a.out = out, a.lse_out = lse, a.by_head = B * NH >= threads_get();
-    parallel_for(forward_task, &a, B * NH * blocks_a_row(&a));
+    a.together = query_blocks_together(&a);
+    parallel_for(forward_task, &a, B * NH * forward_tasks_a_row(&a));
 }
 
 /* ---- backward ---- */
@@ -174,7 +191,7 @@ static Queries prepare(const Attention *a, int b, int h, int t0, int nq, float *
     return r;
 }
 
-/* The matrices of 64 queries and 64 keys. */
+/* The matrices of 64 queries and 64 keys; scores and dP strip by strip, so that they never leave the L1 cache. */
 typedef struct {
     float *S, *dP;    /* (STRIP, 64)  of one strip of keys */
     float *P, *dS;    /* (64, units of 64)  rows of keys, units along queries */
@@ -304,7 +321,7 @@ static void clear(const Attention *a, int b, int t0, int t1, int head, int heads
 
 /* All queries of a head with the keys of one range: a run of equal starts after the other, a chunk after the other. */
 static void backward_head(const Attention *a, int b, int h, int k_begin, int k_end, int want) {
-    int chunk = a->width <= 1024 ? CHUNK : 1; /* very wide heads: what is prepared has to fit into scratch */
+    int chunk = a->width <= WIDE ? CHUNK : 1;
     for (int t = 0, next; t < a->T; t = next) {
         next = run_end(a, b, t, a->T);
         int first = max_int(k_begin, start_of(a, b, t)), t0 = t;

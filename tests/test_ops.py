@@ -1062,10 +1062,11 @@ by_prec = pytest.mark.parametrize("prec", PREC)
 
 
 @by_prec
+@pytest.mark.parametrize("HS", [1, 15, 17, 24, 48, 80])
 @pytest.mark.parametrize("kind", [None, "packed", "ragged", "window"])
-def test_attention_of_a_prefix_does_not_depend_on_what_follows(backend, rng, kind, prec):
+def test_attention_of_a_prefix_does_not_depend_on_what_follows(backend, rng, kind, HS, prec):
     B, T, NH, NKV = 2, 203, 4, 2
-    qkv, starts = normal(rng, B, T, (NH + 2 * NKV) * 24, scale=2), make_starts(kind, B, T)
+    qkv, starts = normal(rng, B, T, (NH + 2 * NKV) * HS, scale=2), make_starts(kind, B, T)
     out, lse = attention(backend, qkv, starts, prec, NH, NKV)
     for k in 1, 2, 31, 64, 65, 128, 130, 202:
         part = attention(backend, qkv[:, :k], None if starts is None else starts[:, :k].copy(), prec, NH, NKV)
@@ -1083,6 +1084,38 @@ def test_attention_of_a_packed_document_has_the_bits_of_the_document_alone(backe
             last = np.flatnonzero(starts[b] == first)[-1] + 1
             alone = attention(backend, qkv[b : b + 1, first:last], None, prec, NH, NKV)
             assert same_bits(alone[0][0], out[b, first:last]) and same_bits(alone[1][0], lse[b, :, first:last]), first
+
+
+@by_prec
+@pytest.mark.parametrize("HS", [1, 15, 17, 48])
+def test_attention_hears_nothing_of_its_neighbours(backend, rng, HS, prec):
+    """One head of one document, and NaN everywhere else: what an odd head, or an odd number of keys or queries, is
+    paired with must be zero and not what lies behind it."""
+    B, T, NH = 2, 41, 3
+    mine = np.s_[1, 5:38, ..., 1, :]
+    starts = np.tile(np.repeat(np.array([0, 5, 38], np.int32), [5, 33, 3]), (B, 1))
+    qkv, dout = normal(rng, B, T, 3 * NH * HS), normal(rng, B, T, NH * HS)
+    out, lse = attention(backend, qkv, starts, prec, NH, NH)
+
+    def alone(a):
+        noisy = np.full((B, T, a.shape[-1] // NH // HS, NH, HS), np.nan, np.float32)
+        noisy[mine] = a.reshape(noisy.shape)[mine]
+        return noisy.reshape(a.shape)
+
+    def gradient(*arrays):
+        dqkv, arrays = guarded(np.full_like(qkv, np.nan)), [guarded(a, constant=True) for a in (*arrays, starts)]
+        ops.attention_backward(backend, dqkv, *arrays, PREC[prec], B, T, NH, NH, HS)
+        return dqkv.reshape(B, T, 3, NH, HS)[mine]
+
+    noisy_lse = np.full_like(lse, np.nan)
+    noisy_lse[1, 1, 5:38] = lse[1, 1, 5:38]
+    got, got_lse = attention(backend, alone(qkv), starts, prec, NH, NH)
+    shape = B, T, 1, NH, HS
+    assert same_bits(got.reshape(shape)[mine], out.reshape(shape)[mine])
+    assert same_bits(got_lse[1, 1, 5:38], lse[1, 1, 5:38])
+    assert np.isfinite(got.reshape(shape)[mine]).all()
+    want = gradient(dout, qkv, out, lse)
+    assert same_bits(gradient(alone(dout), alone(qkv), alone(out), noisy_lse), want) and np.isfinite(want).all()
 
 
 @by_prec
