@@ -118,7 +118,8 @@ static void forward_task(void *context, int task) {
 static int query_blocks_together(const Attention *a) {
     int64_t blocks = (int64_t)a->B * a->NH * blocks_a_row(a);
     if ((a->prec == PREC_FP32 && a->HS == a->width) || a->width > WIDE) return 1;
-    return (int)min_int(TOGETHER, max_int(1, (int)(blocks / (TASKS_A_THREAD * threads_get()))));
+    int64_t share = blocks / ((int64_t)TASKS_A_THREAD * threads_get());
+    return share < 1 ? 1 : share < TOGETHER ? (int)share : TOGETHER;
 }
 
 void CAT(attention_forward, ISA)(act *out, float *lse, const act *qkv, const int32_t *starts, int prec, int B, int T,
