@@ -86,52 +86,10 @@ static int64_t operand_size(const Attention *a) { return (int64_t)QUERY_BLOCK * 
 
 /* ---- operands ---- */
 
-/* Lane i: low[i] and behind it high[i], rounded.  These four serve where HAVE_PAIRS alone. */
-INLINE vf vpairs(vf low, vf high) {
-#if defined(__AVX512BF16__)
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low)));
-#else
-    return (void)high, low;
-#endif
-}
-/* W pairs of 2 W values that follow each other */
-INLINE vf vpairs_along(vf first, vf second) {
-#if defined(__AVX512BF16__)
-    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second, first));
-#else
-    return (void)second, first;
-#endif
-}
-/* the first values of W pairs */
-INLINE vf vlow(vf pairs) {
-#if defined(__AVX512BF16__)
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
-#else
-    return pairs;
-#endif
-}
-/* W values as W / 2 pairs */
-INLINE void vstore_pairs(float *p, vf x) {
-#if defined(__AVX512BF16__)
-    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x));
-#else
-    vstore_all(p, x);
-#endif
-}
-
 /* A unit in each lane: of x and, where it is a pair, of next. */
 INLINE vf unit_of(const Attention *a, vf x, vf next) {
     if (HAVE_PAIRS && a->pairs) return vpairs(x, next);
     return a->prec == PREC_BF16 ? vbf16(x) : x;
-}
-
-/* W values of a row of which so many are left.  A mask costs more than the branch. */
-INLINE vf load_left(const float *p, int left) { return left >= W ? vload_all(p) : vload(p, max_int(0, left)); }
-INLINE void store_left(float *p, vf x, int left) {
-    if (left >= W) vstore_all(p, x);
-    else vstore(p, x, left);
 }
 
 /* W units along a row of which so many values are left. */

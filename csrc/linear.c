@@ -53,28 +53,16 @@ static int64_t panel_units(const Gemm *g, int rows) {
 
 /* W units that follow each other in k: from here on a vector of pairs is moved like a vector of floats. */
 INLINE vf load_units_along_k(const float *p, int values, int prec) {
-#if defined(__AVX512BF16__)
-    if (prec == PREC_BF16) {
-        vf low = vload(p, min_int(values, W)), high = vload(p + W, values > W ? min_int(values - W, W) : 0);
-        return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-#endif
-    vf x = vload(p, min_int(values, W));
-    return prec == PREC_BF16 ? vbf16(x) : x;
+    vf x = load_left(p, values);
+    if (prec == PREC_FP32) return x;
+    return HAVE_PAIRS ? vpairs_along(x, load_left(p + W, values - W)) : vbf16(x);
 }
 
 /* The unit of k step `k` for W neighbouring columns: rows p and, where units are pairs, p + next. */
 INLINE vf load_units_across_k(const float *p, const float *next, int columns, int prec) {
-#if defined(__AVX512BF16__)
-    if (prec == PREC_BF16) {
-        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(vload(p, columns)));
-        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(next ? vload(next, columns) : vset(0.0f)));
-        return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-#endif
-    (void)next;
     vf x = vload(p, columns);
-    return prec == PREC_BF16 ? vbf16(x) : x;
+    if (prec == PREC_FP32) return x;
+    return HAVE_PAIRS ? vpairs(x, next ? vload(next, columns) : vset(0.0f)) : vbf16(x);
 }
 
 /* A vector of units, columns j .. j + W - 1 of k step k.  Two panels of half a vector lie `panel` apart.  A panel that

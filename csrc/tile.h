@@ -14,10 +14,29 @@ enum { HAVE_PAIRS = 1 };
 INLINE vf vdot_pairs(vf a, vf b, vf c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
 }
-#else
+/* Lane i: low[i] and behind it high[i], rounded. */
+INLINE vf vpairs(vf low, vf high) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low)));
+}
+/* W pairs of 2 W values that follow each other, and W / 2 of W */
+INLINE vf vpairs_along(vf first, vf second) { return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second, first)); }
+INLINE void vstore_pairs(float *p, vf x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+/* the first values of W pairs */
+INLINE vf vlow(vf pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
+#else /* never called: callers ask HAVE_PAIRS */
 enum { HAVE_PAIRS = 0 };
-INLINE vf vdot_pairs(vf a, vf b, vf c) { return vfma(a, b, c); } /* never called: callers ask HAVE_PAIRS */
+INLINE vf vdot_pairs(vf a, vf b, vf c) { return vfma(a, b, c); }
+INLINE vf vpairs(vf low, vf high) { return vfma(low, low, high); }
+INLINE vf vpairs_along(vf first, vf second) { return vfma(first, first, second); }
+INLINE void vstore_pairs(float *p, vf x) { vstore_all(p, x); }
+INLINE vf vlow(vf pairs) { return pairs; }
 #endif
+
+/* W values of a row of which so many are left, which may be none. */
+INLINE vf load_left(const float *p, int left) { return vload(p, left < 0 ? 0 : min_int(left, W)); }
+INLINE void store_left(float *p, vf x, int left) { vstore(p, x, left < 0 ? 0 : min_int(left, W)); }
 
 INLINE void tile_chain(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
                        const float *B, int64_t ldb, vf c[8][4]) {
