@@ -222,9 +222,24 @@ static __attribute__((noinline)) void sums_pairs(int rows, int units, const floa
     sums_of_rows(HAVE_PAIRS, rows, units, A, B, S, add);
 }
 
-/* Over rows: a block's sums are added to D, and behind the last block S takes the rounded total. */
+/* Over rows: the sum x of block n of one vector of the tile is added to the others, as if in double, and behind the
+ * last block S takes the rounded total.  The first waits in S; of two floats, a float addition is the rounded double
+ * one (Figueroa 1995, "When is double rounding innocuous?"); only from then on D is needed. */
+INLINE void add_block(vf x, float *S, double *D, int n, int last) {
+    if (n < 2 && (last || !n)) {
+        if (n) x = vload_all(S) + x;
+        vstore_all(S, x);
+        return;
+    }
+    vd low = vdlow(x), high = vdhigh(x);
+    if (n == 1) low = vdlow(vload_all(S)) + low, high = vdhigh(vload_all(S)) + high;
+    else low = vdload(D) + low, high = vdload(D + W / 2) + high;
+    if (last) vstore_all(S, vdround(low, high));
+    else vdstore(D, low), vdstore(D + W / 2, high);
+}
+
 INLINE void sums_over_rows(const int pairs, const int chain, int units, const float *A, const float *B, float *S,
-                           double *D, int first, int last) {
+                           double *D, int n, int last) {
     for (int i0 = 0; i0 < MR; i0 += ROWS_OF_CHAINS) {
         vf sums[8][4];
         tile_of_chains(ROWS_OF_CHAINS, NV, pairs, chain, units, A + i0, 1, MR, B, NR, sums);
@@ -233,28 +248,26 @@ INLINE void sums_over_rows(const int pairs, const int chain, int units, const fl
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) {
                 int64_t at = (i0 + i) * NR + j * W;
-                vd low = vdlow(sums[i][j]), high = vdhigh(sums[i][j]);
-                if (!first) low = low + vdload(D + at), high = high + vdload(D + at + W / 2);
-                if (last) vstore_all(S + at, vdround(low, high));
-                else vdstore(D + at, low), vdstore(D + at + W / 2, high);
+                add_block(sums[i][j], S + at, D + at, n, last);
             }
     }
 }
+
 /* A chain is ROW_CHAIN units of the contract: where a pair of bf16 is held as two fp32, twice as many steps. */
 static __attribute__((noinline)) void sums_over_rows_fp32(int units, const float *A, const float *B, float *S,
-                                                          double *D, int first, int last) {
-    sums_over_rows(0, ROW_CHAIN, units, A, B, S, D, first, last);
+                                                          double *D, int n, int last) {
+    sums_over_rows(0, ROW_CHAIN, units, A, B, S, D, n, last);
 }
 static __attribute__((noinline)) void sums_over_rows_bf16(int units, const float *A, const float *B, float *S,
-                                                          double *D, int first, int last) {
-    sums_over_rows(HAVE_PAIRS, HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN, units, A, B, S, D, first, last);
+                                                          double *D, int n, int last) {
+    sums_over_rows(HAVE_PAIRS, HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN, units, A, B, S, D, n, last);
 }
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     float *S, *b, *a; /* [MC][NR], [2 * K_BLOCK][NR], packed rows of A */
-    double *D;        /* [MC][NR]: sums of finished blocks, over rows */
+    double *D;        /* [MC][NR]: sums of finished blocks, over rows, from the second on */
 } Work;
 
 static Work work_of_task(void) {
@@ -292,11 +305,11 @@ static void tile_sums(const Gemm *g, Work w, const float *B, int i, int i0, int 
     if (packs_a(g)) {
         const float *A = w.a + (i - i0) / MR * panel_units(g, MR) + (int64_t)k / per_unit * MR;
         double *D = w.D + (i - i0) * NR;
-        int first = k == 0, last = k + values == g->K, rows = min_int(MR, i1 - i);
-        if (g->over_rows && g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, S, D, first, last);
-        else if (g->over_rows) sums_over_rows_fp32(units, A, B, S, D, first, last);
-        else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, !first);
-        else sums_packed(rows, units, A, B, S, !first);
+        int n = k / values_a_block(g), last = k + values == g->K, rows = min_int(MR, i1 - i);
+        if (g->over_rows && g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, S, D, n, last);
+        else if (g->over_rows) sums_over_rows_fp32(units, A, B, S, D, n, last);
+        else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, n > 0);
+        else sums_packed(rows, units, A, B, S, n > 0);
     } else if (i + MR <= g->M) {
         sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, k > 0);
     } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */
