@@ -15,7 +15,6 @@
 enum { QUERY_BLOCK = 64, STRIP = 8, NV_MAX = W == 16 ? 4 : 2 };
 
 #define LN2 0.69314718055994531f
-#define LOG2_E 1.4426950408889634f
 
 typedef struct {
     float *out, *lse_out; /* forward */
@@ -214,20 +213,6 @@ static int over_keys(const Attention *a, float *out, int64_t ldo, const float *o
 /* ---- forward ---- */
 
 INLINE vf hide(vf s, int hidden) { return hidden > 0 ? vfirst(vset(-INFINITY), s, min_int(hidden, W)) : s; }
-
-/* 2^x for the weights of a softmax, where x is not much above 0: half the operations of vexp, which 64 x 64 weights a
- * block notice.  x = n + r with |r| <= 1/2 and r exact; 2^r by a polynomial of degree 6, at most 0.94 ulp off.  Below
- * -126 (no normal result) exactly 0, NaN stays NaN. */
-INLINE vf vexp2(vf x) {
-    vf n = vround(x), r = x - n, p = vset(1.5353361960e-4f);
-    p = vfma(p, r, vset(1.3398873853e-3f));
-    p = vfma(p, r, vset(9.6184369177e-3f));
-    p = vfma(p, r, vset(5.5503323674e-2f));
-    p = vfma(p, r, vset(2.4022647738e-1f));
-    p = vfma(p, r, vset(6.9314718246e-1f));
-    p = vfma(p, r, vset(1.0f));
-    return vpick_lt(x, vset(-126.0f), vset(0.0f), vscale2(p, n));
-}
 
 /* ln2 * (max + log2(sum)) of W sums of weights, which lie between 1/2 and the number of keys; a call of logf for each
  * takes 4 % of a forward pass over 64 positions.  The bits of a float, read as an integer, give its log2 to 0.043: y.

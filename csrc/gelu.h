@@ -15,17 +15,18 @@ INLINE vf gelu_tail_x(vf x) { return vmin(vset(14.0f), vabs(x)); } /* in this or
 INLINE vf gelu_from_tail(vf x, vf a, vf phi) { return vnfma(a, phi, vmax(vset(0.0f), x)); }
 INLINE vf dgelu_from_tail(vf x, vf tail) { return vpick_lt(x, vset(0.0f), tail, vset(1.0f) - tail); }
 
-/* tanh form: Phi(x) = sigmoid(2u), 2u = sqrt(8 / pi) * (x + 0.044715 x^3); one exp, one division. */
-INLINE vf gelu_2u(vf a) { return a * vfma(a * a, vset(0.071354816f), vset(1.5957691f)); }
+/* tanh form: Phi(x) = sigmoid(2u), 2u = sqrt(8 / pi) * (x + 0.044715 x^3); one exp, one reciprocal.  exp(-2u) = 2^x, x
+ * = -2u log2(e). */
+INLINE vf gelu_tanh_bell(vf a) { return vexp2(a * vfma(a * a, vset(-0.10294324f), vset(-2.3022082f))); }
 
 INLINE vf vgelu_tanh(vf x) {
-    vf a = gelu_tail_x(x), e = vexp(vset(0.0f) - gelu_2u(a));
-    return gelu_from_tail(x, a, e / (vset(1.0f) + e));
+    vf a = gelu_tail_x(x), e = gelu_tanh_bell(a);
+    return gelu_from_tail(x, a, e * vreciprocal(vset(1.0f) + e));
 }
 
 INLINE vf vdgelu_tanh(vf x) {
-    vf a = gelu_tail_x(x), e = vexp(vset(0.0f) - gelu_2u(a));
-    vf r = vset(1.0f) / (vset(1.0f) + e);
+    vf a = gelu_tail_x(x), e = gelu_tanh_bell(a);
+    vf r = vreciprocal(vset(1.0f) + e);
     vf du = vfma(a * a, vset(0.21406445f), vset(1.5957691f)); /* of 2u */
     return dgelu_from_tail(x, e * r * vnfma(a * r, du, vset(1.0f)));
 }
@@ -33,7 +34,7 @@ INLINE vf vdgelu_tanh(vf x) {
 /* erf form: Phi(-a) = exp(-a^2 / 2) * t * P(t), t = 1 / (1 + 0.26 a).  P is a minimax fit of degree 8 to the relative
  * error over 0 <= a <= 13.5: 2.2e-8. */
 INLINE vf gelu_erf_tail(vf a, vf bell) {
-    vf t = vset(1.0f) / vfma(a, vset(0.26f), vset(1.0f));
+    vf t = vreciprocal(vfma(a, vset(0.26f), vset(1.0f)));
     vf p = vset(0.0307836942f);
     p = vfma(p, t, vset(-0.154189795f));
     p = vfma(p, t, vset(0.254318774f));
@@ -48,11 +49,11 @@ INLINE vf gelu_erf_tail(vf a, vf bell) {
 
 INLINE vf vgelu_erf(vf x) {
     vf a = gelu_tail_x(x);
-    return gelu_from_tail(x, a, gelu_erf_tail(a, vexp(vset(-0.5f) * a * a)));
+    return gelu_from_tail(x, a, gelu_erf_tail(a, vexp2(vset(-0.72134752f) * a * a)));
 }
 
 INLINE vf vdgelu_erf(vf x) {
-    vf a = gelu_tail_x(x), bell = vexp(vset(-0.5f) * a * a);
+    vf a = gelu_tail_x(x), bell = vexp2(vset(-0.72134752f) * a * a);
     vf slope = a * bell * vset(0.39894228f); /* 1 / sqrt(2 pi) */
     return dgelu_from_tail(x, gelu_erf_tail(a, bell) - slope);
 }
