@@ -23,7 +23,9 @@ enum { MR = 8, ROWS_OF_CHAINS = 4 };
 #else
 enum { MR = 6, ROWS_OF_CHAINS = 3 };
 #endif
-enum { MC = 64 * MR, ROWS_PACKED = W / MR * MR, PACKED_A_UNITS = 4 << 20 };
+enum { MC = 64 * MR, ROWS_PACKED = W / MR * MR, PACKED_A_UNITS = 16 << 20 };
+/* From so many units of A on K is cut; units of A in a piece, half of an L2 cache; and floats of the sums that wait. */
+enum { LONG_A = 1 << 20, PIECE_OF_A = 128 << 10, SUMS = 2 << 20 };
 
 typedef struct {
     int M, N, K;
@@ -131,10 +133,11 @@ static __attribute__((noinline)) void pack_b(float *out, const Gemm *g, int j, i
          g->prec, 0, NULL);
 }
 
-/* ROWS_PACKED rows of A: as many panels as fill a vector. */
-static __attribute__((noinline)) void pack_a(float *out, const Gemm *g, int i, int k, int values, double *sums) {
-    pack(out, MR, panel_units(g, MR), g->a + i * g->a_i + k * g->a_k, g->a_i, g->a_k, min_int(ROWS_PACKED, g->M - i),
-         values, values_a_unit(g), g->prec, values_of_units(g, ROW_CHAIN), sums);
+/* ROWS_PACKED rows of A: as many panels as fill a vector, `panel` apart. */
+static __attribute__((noinline)) void pack_a(float *out, int64_t panel, const Gemm *g, int i, int k, int values,
+                                             double *sums) {
+    pack(out, MR, panel, g->a + i * g->a_i + k * g->a_k, g->a_i, g->a_k, min_int(ROWS_PACKED, g->M - i), values,
+         values_a_unit(g), g->prec, values_of_units(g, ROW_CHAIN), sums);
 }
 
 /* ---- all of B, packed once ----------------------------------------------------------------------------------------
@@ -265,56 +268,68 @@ static __attribute__((noinline)) void sums_over_rows_bf16(int units, const float
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
+/* What a task has at hand: rows i0 .. i1 - 1 of A over the values k0 .. k1 - 1 of K. */
 typedef struct {
-    float *S, *b, *a; /* [MC][NR], [2 * K_BLOCK][NR], packed rows of A */
+    int i0, i1, k0, k1;
+    float *S, *b, *a; /* [panels][rows][NR], [2 * K_BLOCK][NR], packed rows of A */
     double *D;        /* [MC][NR]: sums of finished blocks, over rows, from the second on */
+    int64_t panel;    /* from one packed panel of A to the next */
 } Work;
 
 static Work work_of_task(void) {
-    Work w;
-    w.S = scratch(SCRATCH_TASK);
-    w.b = w.S + MC * NR;
+    Work w = {.b = scratch(SCRATCH_TASK)};
     w.D = (double *)(w.b + 2 * K_BLOCK * NR); /* where bf16 is held as fp32, a K block has 512 units */
-    w.a = (float *)(w.D + MC * NR);
+    w.S = (float *)(w.D + MC * NR);
+    w.a = w.S + SUMS;
     return w;
 }
 
-/* Rows of one block: fewer where K is long, so that the packed rows stay within the scratch. */
+/* Where K is so long that the rows of A leave the cache, K is cut, and each piece of A meets all columns while the sums
+ * of all columns wait, if that many can.  Returns the values of a piece: K, or a multiple of the block. */
+static int piece_of_k(const Gemm *g, int64_t rows, int64_t columns) {
+    int block = values_a_block(g);
+    int64_t units = g->K / values_a_unit(g), fit = PIECE_OF_A / (rows * block / values_a_unit(g));
+    if (g->over_rows || g->packed || units * rows < LONG_A || rows * columns > SUMS) return g->K;
+    return fit < 1 ? block : (int)fit * block;
+}
+
+/* Rows of one block: fewer where K is very long, so that the packed rows stay within the scratch. */
 static int block_rows(const Gemm *g) {
     if (!packs_a(g)) return MC;
     int64_t fit = PACKED_A_UNITS / (g->K / values_a_unit(g) + 1) / MR * MR;
     return fit < MR ? MR : fit > MC ? MC : (int)fit;
 }
 
-/* Pack rows i0 .. i1 of A, all of K: panel after panel, in each the K blocks one behind the other. */
-static void pack_rows(const Gemm *g, Work w, int i0, int i1, int want_sums) {
+/* Pack what the task has at hand: panel after panel, in each the K blocks one behind the other. */
+static void pack_rows(const Gemm *g, Work *w, int want_sums) {
     int block = values_a_block(g), per_unit = values_a_unit(g);
-    for (int i = i0; i < i1; i += ROWS_PACKED) {
-        float *out = w.a + (i - i0) / MR * panel_units(g, MR);
+    w->panel = ((int64_t)w->k1 - w->k0 + per_unit - 1) / per_unit * MR;
+    for (int i = w->i0; i < w->i1; i += ROWS_PACKED) {
+        float *out = w->a + (i - w->i0) / MR * w->panel;
         double total[W] = {0};
-        for (int k = 0; k < g->K; k += block)
-            pack_a(out + (int64_t)k / per_unit * MR, g, i, k, min_int(block, g->K - k), want_sums ? total : NULL);
-        for (int j = 0; want_sums && j < ROWS_PACKED && i + j < i1; j++) g->row_sums[i + j] += (float)total[j];
+        for (int k = w->k0; k < w->k1; k += block)
+            pack_a(out + (int64_t)(k - w->k0) / per_unit * MR, w->panel, g, i, k, min_int(block, w->k1 - k),
+                   want_sums ? total : NULL);
+        for (int j = 0; want_sums && j < ROWS_PACKED && i + j < w->i1; j++) g->row_sums[i + j] += (float)total[j];
     }
 }
 
-/* The sums of one tile of rows over one K block, against one packed panel B, added to S. */
-static void tile_sums(const Gemm *g, Work w, const float *B, int i, int i0, int i1, int k, int values) {
-    int per_unit = values_a_unit(g), units = (values + per_unit - 1) / per_unit;
-    float *S = w.S + (i - i0) * NR;
+/* The sums of the tile of rows from i on over one K block, against one packed panel B, added to S. */
+static void tile_sums(const Gemm *g, const Work *w, float *S, const float *B, int i, int k, int values) {
+    int per_unit = values_a_unit(g), units = (values + per_unit - 1) / per_unit, n = k / values_a_block(g);
     if (packs_a(g)) {
-        const float *A = w.a + (i - i0) / MR * panel_units(g, MR) + (int64_t)k / per_unit * MR;
-        double *D = w.D + (i - i0) * NR;
-        int n = k / values_a_block(g), last = k + values == g->K, rows = min_int(MR, i1 - i);
+        const float *A = w->a + (i - w->i0) / MR * w->panel + (int64_t)(k - w->k0) / per_unit * MR;
+        double *D = w->D + (i - w->i0) * NR;
+        int last = k + values == g->K, rows = min_int(MR, w->i1 - i);
         if (g->over_rows && g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, S, D, n, last);
         else if (g->over_rows) sums_over_rows_fp32(units, A, B, S, D, n, last);
         else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, n > 0);
         else sums_packed(rows, units, A, B, S, n > 0);
     } else if (i + MR <= g->M) {
-        sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, k > 0);
+        sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, n > 0);
     } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */
-        pack_a(w.a, g, i, k, values, NULL);
-        sums_packed(MR, units, w.a, B, S, k > 0);
+        pack_a(w->a, values * MR, g, i, k, values, NULL);
+        sums_packed(MR, units, w->a, B, S, n > 0);
     }
 }
 
@@ -328,28 +343,48 @@ INLINE void fetch_b(const Gemm *g, int j, int k, int piece, int pieces) {
         for (int c = 0; c < length; c += 16) __builtin_prefetch(p + r * (along_k ? g->b_j : g->b_k) + c, 0, 2);
 }
 
-/* A tile is finished when its last block is, so that stores and functions overlap with the next tile's products. */
-static void multiply_block(const Gemm *g, Work w, int i0, int i1, int j0, int j1) {
-    int block = values_a_block(g), tiles = (i1 - i0 + MR - 1) / MR;
-    for (int j = j0; j < j1; j += NR) {
-        int k = 0, columns = min_int(NR, j1 - j);
-        if (!g->K) memset(w.S, 0, (size_t)MC * NR * sizeof(float));
-        do {
-            int values = min_int(block, g->K - k);
-            const float *B = w.b;
-            if (g->packed) B = packed_block(g, j, k, values, w.b);
-            else pack_b(w.b, g, j, k, values);
-            for (int i = i0; i < i1; i += MR) {
-                int last = k + values == g->K, end = min_int(i + MR, i1);
-                if (!last) fetch_b(g, j, k + values, (i - i0) / MR, tiles);
-                else if (j + NR < j1) fetch_b(g, j + NR, 0, (i - i0) / MR, tiles);
-                if (last) fetch_rows(&g->end, g->N, i, end, j, columns);
-                if (values) tile_sums(g, w, B, i, i0, i1, k, values);
-                for (int r = i; last && r < end; r++) finish_row(&g->end, g->N, w.S + (r - i0) * NR, r, j, columns);
-            }
-            k += block;
-        } while (k < g->K);
+/* The block of B at j, k, whatever comes after it, and the rows at hand.  A tile is finished when its last block is, so
+ * that stores and functions overlap with the next tile's products. */
+static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k, int columns, int next_j, int next_k) {
+    const int values = min_int(values_a_block(g), g->K - k), last = k + values == g->K;
+    const int tiles = (w->i1 - w->i0 + MR - 1) / MR;
+    const float *B = w->b;
+    if (g->packed) B = packed_block(g, j, k, values, w->b);
+    else pack_b(w->b, g, j, k, values);
+    for (int i = w->i0, t = 0; i < w->i1; i += MR, t++, S += MR * NR) {
+        int end = min_int(i + MR, w->i1);
+        if (next_j >= 0) fetch_b(g, next_j, next_k, t, tiles);
+        if (last) fetch_rows(&g->end, g->N, i, end, j, columns);
+        if (values) tile_sums(g, w, S, B, i, k, values);
+        for (int r = i; last && r < end; r++) finish_row(&g->end, g->N, S + (r - i) * NR, r, j, columns);
     }
+}
+
+/* Columns j0 .. j1 - 1 of what is at hand.  Sums wait from one piece of K to the next, each panel's in its place. */
+static void multiply_columns(const Gemm *g, const Work *w, int j0, int j1) {
+    const int block = values_a_block(g), rows = (w->i1 - w->i0 + MR - 1) / MR * MR, whole = w->k1 - w->k0 == g->K;
+    if (!g->K) memset(w->S, 0, (size_t)rows * NR * sizeof(float));
+    for (int j = j0; j < j1; j += NR) {
+        float *S = w->S + (whole ? 0 : (int64_t)(j - j0) / NR * rows * NR);
+        int k = w->k0;
+        do {
+            int more = k + block < w->k1, next_j = more ? j : j + NR < j1 ? j + NR : -1;
+            multiply_block(g, w, S, j, k, min_int(NR, j1 - j), next_j, more ? k + block : w->k0);
+            k += block;
+        } while (k < w->k1);
+    }
+}
+
+/* The rows at hand, all of K and columns j0 .. j1 - 1. */
+static void multiply_rows(const Gemm *g, Work *w, int j0, int j1) {
+    int panels = (j1 - j0 + NR - 1) / NR, tiles = (w->i1 - w->i0 + MR - 1) / MR;
+    int piece = piece_of_k(g, tiles * MR, panels * NR);
+    w->k1 = 0;
+    do {
+        w->k0 = w->k1, w->k1 = min_int(w->k0 + piece, g->K);
+        if (packs_a(g) && !g->rows) pack_rows(g, w, g->row_sums && j0 == 0);
+        multiply_columns(g, w, j0, j1);
+    } while (w->k1 < g->K);
 }
 
 /* ---- threads ----------------------------------------------------------------------------------------------------- */
@@ -369,10 +404,9 @@ static void gemm_task(void *context, int task) {
     int rows = block_rows(g);
     Work w = work_of_task();
     for (int i = m0; i < m1; i += rows) {
-        int end = min_int(i + rows, m1);
-        if (g->rows) w.a = (float *)g->rows + (i - m0) / MR * panel_units(g, MR);
-        else if (packs_a(g)) pack_rows(g, w, i, end, g->row_sums && j0 == 0);
-        multiply_block(g, w, i, end, j0, j1);
+        w.i0 = i, w.i1 = min_int(i + rows, m1);
+        if (g->rows) w.panel = panel_units(g, MR), w.a = (float *)g->rows + (i - m0) / MR * w.panel;
+        multiply_rows(g, &w, j0, j1);
     }
 }
 
@@ -436,7 +470,7 @@ static void gemm_of_few_rows(Gemm *g, int threads) {
     int single = g->M == 1 && g->K;
     g->rows = rows;
     if (single) pack_one_row(rows, g);
-    else pack_rows(g, (Work){.a = rows}, 0, g->M, 0);
+    else pack_rows(g, &(Work){.a = rows, .i1 = g->M, .k1 = g->K}, 0);
     g->grid_m = 1;
     g->grid_n = min_int((g->N + NR - 1) / NR, threads * TASKS_A_THREAD);
     parallel_for(single ? row_task : gemm_task, g, g->grid_n);

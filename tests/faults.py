@@ -100,8 +100,26 @@ FAULTS = [
     Fault(
         "linear: first K block not started from zero",
         "csrc/linear.c",
-        "int first = k == 0, last",
-        "int first = 0, last",
+        "if (n < 2 && (last || !n)) {",
+        "if (n < 2 && last) {",
+    ),
+    Fault(
+        "linear: a piece of K starts its sums anew",
+        "csrc/linear.c",
+        "n = k / values_a_block(g);\n    if (packs_a",
+        "n = (k - w->k0) / values_a_block(g);\n    if (packs_a",
+    ),
+    Fault(
+        "linear: all columns wait in one place",
+        "csrc/linear.c",
+        "(whole ? 0 : (int64_t)(j - j0) / NR * rows * NR)",
+        "0 * whole",
+    ),
+    Fault(
+        "linear: pieces of A lie where the first does",
+        "csrc/linear.c",
+        "(int64_t)(k - w->k0) / per_unit * MR;",
+        "(int64_t)k / per_unit * MR;",
     ),
     Fault(
         "linear: a gradient's chain is the whole block",
@@ -138,8 +156,8 @@ FAULTS = [
     Fault(
         "linear: a tile is finished with its first block",
         "csrc/linear.c",
-        "int last = k + values == g->K, end",
-        "int last = k == 0, end",
+        "last = k + values == g->K;\n    const int tiles",
+        "last = k == 0;\n    const int tiles",
     ),
     Fault(
         "linear: bias gradient once for every column part",
