@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from barelm import Config, _core
+from barelm import Config, Model, _core
 from barelm.loop import flops_per_token
+from barelm.report import count
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench_growth as bench
@@ -295,9 +296,9 @@ def test_labels_of_bars_stay_clear(tmp_path, best):
 def test_values_close_together_and_all_alike(tmp_path):
     data = growth(axes=["width"])
     for r in data["results"]:
-        r["value"], r["tokens_per_second"] = 1000 + r["value"], 500.0
+        r["value"], r["tokens_per_second"] = {1: 1000, 2: 1001, 4: 9000}[r["value"]], 500.0
     check_layout(picture([written(tmp_path, data)]))
-    alone = [r for r in data["results"] if r["value"] == 1001]
+    alone = [r for r in data["results"] if r["value"] == 9000]
     check_layout(picture([written(tmp_path, data | {"results": alone})]))
 
 
@@ -358,12 +359,13 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path, data, says):
     assert str(file) in str(error.value) and len(str(error.value)) < 400
 
 
-def test_layers_without_end_are_counted_not_listed(tmp_path):
-    data = growth(axes=["T"], peers=["barelm fp32"])
-    del data["model"]
-    sizes = dict(n_layer=2**31 - 1, n_head=1, n_embd=1, vocab_size=1, context=1)
-    data["results"] = [data["results"][0] | {"workload": dict(name="deep", sizes=sizes, B=1, T=1)}]
-    assert "deep, 53.7 G parameters, B = 1, T = 1" in picture([written(tmp_path, data)])
+def test_parameters_are_counted_however_many_layers_there_are():
+    sizes = dict(n_layer=5, n_head=1, n_embd=16, vocab_size=37, context=64)
+    n = Model(Config(**sizes)).n_params
+    workload = dict(name="small", sizes=sizes, B=3, T=7)
+    assert measured.title_of(workload) == f"small, {count(n)} parameters, B = 3, T = 7"
+    deep = dict(n_layer=2**31 - 1, n_head=1, n_embd=1, vocab_size=1, context=1)
+    assert "deep, 53.7 G parameters" in measured.title_of(workload | dict(name="deep", sizes=deep))
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path):
