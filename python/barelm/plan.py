@@ -217,28 +217,37 @@ def _scratch(config: Config, N: int, precision: str) -> int:
     the partial sums of a norm's backward pass, which the calling thread keeps.  The sizes are those of csrc/linear.c
     and csrc/norm.c.
     """
-    rows_at_once, most, tiles = 512, 4 << 20, 512 * 48 * 12 + 512 * 48 * 4
+    rows_at_once, most, tiles = 512, 16 << 20, 512 * 48 * 12 + 512 * 48 * 4
+    long_a, piece_of_a, sums = 1 << 20, 128 << 10, 2 << 20
     threads, per_value = _core.threads_get(), 2 if precision == "bf16" else 1
     packed = 0
-    for M, K, always in _products(config, N):
-        units = -(-K // per_value)
+    for M, K, N_out, across in _products(config, N):
+        units, waiting = -(-K // per_value), 0
         rows = min(rows_at_once, -(-M // threads), max(8, most // (units + 1)))
-        packed = max(packed, 4 * rows * units * (always or precision == "bf16"))
+        if not across and rows * units >= long_a and rows * N_out <= sums:  # the sums wait while K comes in pieces
+            units, waiting = max(256, piece_of_a // rows // 256 * 256), rows * N_out
+        packed = max(packed, 4 * (rows * units * (across or precision == "bf16") + waiting))
     partial = 24 * config.n_embd * min(64, -(-N // 16))
     page = PAGE if "[never]" in _read("/sys/kernel/mm/transparent_hugepage/enabled") else HUGE_PAGE
     return threads * -(-(packed + tiles) // page) * page + -(-partial // page) * page
 
 
-def _products(config: Config, N: int) -> list[tuple[int, int, bool]]:
-    """(rows, length of the sums, whether rows are packed in fp32 too) of each matrix product's left side; the last is
-    so for the gradients of weights, whose left side lies across."""
+def _products(config: Config, N: int) -> list[tuple[int, int, int, bool]]:
+    """(rows, length of the sums, columns, whether the left side lies across) of each matrix product.  It does for the
+    gradients of weights, and then it is packed in fp32 too."""
     C, F = config.n_embd, config.n_inner * (2 if config.act == "swiglu" else 1)
     AO = config.n_head * config.head_size
     QKV = AO + 2 * config.n_kv_head * config.head_size
-    head = min(N, 512)
-    widths = {C, F, AO, QKV, config.n_inner}
-    over_width = [(N, width, False) for width in widths] + [(head, config.vocab_size, False)]
-    return over_width + [(width, N, True) for width in widths] + [(config.vocab_size, head, True)]
+    products = []
+    for rows, K, OC in (
+        (N, C, QKV),
+        (N, AO, C),
+        (N, C, F),
+        (N, config.n_inner, C),
+        (min(N, 512), C, config.vocab_size),
+    ):
+        products += [(rows, K, OC, False), (rows, OC, K, False), (OC, rows, K, True)]
+    return products
 
 
 def _resident() -> int:
