@@ -5,8 +5,9 @@ import sys
 
 import numpy as np
 import pytest
-from barelm import Config, Model, Session, _core, checkpoint
+from barelm import Config, Model, Session, _core
 from barelm.checkpoint import CheckpointError
+from barelm.convert import source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MIDDLE, assert_same_bits, random_model
@@ -54,9 +55,9 @@ def test_the_bits_are_those_beside_a_model(saved, weights, backend, monkeypatch)
 def test_any_size_of_parts(saved, weights, values):
     model, folder = saved
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(checkpoint, "_PART", values if values > 2000 else 30 * values)  # 1 would open the file 10^5 times
+        m.setattr(source, "PART", values if values > 2000 else 30 * values)  # 1 would open the file 10^5 times
         logits, _ = logits_of(Session.load(folder, 300, weights))
-        m.setattr(checkpoint, "_PART", values)
+        m.setattr(source, "PART", values)
         loaded = Model.load(folder) if values > 500 else model
     assert_same_bits(logits, logits_of(Session(model, 300, weights))[0])
     assert all((p == model.params[name]).all() for name, p in loaded.params.items())

@@ -1,7 +1,8 @@
 """Checkpoints: a folder that appears whole or not at all, whose every byte is checked, and that transformers opens.
 
 config.json             Hugging Face's description
-model.safetensors       weights under Hugging Face's names and shapes
+model.safetensors       weights under Hugging Face's names and shapes; or model.safetensors.index.json and the shards
+                        that it names
 optimizer.safetensors   AdamW's moments as exp_avg.NAME and exp_avg_sq.NAME, if there are any
 state.json              step, whatever the caller adds, size and SHA-256 of every other file, SHA-256 of itself
 """
@@ -9,28 +10,33 @@ state.json              step, whatever the caller adds, size and SHA-256 of ever
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from . import _core
 from .convert import huggingface as hf
+from .convert import safetensors_file as st
+from .convert.numbers import from_float32, n_bytes
+from .convert.source import CheckpointError, Source, Tensors, match, shapes_of
 from .files import digest, digest_of, whole_folder
 from .model import Config, Model
 
-_WEIGHTS, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
+__all__ = ["CheckpointError", "Weights", "is_checkpoint", "load", "read_config", "save", "verify", "write"]
+
+_WEIGHTS, _INDEX, _OPTIMIZER, _CONFIG, _STATE = (
+    st.SINGLE,
+    st.INDEX,
+    "optimizer.safetensors",
+    "config.json",
+    "state.json",
+)
 _MOMENTS = ("exp_avg.", "exp_avg_sq.")
-_FLOATS = ("F32", "F16", "F64")  # as safetensors calls them
-_PART = 1 << 20  # values that are read at a time
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt", "ckpt.pt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.bpe")  # one of them makes Tokenizer.load worth a try
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and Hugging Face's
 
 
 # ---- writing ----
@@ -60,7 +66,11 @@ def _write(model: Model, part: Path, optimizer: bool, state: dict, files: dict[s
         _save_tensors(tensors, part / _OPTIMIZER)
     for name, content in files.items():
         (part / name).write_bytes(content)
-    state |= {"format": 1, "step": model.step, "files": {p.name: digest(p) for p in sorted(part.iterdir())}}
+    _seal(part, state | {"step": model.step})
+
+
+def _seal(part: Path, state: dict):
+    state |= {"format": 1, "files": {p.name: digest(p) for p in sorted(part.iterdir())}}
     state["sha256"] = digest_of(state)
     (part / _STATE).write_text(json.dumps(state, indent=2) + "\n")
 
@@ -72,13 +82,78 @@ def _save_tensors(tensors: dict[str, np.ndarray], path: Path):
         raise OSError(f"{path}: cannot be written: {e}") from None
 
 
+def write(
+    source: Source,
+    folder,
+    dtype: str = "F32",
+    shard_size: int = 5_000_000_000,
+    files: Mapping[str, bytes] | None = None,
+    progress: Callable[[str, int], None] = lambda name, n: None,
+) -> list[str]:
+    """Write any model that can be read as a checkpoint, without optimizer state, a few MB at a time.
+
+    dtype        "F32", "F16" or "BF16" (rounded to nearest, ties to even)
+    shard_size   bytes of a file of weights at most; a larger tensor has a file of its own
+    files        further files, name -> content
+    progress     called with a tensor's name and how many of its values were written
+    Returns the names of the weight files.  ValueError: a value is too large for the dtype.  Otherwise as `save`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: is {dtype!r}, must be one of {', '.join(DTYPES)}")
+    if type(shard_size) is not int or shard_size < 1:
+        raise ValueError(f"shard_size: is {shard_size!r}, must be a whole number above 0")
+    with whole_folder(folder, is_checkpoint, "checkpoint") as part:
+        config = hf.config_to_hf(source.config) | {"dtype": DTYPES[dtype]}
+        if config["model_type"] == "barelm":
+            del config["dtype"]  # its fields are Config's
+        (part / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        names = _write_shards(source, part, dtype, shard_size, progress)
+        for name, content in (files or {}).items():
+            (part / name).write_bytes(content)
+        _seal(part, {"step": 0})
+    return names
+
+
+def _write_shards(source: Source, part: Path, dtype: str, shard_size: int, progress) -> list[str]:
+    sizes = {name: n_bytes(shape, dtype) for name, shape in source.shapes.items()}
+    groups = st.shards(sizes, shard_size)
+    files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    files = files if len(groups) > 1 else [_WEIGHTS]
+    where = {}
+    for file, names in zip(files, groups, strict=True):
+        tensors = [_tensor(source, name, dtype, progress) for name in names]
+        st.write(part / file, tensors)
+        where |= {tensor.name: file for tensor in tensors}
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (part / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return files
+
+
+def _tensor(source: Source, name: str, dtype: str, progress) -> st.Tensor:
+    def parts():
+        for rows in source.rows(name):
+            try:
+                yield from_float32(rows, dtype)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            progress(name, rows.size)
+
+    return st.Tensor(hf.to_file_name(source.config, name), dtype, source.shapes[name], parts())
+
+
 # ---- reading ----
 
 
 def is_checkpoint(folder) -> bool:
     """Whether the folder has the files of a checkpoint; says nothing about their content."""
     folder = Path(folder)
-    return (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file()
+    return (folder / _CONFIG).is_file() and _weights_file(folder) is not None
+
+
+def _weights_file(folder: Path) -> Path | None:
+    """What the weights are found by: one file, or the index of several."""
+    return next((folder / name for name in (_WEIGHTS, _INDEX) if (folder / name).is_file()), None)
 
 
 def verify(folder) -> dict:
@@ -89,9 +164,15 @@ def verify(folder) -> dict:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
-    for name in (_CONFIG, _WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: is no checkpoint, {name} is missing")
+    if not (folder / _CONFIG).is_file():
+        raise CheckpointError(f"{folder}: is no checkpoint, {_CONFIG} is missing")
+    if _weights_file(folder) is None:
+        pickled = next((name for name in _PICKLES if (folder / name).exists()), None)
+        if pickled:
+            raise CheckpointError(
+                f"{folder / pickled}: is pickled, and reading that could run any program; have it written as {_WEIGHTS}"
+            )
+        raise CheckpointError(f"{folder}: is no checkpoint, {_WEIGHTS} is missing")
     if not (folder / _STATE).exists():
         return {}
     state = _read_json(folder / _STATE)
@@ -140,83 +221,35 @@ def load(cls, folder, precision: str = "fp32", device: str = "cpu") -> Model:
     moments = None
     if (Path(folder) / _OPTIMIZER).exists():
         shapes = {kind + name: shape for kind in _MOMENTS for name, shape in weights.shapes.items()}
-        moments = _Tensors(Path(folder) / _OPTIMIZER, shapes, lambda name: name)
+        path = Path(folder) / _OPTIMIZER
+        moments = Tensors(match(st.read(path), shapes, lambda name: name, path, _CONFIG))
     model = cls(weights.config, precision=precision, device=device)
-    weights.tensors.fill(model.params)
+    weights.fill(model.params)
     if moments:
         moments.fill({kind + name: p for kind, m in zip(_MOMENTS, model.moments, strict=True) for name, p in m.items()})
     model.step = state.get("step", 0)
     return model
 
 
-class Weights:
-    """The config and the weights of a checkpoint folder, which need never be in memory as a whole.
+class Weights(Source):
+    """The config and the weights of a checkpoint folder, also one that others wrote: F32, F16, BF16 or F64, in one file
+    or in shards.  They need never be in memory as a whole.
 
     CheckpointError names what is wrong: names, shapes and dtypes are known to be good once it exists.
     """
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.config = read_config(folder)
-        self.shapes = _core.model_tensors(self.config)
-        self.tensors = _Tensors(folder / _WEIGHTS, self.shapes, lambda name: hf.from_file_name(self.config, name))
+        config, path = read_config(folder), _weights_file(folder)
+        if path is None:
+            raise CheckpointError(f"{folder / _WEIGHTS}: is not there")
+        found = st.read_index(path) if path.name == _INDEX else st.read(path)
+        shapes = shapes_of(config, len(found) + 1, path, _CONFIG)
+        stored = match(found, shapes, lambda name: hf.from_file_name(config, name), path, _CONFIG)
+        super().__init__(folder, "a checkpoint folder", config, stored, lambda: _tokenizer(folder))
 
-    def rows(self, name: str, axis: int):
-        """A parameter in parts, float32, one after the other along `axis` of Hugging Face's shape."""
-        for _, part in self.tensors.parts(name, axis):
-            yield np.asarray(part, np.float32)
 
+def _tokenizer(folder: Path):
+    from .tokenizer import Tokenizer  # tiktoken is loaded only where a vocabulary is wanted
 
-class _Tensors:
-    """Tensors of a safetensors file: exactly those of `shapes`.  rename: what a name in the file means; None: nothing.
-
-    The file is opened anew for every part: what a mapping has touched counts as memory of this process until it ends.
-    """
-
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], rename):
-        self.path, self.keys, self.shapes = path, {}, shapes
-        with self._open() as f:
-            for key in f.keys():  # noqa: SIM118 (safe_open is no dict)
-                name = rename(key)
-                if name is None:
-                    continue
-                if name not in shapes or name in self.keys:
-                    raise CheckpointError(
-                        f"{path}: has {key}, which the model of config.json has not (or it comes twice)"
-                    )
-                self._check(f.get_slice(key), key, shapes[name])
-                self.keys[name] = key
-        missing = sorted(shapes.keys() - self.keys.keys())
-        if missing:
-            raise CheckpointError(f"{path}: lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
-
-    def _check(self, tensor, key: str, shape: tuple[int, ...]):
-        if tuple(tensor.get_shape()) != shape:
-            raise CheckpointError(f"{self.path}: {key} has shape {tuple(tensor.get_shape())}, config.json says {shape}")
-        if tensor.get_dtype() not in _FLOATS:
-            raise CheckpointError(
-                f"{self.path}: {key} has dtype {tensor.get_dtype()}, must be one of {', '.join(_FLOATS)}"
-            )
-
-    @contextmanager
-    def _open(self):
-        try:
-            with safe_open(self.path, framework="np") as f:
-                yield f
-        except (SafetensorError, OSError, TypeError, AttributeError) as e:
-            raise CheckpointError(f"{self.path}: cannot be read: {e}") from None
-
-    def parts(self, name: str, axis: int = 0):
-        """(where along the axis, values as they are stored), until all of the tensor has come."""
-        shape = self.shapes[name]
-        step = max(1, _PART // (math.prod(shape) // shape[axis]))
-        for at in range(0, shape[axis], step):
-            where = slice(at, min(at + step, shape[axis]))
-            with self._open() as f:
-                part = f.get_slice(self.keys[name])[(slice(None),) * axis + (where,)]
-            yield where, part
-
-    def fill(self, targets: Mapping[str, np.ndarray]):
-        for name, target in targets.items():
-            for where, part in self.parts(name):
-                target[where] = part
+    return Tokenizer.load(folder) if any((folder / name).is_file() for name in _TOKENIZERS) else None
