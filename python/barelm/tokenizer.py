@@ -1,8 +1,8 @@
 """Tokenizer: text to ids and back, byte-level BPE with special tokens.
 
-Encoding is tiktoken's, training is csrc/bpe.c; this file reads and writes the vocabularies.  Three forms are read:
-Hugging Face's `tokenizer.json`, GPT-2's pair `vocab.bpe` + `encoder.json`, and Llama-3's rank file.  Nothing here
-touches a network.
+Encoding is tiktoken's, training is csrc/bpe.c; this file reads and writes the vocabularies.  Three forms are read here:
+Hugging Face's `tokenizer.json`, GPT-2's pair `vocab.bpe` + `encoder.json`, and Llama-3's rank file; binary files of
+others in convert/.  The other kind of vocabulary is in sentencepiece.py.  Nothing here touches a network.
 
 Byte-level BPE (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): text is cut by a regular
 expression, each piece is UTF-8 bytes, and the pair with the lowest rank merges until none is left.  Every byte is a
@@ -160,7 +160,7 @@ class Tokenizer:
         vocab = _json(encoder_json)
         try:
             special = {text: vocab.pop(text) for text in (EOT,) if text in vocab}
-            return _build(vocab, merges, special, GPT2_PATTERN)
+            return build(vocab, merges, special, GPT2_PATTERN)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{vocab_bpe} and {encoder_json} are not GPT-2's vocabulary: {error}") from None
 
@@ -177,8 +177,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """From a tokenizer.json, or a rank file of Llama-3 (its name ends in .model or .tiktoken), or a folder that
-        holds one of them (tokenizer.json, tokenizer.model) or vocab.bpe and encoder.json.
+        """From a tokenizer.json, a GGUF file, a rank file of Llama-3 (its name ends in .model or .tiktoken), llama2.c's
+        tokenizer (.bin), or a folder that holds tokenizer.json, tokenizer.model, or vocab.bpe and encoder.json.
+
+        A SentencePiece vocabulary comes as SentencePiece, which is used as any other.
         """
         path = Path(path)
         if path.is_dir():
@@ -194,6 +196,14 @@ class Tokenizer:
                 )
         if path.suffix in RANK_FILES:
             return cls.llama3(path)
+        if _begins_with(path, b"GGUF"):
+            from .convert import gguf
+
+            return gguf.read_tokenizer(path)
+        if path.suffix == ".bin":
+            from .convert import llama2c
+
+            return llama2c.read_tokenizer(path)
         try:
             return _from_huggingface(_json(path))
         except ValueError as error:
@@ -252,6 +262,15 @@ class Tokenizer:
             raise ValueError(f"ids: no token has the id {id} (n_vocab is {self.n_vocab})")
         return token
 
+    def has(self, id: int) -> bool:
+        """Whether the id has a token: a vocabulary may leave some out."""
+        return 0 <= id < self.n_vocab and self._bytes[id] is not None
+
+    @property
+    def merges(self) -> "list[tuple[bytes, bytes]]":
+        """The merges, those that come first at the front."""
+        return list(self._merges)
+
     def token_lengths(self) -> np.ndarray:
         """(n_vocab) int64: how many bytes of text each token stands for; 0 for special tokens."""
         lengths = np.array([len(token or b"") for token in self._bytes], np.int64)
@@ -260,7 +279,7 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """What save() writes."""
-        return json.dumps(_to_huggingface(self), ensure_ascii=False, indent=1) + "\n"
+        return json.dumps(self._to_huggingface(), ensure_ascii=False, indent=1) + "\n"
 
     def hash(self) -> str:
         """sha256 of what save() writes: two tokenizers with one hash give the same ids."""
@@ -270,6 +289,9 @@ class Tokenizer:
         return f"<Tokenizer n_vocab={self.n_vocab} merges={len(self._merges)}>"
 
     # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _to_huggingface(self) -> dict:
+        return _to_huggingface(self)
 
     def _check_ids(self) -> None:
         missing = [b for b in range(256) if bytes([b]) not in self._vocab]
@@ -403,6 +425,14 @@ def _read(path: str | os.PathLike) -> str:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
+def _begins_with(path: Path, magic: "bytes") -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:
+        return False  # whoever reads it says what is wrong
+
+
 def _json(path: str | os.PathLike) -> dict:
     try:
         value = json.loads(_read(path))
@@ -483,7 +513,7 @@ def _to_chars(token: "bytes") -> str:
     return "".join([BYTE_TO_CHAR[b] for b in token])
 
 
-def _build(vocab: dict, merges: list, special: dict, pattern: str, ignore_merges: bool = False) -> Tokenizer:
+def build(vocab: dict, merges: list, special: dict, pattern: str, ignore_merges: bool = False) -> Tokenizer:
     """A Tokenizer from the characters of a file; merges are "a b" or ["a", "b"]."""
     pairs = []
     for merge in merges:
@@ -502,17 +532,23 @@ def _from_huggingface(file: dict) -> Tokenizer:
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError("model: vocab (an object) and merges (a list) are expected")
-    for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise ValueError(f"model.{option}: {model[option]!r} is not supported")
+    added = file.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(a, dict) and isinstance(a.get("content"), str) for a in added):
+        raise ValueError("added_tokens: a list of objects with id and content is expected")
+    if model.get("byte_fallback"):
+        from .sentencepiece import from_huggingface
+
+        return from_huggingface(file)
+    if model.get("unk_token"):
+        raise ValueError(f"model.unk_token: {model['unk_token']!r} is not supported")
     if file.get("normalizer"):
         raise ValueError("normalizer: not supported, text is taken as it is")
-    added = file.get("added_tokens") or []
-    if not all(isinstance(a, dict) and isinstance(a.get("content"), str) for a in added):
-        raise ValueError("added_tokens: a list of objects with id and content is expected")
     special = {a["content"]: a.get("id") for a in added}
     vocab = {token: id for token, id in vocab.items() if token not in special}
-    return _build(
+    return build(
         vocab, merges, special, _read_pattern(file.get("pre_tokenizer")), bool(model.get("ignore_merges", False))
     )
 
@@ -535,6 +571,12 @@ def _read_pattern(pre: object) -> str:
     return regex
 
 
+def added_token(text: str, id: int) -> dict:
+    """A special token, as tokenizer.json lists them."""
+    options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": id, "content": text, **options}
+
+
 def _to_huggingface(tok: Tokenizer) -> dict:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     pre = byte_level
@@ -542,18 +584,7 @@ def _to_huggingface(tok: Tokenizer) -> dict:
         split = {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False}
         pre = {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
     vocab = {_to_chars(token): id for token, id in tok._vocab.items()} | tok.special
-    added = [
-        {
-            "id": id,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for text, id in sorted(tok.special.items(), key=lambda item: item[1])
-    ]
+    added = [added_token(text, id) for text, id in sorted(tok.special.items(), key=lambda item: item[1])]
     model = {
         "type": "BPE",
         "dropout": None,
