@@ -19,7 +19,17 @@ from .. import _core
 from ..model import Config, Model
 from .numbers import KINDS, n_bytes, to_float32
 
-__all__ = ["CheckpointError", "Source", "Stored", "Tensors", "half_split", "interleaved", "match"]
+__all__ = [
+    "CheckpointError",
+    "Source",
+    "Stored",
+    "Tensors",
+    "file_size",
+    "half_split",
+    "interleaved",
+    "match",
+    "shapes_of",
+]
 
 PART = 1 << 20  # values that are read at a time
 
@@ -153,6 +163,10 @@ class Source(Tensors):
         if self._made is None:
             self._made = self._tokenizer()
         return self._made
+
+    def with_tokenizer(self, tokenizer) -> Source:
+        """The same model with another tokenizer; None: with none."""
+        return Source(self.path, self.format, self.config, self.stored, lambda: tokenizer)
 
     @property
     def kinds(self) -> set[str]:
