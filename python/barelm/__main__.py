@@ -37,6 +37,8 @@ COMMANDS = {
     "eval": Command("evaluate", "EvalConfig", "score any text under a trained model, in bits per byte"),
     "plan": Command("plan", "PlanConfig", "what a run will take, before it starts: memory, time, money"),
     "sample": Command("sample", "SampleConfig", "let a trained model continue a prompt"),
+    "import": Command("importing", "ImportConfig", "make a checkpoint of another project's model"),
+    "export": Command("exporting", "ExportConfig", "write a checkpoint for transformers, llama.cpp or llm.c"),
     "doctor": Command("doctor", "DoctorConfig", "what was built, what this machine has, what is missing"),
 }
 USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes; 0: all is well
@@ -139,13 +141,15 @@ def parse(cls: type, argv: list[str], prog: str = "barelm") -> Any:
     """An instance of a dataclass from its flags; None where only help was asked for.
 
     --field-name value for each field, --x and --no-x for a bool; the type and the words of the help are the field's
-    annotation, Annotated[type, "help"].  A field without default must be given.  Where the class has a field `given`,
-    it gets the names of the flags that were there.  UsageError: anything else.
+    annotation, Annotated[type, "help"].  A field without default must be given.  Those that the class lists as
+    `positional` are words without a flag, in that order.  Where the class has a field `given`, it gets the names of the
+    flags that were there.  UsageError: anything else.
     """
+    words = getattr(cls, "positional", ())
     parser = _Parser(
         prog=prog,
         description=cls.__doc__,
-        usage=f"{prog} [--flag value ...]",
+        usage=" ".join([prog, *map(str.upper, words), "[--flag value ...]"]),
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,
@@ -153,7 +157,10 @@ def parse(cls: type, argv: list[str], prog: str = "barelm") -> Any:
     )
     group = parser.add_argument_group("flags")
     for field, hint in _flags(cls):
-        _add(group, field, hint)
+        if field.name in words:
+            parser.add_argument(field.name, nargs="?", metavar=field.name.upper(), help=typing.get_args(hint)[1])
+        else:
+            _add(group, field, hint)
     group.add_argument("-h", "--help", action="store_true", help="this text")
     given, extra = parser.parse_known_args(argv)
     given = vars(given)
@@ -164,7 +171,8 @@ def parse(cls: type, argv: list[str], prog: str = "barelm") -> Any:
         raise UsageError(_unknown(extra[0], parser, prog))
     missing = [field.name for field, _ in _flags(cls) if _required(field) and field.name not in given]
     if missing:
-        raise UsageError(f"{_flag(missing[0])} must be given; {prog} --help lists the flags")
+        name = missing[0].upper() if missing[0] in words else _flag(missing[0])
+        raise UsageError(f"{name} must be given; {prog} --help lists the flags")
     config = cls(**given)
     if any(field.name == "given" for field in dataclasses.fields(cls)):
         config.given = frozenset(given)

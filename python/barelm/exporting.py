@@ -1,0 +1,80 @@
+"""`barelm export`: a checkpoint in the form of transformers, llama.cpp or llm.c."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from . import checkpoint
+from .convert import gguf, llmc
+from .convert.recognise import open_source
+from .convert.source import Source
+from .importing import Written, facts, tell, with_tokenizer
+from .report import console
+from .runs import newest_checkpoint
+
+__all__ = ["ExportConfig", "main"]
+
+DTYPES = {"hf": checkpoint.DTYPES, "gguf": gguf.KINDS, "llm.c": llmc.VERSIONS}  # what each format can hold
+
+
+@dataclass
+class ExportConfig:
+    """Write a model for other programs, a few MB at a time.
+
+    FOLDER is a checkpoint's or a run's (its newest checkpoint is taken), or anything that `barelm import` reads.
+    TARGET is a folder for hf, a file for gguf and llm.c.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("folder", "target")
+
+    folder: Annotated[str, "what to write"]
+    target: Annotated[str, "where to; what is there is replaced if it is of the same form"]
+    format: Annotated[Literal["hf", "gguf", "llm.c"], "hf: a folder for transformers; gguf: for llama.cpp"] = "hf"
+    dtype: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"], "of the weights; q8_0 with gguf only, and llm.c has f32 and bf16"
+    ] = "f32"
+    shard_size: Annotated[float, "GB of a file of weights at most, with hf"] = 5.0
+    tokenizer: Annotated[str, "another tokenizer's file or folder; 'none': leave it out"] = ""
+    json: Annotated[bool, "print the result as JSON on standard output, everything else on standard error"] = False
+
+
+def main(config: ExportConfig) -> int:
+    began = time.perf_counter()
+    _check(config)
+    source = with_tokenizer(_open(config.folder), config.tokenizer)
+    with Written(source, console(stderr=True)) as progress:
+        _write(config, source, progress)
+    result = facts(source) | {"out": config.target, "dtype": config.dtype, "seconds": time.perf_counter() - began}
+    tell(result, config.json)
+    return 0
+
+
+def _check(config: ExportConfig) -> None:
+    """ValueError naming the flag whose value cannot be."""
+    known = [dtype.lower() for dtype in DTYPES[config.format]]
+    if config.dtype not in known:
+        raise ValueError(f"--dtype: {config.format} has no {config.dtype}, but {', '.join(known)}")
+    if not 0 < config.shard_size <= 1e6:
+        raise ValueError(f"--shard-size: must be above 0 and at most a million, got {config.shard_size}")
+
+
+def _open(name: str) -> Source:
+    """A checkpoint, the newest of a run, or anything else that can be read."""
+    path = Path(name)
+    return open_source(newest_checkpoint(path) if path.is_dir() and any(path.glob("step_*")) else path)
+
+
+def _write(config: ExportConfig, source: Source, progress: Written) -> None:
+    kind = config.dtype.upper()
+    if config.format == "gguf":
+        gguf.write(source, config.target, kind, progress)
+    elif config.format == "llm.c":
+        llmc.write(source, config.target, kind, progress)
+    else:
+        tok = source.tokenizer
+        files = {} if tok is None else {"tokenizer.json": tok.to_json().encode()}
+        if os.path.exists(config.target) and os.path.samefile(config.target, source.path):
+            raise ValueError(f"{config.target}: cannot be written over itself")
+        checkpoint.write(source, config.target, kind, round(config.shard_size * 1e9), files, progress)

@@ -1,0 +1,131 @@
+"""Small files in every form that barelm reads, written with as little of it as possible, and what a reader makes of
+them: for the tests of the readers and for fuzz_readers.py."""
+
+import json
+import struct
+
+import numpy as np
+from barelm import Config, Model, Tokenizer, checkpoint
+from barelm.convert import gguf, llmc
+from barelm.convert.source import CheckpointError, Source
+from barelm.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePiece
+
+GPT2 = dict(n_layer=1, n_head=2, n_embd=4, vocab_size=260, context=8)
+LLAMA = dict(norm="rmsnorm", act="swiglu", pos="rope", bias=False, n_layer=1, n_head=2, n_kv_head=1, n_embd=8)
+LLAMA |= dict(n_inner=12, vocab_size=270, context=8)
+
+
+def small_pieces():
+    """A SentencePiece vocabulary of a few words."""
+    rows = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *((f"<0x{b:02X}>", BYTE) for b in range(256))]
+    rows += [(piece, NORMAL) for piece in ["▁", "a", "b", "é", "ab", "▁a", "▁ab"]]
+    pieces, kinds = map(list, zip(*rows, strict=True))
+    return SentencePiece(pieces, [-float(i) for i in range(len(rows))], kinds)
+
+
+def write_llama2c(model, path):
+    """llama2.c's first form, by its own words: stacked layers, pairs side by side, tables of angles that are passed
+    over."""
+    c, p = model.config, {name: np.array(a) for name, a in model.params.items()}
+
+    def pairs(name, heads):
+        a = p[name]
+        return a.reshape(heads, 2, c.head_size // 2, -1).swapaxes(1, 2).reshape(a.shape)
+
+    V = c.vocab_size if c.tied else -c.vocab_size
+    parts = [struct.pack("7i", c.n_embd, c.n_inner, c.n_layer, c.n_head, c.n_kv_head, V, c.context)]
+    parts.append(p["embed_tokens.weight"])
+    for name in (
+        *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        *("post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"),
+    ):
+        for i in range(c.n_layer):
+            key = f"layers.{i}.{name}.weight"
+            heads = {"self_attn.q_proj": c.n_head, "self_attn.k_proj": c.n_kv_head}.get(name)
+            parts.append(pairs(key, heads) if heads else p[key])
+    parts += [p["norm.weight"], np.full((2, c.context, c.head_size // 2), 7, np.float32)]
+    parts += [] if c.tied else [p["lm_head.weight"]]
+    path.write_bytes(b"".join(part if isinstance(part, bytes) else part.tobytes() for part in parts))
+
+
+def write_llama2c_tokenizer(tok, path):
+    parts = [struct.pack("i", max(len(piece.encode()) for piece in tok.pieces))]
+    for id, piece in enumerate(tok.pieces):
+        text = f"\n{piece}\n" if id in (1, 2) else piece.replace("▁", " ")
+        data = text.encode()
+        parts.append(struct.pack("fi", tok.scores[id], len(data)) + data)
+    path.write_bytes(b"".join(parts))
+
+
+def make_all(folder):
+    """{name: file} of small valid files below the folder."""
+    gpt2, llama = Model(Config(**GPT2)), Model(Config(**LLAMA))
+    untied = Model(Config(**LLAMA | dict(tied=False)))
+    bpe = Tokenizer.train(["abab ab " * 9], 260)
+    gguf.write(Source.of_model(gpt2, bpe), folder / "gpt2.gguf", "F32")
+    gguf.write(Source.of_model(llama, small_pieces()), folder / "llama.gguf", "BF16")
+    llmc.write(Source.of_model(gpt2), folder / "llm.c.bin", "BF16")
+    write_llama2c(untied, folder / "llama2.c.bin")
+    write_llama2c_tokenizer(small_pieces(), folder / "tokenizer.bin")
+    small_pieces().save(folder / "pieces")
+    checkpoint.write(Source.of_model(llama, None), folder / "sharded", "BF16", shard_size=2000)
+    (folder / "sharded" / "state.json").unlink()  # whose checksums would find every change
+    shard = sorted((folder / "sharded").glob("*.safetensors"))[0]
+    return {
+        **{name: folder / name for name in ("gpt2.gguf", "llama.gguf", "llm.c.bin", "llama2.c.bin", "tokenizer.bin")},
+        "tokenizer.json": folder / "pieces" / "tokenizer.json",
+        "shard": shard,
+        "index": folder / "sharded" / "model.safetensors.index.json",
+        "config.json": folder / "sharded" / "config.json",
+    }
+
+
+def read(name, path):
+    """Read all that a file has; CheckpointError or ValueError is its right."""
+    from barelm.convert.recognise import open_source
+
+    if name.startswith("tokenizer"):
+        return Tokenizer.load(path).encode("ab é <s>")
+    source = open_source(path.parent if path.parent.name == "sharded" else path)
+    if source.tokenizer is not None:
+        source.tokenizer.encode("ab é <s>")
+    for tensor in source.shapes:
+        for axis in range(len(source.shapes[tensor])):
+            for part in source.rows(tensor, axis):
+                assert part.dtype == np.float32
+    return source
+
+
+def refused(name, path, error):
+    """Whether the message is one that a person can use: it names the file, or the field of a description."""
+    text = str(error)
+    names = (path.name, path.parent.name, "tokenizer.json")
+    return isinstance(error, CheckpointError | ValueError) and any(part in text for part in names) and len(text) < 600
+
+
+def rewritten_gguf(path, values=(), tensors=()):
+    """The bytes of a GGUF file with other values and further F32 tensors, through its reader and writer."""
+    import io
+
+    from barelm.convert import gguf_file
+
+    header = gguf_file.read(path)
+    kept = {}
+    for key, value in header.values.items():
+        if isinstance(value, gguf_file.Array):
+            value = value.strings() if value.type == gguf_file.STRING else value.numbers()
+        kept[key] = value
+    changed = {key: value for key, value in (kept | dict(values)).items() if value is not None}
+    out = []
+    for name, stored in header.tensors.items():
+        units = np.array(stored._units())
+        out.append(gguf_file.Tensor(name, stored.kind, stored.shape, [units]))
+    out += [gguf_file.Tensor(name, "F32", a.shape, [a]) for name, a in dict(tensors).items()]
+    out = [tensor for tensor in out if tensor.shape]
+    file = io.BytesIO()
+    gguf_file.write(file, changed, out)
+    return file.getvalue()
+
+
+def dumped(value):
+    return json.dumps(value).encode()
