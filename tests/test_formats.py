@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from barelm import Config, Model, Session, Tokenizer, checkpoint, generate
+from barelm import Config, Model, Session, Tokenizer, _core, checkpoint, generate
 from barelm.convert import gguf, gguf_file, llama2c, llmc
 from barelm.convert.numbers import from_float32, to_float32
 from barelm.convert.output import whole_file
@@ -83,6 +83,23 @@ def test_stories260k_has_its_loss_on_forty_stories(stories, test_data, tmp_path)
         nats, n = nats - logprobs.sum(dtype=np.float64), n + logprobs.size
     assert n == 12_532
     assert nats / n == pytest.approx(1.2459, abs=0.0001)
+
+
+def test_presets_are_the_models_that_they_name(stories):
+    """Sizes as published: 260K; 15M; 1.24, 3.21 and 8.03 billion."""
+    assert Config.preset("stories260k") == stories.config and stories.n_params == 260_032
+    published = {
+        "stories15m": 15_191_712,
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.2-3b": 3_212_749_824,
+        "llama-3-8b": 8_030_261_248,
+    }
+    for name, n in published.items():
+        config = Config.preset(name)
+        assert sum(np.prod(shape) for shape in _core.model_tensors(config).values()) == n
+        scaling = config.rope_scaling
+        assert (scaling is not None) == name.startswith("llama-3.2")
+        assert scaling is None or (scaling["factor"], scaling["original_max_position_embeddings"]) == (32.0, 8192)
 
 
 def test_stories260k_comes_back_from_every_form(stories, tmp_path):

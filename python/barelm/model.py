@@ -27,6 +27,11 @@ _PRESETS = {name: dict(n_layer=L, n_head=NH, n_embd=C) for name, (L, NH, C) in _
     "llama-3.2-3b": _LLAMA3
     | dict(n_layer=28, n_head=24, n_kv_head=8, n_embd=3072, n_inner=8192, tied=True, rope_scaling=_LLAMA32_SCALING),
     "llama-3-8b": _LLAMA3 | dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, context=8192),
+    # llama2.c's models of TinyStories (arXiv:2305.07759)
+    "stories260k": _LLAMA
+    | dict(n_layer=5, n_head=8, n_kv_head=4, n_embd=64, n_inner=172, vocab_size=512, context=512, tied=True),
+    "stories15m": _LLAMA
+    | dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=288, n_inner=768, vocab_size=32000, context=256, tied=True),
 }
 
 _CHOICES = {
