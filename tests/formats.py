@@ -100,7 +100,8 @@ def refused(name, path, error):
     """Whether the message is one that a person can use: it names the file, or the field of a description."""
     text = str(error)
     names = (path.name, path.parent.name, "tokenizer.json")
-    return isinstance(error, CheckpointError | ValueError) and any(part in text for part in names) and len(text) < 600
+    clear = len(text) < 600 and text.isprintable() and any(part in text for part in names)
+    return isinstance(error, CheckpointError | ValueError) and clear
 
 
 def rewritten_gguf(path, values=(), tensors=()):

@@ -104,7 +104,7 @@ class SentencePiece(Tokenizer):
             raise ValueError(f"the space has no piece ({SPACE!r})")
         odd = next((piece for piece in self._normal if " " in piece or END in piece), None)
         if odd is not None:
-            raise ValueError(f"the piece {odd!r} has a character that no text has")
+            raise ValueError(f"the piece {odd!r:.80} has a character that no text has")
         unknown = next((kind for kind in self.kinds if kind not in range(NORMAL, BYTE + 1)), None)
         if unknown is not None:
             raise ValueError(f"{unknown!r} is no kind of piece")
@@ -220,7 +220,7 @@ def _byte_ids(pieces: dict[str, int]) -> np.ndarray:
     for piece, id in pieces.items():
         match = BYTE_PIECE.fullmatch(piece)
         if not match:
-            raise ValueError(f"{piece!r} is no byte (<0x00> to <0xFF>)")
+            raise ValueError(f"{piece!r:.80} is no byte (<0x00> to <0xFF>)")
         ids[int(match[1], 16)] = id
     if (ids < 0).any():
         raise ValueError(f"the byte <0x{int(np.argmin(ids)):02X}> has no piece: not a vocabulary with byte fallback")

@@ -265,7 +265,7 @@ def _tokenizer(header: Header) -> Tokenizer | None:
     except CheckpointError:
         raise
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{header.path}: {error}") from None
+        raise CheckpointError(f"{header.path}: {str(error)[:300]}") from None
 
 
 def _array(values: _Values, name: str) -> Array:

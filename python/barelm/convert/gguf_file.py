@@ -28,7 +28,7 @@ OTHER_TENSOR_TYPES = {
     **{15: "Q8_K", 16: "IQ2_XXS", 20: "IQ4_NL", 23: "IQ4_XS"},
 }
 ALIGNMENT = 32
-MAX_NAME = 65535  # bytes of a key, as the specification has it
+MAX_NAME = 256  # bytes; the specification has 65535 for keys and 64 for tensors, real ones are shorter than 64
 MAX_DIMENSIONS = 4
 
 
@@ -84,7 +84,7 @@ def read(path: Path) -> Header:
         n_tensors, n_values = file.numbers("2Q", "header")
         values: dict[str, object] = {}
         for i in range(n_values):
-            key = _name(file, f"value {i}", MAX_NAME)
+            key = _name(file, f"value {i}")
             if key in values:
                 raise file.error(f"{key}: comes twice")
             values[key] = _value(file, key)
@@ -105,9 +105,9 @@ def _bounded(file: Binary, n: int, size: int, what: str) -> int:
     return n
 
 
-def _name(file: Binary, what: str, longest: int) -> str:
+def _name(file: Binary, what: str) -> str:
     length = file.numbers("Q", what)[0]
-    if not 0 < length <= longest:
+    if not 0 < length <= MAX_NAME:
         raise file.error(f"{what}: its name would have {length:,} bytes")
     return file.text(length, what)
 
@@ -140,7 +140,7 @@ def _shortest(number: float) -> float:
 
 
 def _info(file: Binary, i: int) -> tuple[str, tuple[int, ...], int, int]:
-    name = _name(file, f"tensor {i}", 256)
+    name = _name(file, f"tensor {i}")
     n = file.numbers("I", name)[0]
     if not 0 < n <= MAX_DIMENSIONS:
         raise file.error(f"{name}: has {n} dimensions, must have 1 to {MAX_DIMENSIONS}")

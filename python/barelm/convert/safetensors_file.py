@@ -48,7 +48,9 @@ def read(path: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     for place in places:
         if place.dtype not in FLOATS:
-            raise CheckpointError(f"{path}: {place.name} has dtype {place.dtype}, must be one of {', '.join(FLOATS)}")
+            raise CheckpointError(
+                f"{path}: {place.name[:80]} has dtype {place.dtype}, must be one of {', '.join(FLOATS)}"
+            )
     return {p.name: Stored(path, 8 + length + p.begin, p.dtype, p.shape) for p in places}
 
 

@@ -35,7 +35,13 @@ PART = 1 << 20  # values that are read at a time
 
 
 class CheckpointError(ValueError):
-    """A file of weights that cannot be used; the message names the file and what is wrong with it."""
+    """A file of weights that cannot be used; the message names the file and what is wrong with it.
+
+    What it quotes of a file may be anything: characters that a terminal would obey are left out.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else "\ufffd" for c in message))
 
 
 class Stored(NamedTuple):
@@ -192,7 +198,7 @@ def match(
         if name is None:
             continue
         if name not in shapes or name in tensors:
-            raise CheckpointError(f"{path}: has {key}, which the model of {said} has not (or it comes twice)")
+            raise CheckpointError(f"{path}: has {key[:99]}, which the model of {said} has not (or it comes twice)")
         if stored.parameter_shape != shapes[name]:
             raise CheckpointError(f"{path}: {key} has shape {stored.parameter_shape}, {said} says {shapes[name]}")
         tensors[name] = stored

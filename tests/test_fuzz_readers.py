@@ -1,0 +1,52 @@
+"""Changed files: every reader reads them or refuses them, by name, and takes no memory for what they claim to hold.
+
+fuzz_readers.py does the same by the million.
+"""
+
+import pytest
+from fuzz_readers import Fuzzer, mutated, peak_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+NAMES = ["gpt2.gguf", "llama.gguf", "llm.c.bin", "llama2.c.bin", "tokenizer.bin", "tokenizer.json", "shard", "index"]
+NAMES += ["config.json"]
+ROOM = 4 << 20  # bytes that reading may take beyond the size of the file: parts, names, the vocabulary
+fuzz = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory):
+    fuzzer = Fuzzer(tmp_path_factory.mktemp("fuzz"))
+    assert list(fuzzer.files) == NAMES
+    return fuzzer
+
+
+@pytest.mark.parametrize("name", NAMES)
+@fuzz
+@given(rng=st.randoms(use_true_random=False))
+def test_a_changed_file_is_read_or_refused(fuzzer, name, rng):
+    fuzzer.attempt(name, mutated(fuzzer.valid[name], rng))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(fuzz, max_examples=40)
+@given(rng=st.randoms(use_true_random=False))
+def test_a_changed_file_takes_no_more_memory_than_it_has(fuzzer, name, rng):
+    data = mutated(fuzzer.valid[name], rng)
+    assert peak_of(lambda: fuzzer.attempt(name, data)) < len(data) + ROOM
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_happen(fuzzer, name):
+    """Changes that everything survives, or nothing does, would say little."""
+    results = [fuzzer.attempt(name, fuzzer.change(name, seed)) for seed in range(300)]
+    assert results.count("refused") > 50 and "read" in results
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_cut_is_read_or_refused(fuzzer, name):
+    data = fuzzer.valid[name]
+    for n in range(0, len(data), max(1, len(data) // 80)):
+        assert fuzzer.attempt(name, data[:n]) == "refused" or name == "tokenizer.bin"
