@@ -1,6 +1,5 @@
 """`barelm export`: a checkpoint in the form of transformers, llama.cpp or llm.c."""
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from . import checkpoint
 from .convert import gguf, llmc
 from .convert.recognise import open_source
 from .convert.source import Source
-from .importing import Written, facts, tell, with_tokenizer
+from .importing import Written, check_elsewhere, found, tokenizer_files, with_tokenizer, written
 from .report import console
 from .runs import newest_checkpoint
 
@@ -44,10 +43,11 @@ def main(config: ExportConfig) -> int:
     began = time.perf_counter()
     _check(config)
     source = with_tokenizer(_open(config.folder), config.tokenizer)
+    check_elsewhere(source, config.target)
+    result = found(source, config.json)
     with Written(source, console(stderr=True)) as progress:
         _write(config, source, progress)
-    result = facts(source) | {"out": config.target, "dtype": config.dtype, "seconds": time.perf_counter() - began}
-    tell(result, config.json)
+    written(result, config.target, config.dtype, began, config.json)
     return 0
 
 
@@ -73,8 +73,5 @@ def _write(config: ExportConfig, source: Source, progress: Written) -> None:
     elif config.format == "llm.c":
         llmc.write(source, config.target, kind, progress)
     else:
-        tok = source.tokenizer
-        files = {} if tok is None else {"tokenizer.json": tok.to_json().encode()}
-        if os.path.exists(config.target) and os.path.samefile(config.target, source.path):
-            raise ValueError(f"{config.target}: cannot be written over itself")
-        checkpoint.write(source, config.target, kind, round(config.shard_size * 1e9), files, progress)
+        size = round(config.shard_size * 1e9)
+        checkpoint.write(source, config.target, kind, size, tokenizer_files(source), progress)

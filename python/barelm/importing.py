@@ -1,6 +1,7 @@
 """`barelm import`: a checkpoint from another project's model, so that every other command takes it."""
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -12,7 +13,16 @@ from .report import Bar, console, count, duration, printable
 from .sentencepiece import SentencePiece
 from .tokenizer import Tokenizer
 
-__all__ = ["ImportConfig", "Written", "facts", "main", "with_tokenizer"]
+__all__ = [
+    "ImportConfig",
+    "Written",
+    "check_elsewhere",
+    "found",
+    "main",
+    "tokenizer_files",
+    "with_tokenizer",
+    "written",
+]
 
 
 @dataclass
@@ -37,23 +47,32 @@ class ImportConfig:
 def main(config: ImportConfig) -> int:
     began = time.perf_counter()
     source = with_tokenizer(open_source(config.source), config.tokenizer)
-    tok = source.tokenizer
-    files = {} if tok is None else {"tokenizer.json": tok.to_json().encode()}
+    check_elsewhere(source, config.folder)
+    result = found(source, config.json)
     with Written(source, console(stderr=True)) as progress:
-        checkpoint.write(source, config.folder, config.dtype.upper(), files=files, progress=progress)
-    result = facts(source) | {"out": config.folder, "dtype": config.dtype, "seconds": time.perf_counter() - began}
-    tell(result, config.json)
+        checkpoint.write(source, config.folder, config.dtype.upper(), files=tokenizer_files(source), progress=progress)
+    written(result, config.folder, config.dtype, began, config.json)
     return 0
 
 
 def with_tokenizer(source: Source, name: str) -> Source:
-    """The source with the tokenizer of this name ("": its own, "none": none).  ValueError: it does not fit."""
+    """The source with the tokenizer of this name ("": its own, "none": none).  ValueError: it cannot be read, or does
+    not fit."""
     if name:
         source = source.with_tokenizer(None if name == "none" else Tokenizer.load(name))
-    tok, V = source.tokenizer, source.config.vocab_size
+    try:
+        tok, V = source.tokenizer, source.config.vocab_size
+    except ValueError as error:
+        raise ValueError(f"{error}; --tokenizer names another, or none") from None
     if tok is not None and tok.n_vocab > V:
         raise ValueError(f"tokenizer: its ids go up to {tok.n_vocab - 1}, the model's vocabulary has {V}")
     return source
+
+
+def check_elsewhere(source: Source, out: str) -> None:
+    """A checkpoint is more than its weights: it is never replaced by a copy of itself."""
+    if os.path.exists(out) and os.path.samefile(out, source.path):
+        raise ValueError(f"{out}: cannot be written over itself")
 
 
 class Written(Bar):
@@ -73,36 +92,48 @@ class Written(Bar):
         self.show(text, self._done, self._total)
 
 
-def facts(source: Source) -> dict:
-    """What was found, for people and for scripts."""
+def tokenizer_files(source: Source) -> dict[str, bytes]:
+    """What a checkpoint's folder holds beside the model."""
+    return {} if source.tokenizer is None else {"tokenizer.json": source.tokenizer.to_json().encode()}
+
+
+# ---- what is told ---------------------------------------------------------------------------------------------------
+
+SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "context")
+
+
+def found(source: Source, as_json: bool) -> dict:
+    """Tell what a source is, and return it for scripts."""
     c, tok = source.config, source.tokenizer
     kind = "SentencePiece" if isinstance(tok, SentencePiece) else "byte-level BPE"
-    return {
+    result = {
         "format": source.format,
         "architecture": "gpt2" if c.norm == "layernorm" else "llama",
         "parameters": source.n_params,
-        "sizes": {
-            name: getattr(c, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "context")
-        },
+        "sizes": {name: getattr(c, name) for name in SIZES},
         "stored": sorted(source.kinds),
         "tokenizer": None if tok is None else {"kind": kind, "n_vocab": tok.n_vocab, "sha256": tok.hash()},
     }
+    if not as_json:
+        grouped = f" ({c.n_kv_head} of keys and values)" if c.n_kv_head != c.n_head else ""
+        _say("found", f"{source.format}, {', '.join(result['stored'])}")
+        _say(
+            "model",
+            f"{result['architecture']}, {count(source.n_params)} parameters: {c.n_layer} layers, {c.n_head} heads"
+            f"{grouped}, {c.n_embd} channels, {c.vocab_size:,} tokens, context {c.context:,}",
+        )
+        _say("tokenizer", f"{kind}, {tok.n_vocab:,} tokens" if tok else "none")
+    return result
 
 
-def tell(result: dict, as_json: bool) -> None:
+def written(result: dict, out: str, dtype: str, began: float, as_json: bool) -> None:
+    """Tell what was written, as the last line, or everything as JSON."""
+    seconds = time.perf_counter() - began
     if as_json:
-        print(json.dumps(result))
-        return
-    sizes, tok = result["sizes"], result["tokenizer"]
-    heads = f"{sizes['n_head']} heads"
-    if sizes["n_kv_head"] != sizes["n_head"]:
-        heads += f" ({sizes['n_kv_head']} of keys and values)"
-    lines = {
-        "found": f"{result['format']}, {', '.join(result['stored'])}",
-        "model": f"{result['architecture']}, {count(result['parameters'])} parameters: {sizes['n_layer']} layers, "
-        f"{heads}, {sizes['n_embd']} channels, {sizes['vocab_size']:,} tokens, context {sizes['context']:,}",
-        "tokenizer": f"{tok['kind']}, {tok['n_vocab']:,} tokens" if tok else "none",
-        "written": f"{printable(str(result['out']))}, {result['dtype']}, in {duration(result['seconds'])}",
-    }
-    for name, value in lines.items():
-        console().print(f"{name:9} {value}", markup=False, highlight=False, soft_wrap=True)
+        print(json.dumps(result | {"out": out, "dtype": dtype, "seconds": seconds}))
+    else:
+        _say("written", f"{printable(out)}, {dtype}, in {duration(seconds)}")
+
+
+def _say(name: str, value: str) -> None:
+    console().print(f"{name:9} {value}", markup=False, highlight=False, soft_wrap=True)
