@@ -40,10 +40,16 @@ ALL = tuple(
         "packed",
         "session_load",
         "engine",
+        "folders",
+        "sentencepiece",
+        "formats",
+        "fuzz_readers",
+        "import_export",
     )
 )
 (OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD) = ALL[:9]
-(TRAIN, TRUST, NGRAM, LOOP, DRAWS, SESSION, PACKED, LOAD, ENGINE) = ALL[9:]
+(TRAIN, TRUST, NGRAM, LOOP, DRAWS, SESSION, PACKED, LOAD, ENGINE) = ALL[9:18]
+(FOLDERS, PIECES, FORMATS, FUZZ, IMPORT) = ALL[18:]
 
 
 @dataclass
@@ -656,10 +662,133 @@ FAULTS = [
     ),
     Fault(
         "checkpoint: missing tensors are no error",
-        "python/barelm/checkpoint.py",
-        "        if missing:\n",
-        "        if False:\n",
+        "python/barelm/convert/source.py",
+        "    if missing:\n",
+        "    if False:\n",
         CHECKPOINT,
+    ),
+    Fault(
+        "source: the last part of a tensor is too long",
+        "python/barelm/convert/source.py",
+        "where = slice(at, min(at + step, shape[axis]))",
+        "where = slice(at, at + step)",
+        FOLDERS,
+    ),
+    Fault(
+        "source: rotary pairs stay side by side",
+        "python/barelm/convert/source.py",
+        "return pairs.transpose(0, 2, 1).reshape(-1)",
+        "return pairs.reshape(-1)",
+        FORMATS,
+    ),
+    Fault(
+        "numbers: bf16 cut off instead of rounded",
+        "python/barelm/convert/numbers.py",
+        "rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16",
+        "rounded = bits >> 16",
+        FOLDERS,
+    ),
+    Fault(
+        "numbers: too large for F16 becomes infinite",
+        "python/barelm/convert/numbers.py",
+        '    if kind in ("F16", "Q8_0"):\n',
+        "    if False:\n",
+        FOLDERS,
+    ),
+    Fault(
+        "safetensors: gaps between tensors are passed over",
+        "python/barelm/convert/safetensors_file.py",
+        "if place.begin != at or place.end < place.begin:",
+        "if place.end < place.begin:",
+        FOLDERS,
+    ),
+    Fault(
+        "safetensors: an index may name files elsewhere",
+        "python/barelm/convert/safetensors_file.py",
+        'if not name.endswith(".safetensors") or os.path.basename(name) != name:',
+        "if False:",
+        FOLDERS,
+    ),
+    Fault(
+        "gguf: tensors may lie behind the end",
+        "python/barelm/convert/gguf_file.py",
+        "if math.prod(shape) < 1 or offset + n_bytes(shape, kind) > file.size:",
+        "if math.prod(shape) < 1:",
+        FORMATS,
+    ),
+    Fault(
+        "gguf: a float32's digits are taken as a double's",
+        "python/barelm/convert/gguf_file.py",
+        "return float(str(np.float32(number)))",
+        "return float(number)",
+        FORMATS,
+    ),
+    Fault(
+        "gguf: GPT-2's linear layers not transposed",
+        "python/barelm/convert/gguf.py",
+        'TRANSPOSED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")',
+        'TRANSPOSED = ("attn_qkv", "ffn_up", "ffn_down")',
+        FORMATS,
+    ),
+    Fault(
+        "llm.c: zero rows of the embedding not passed over",
+        "python/barelm/convert/llmc.py",
+        "            at += size * (padded - config.vocab_size) * config.n_embd\n",
+        "            at += 0\n",
+        FORMATS,
+    ),
+    Fault(
+        "llama2.c: the tables of angles are not passed over",
+        "python/barelm/convert/llama2c.py",
+        '        ("", (2, c.context, c.head_size // 2)),\n        *head,\n',
+        '        *head,\n        ("", (2, c.context, c.head_size // 2)),\n',
+        FORMATS,
+    ),
+    Fault(
+        "binary: counts are believed",
+        "python/barelm/convert/binary.py",
+        """    def take(self, n: int, what: str) -> bytes:
+        \"""The next n bytes.\"""
+        if not 0 <= n <= self.left:""",
+        """    def take(self, n: int, what: str) -> bytes:
+        \"""The next n bytes.\"""
+        if not 0 <= n:""",
+        FORMATS,
+    ),
+    Fault(
+        "convert: an unfinished file is left",
+        "python/barelm/convert/output.py",
+        "part.unlink(missing_ok=True)",
+        "pass",
+        FORMATS,
+    ),
+    Fault(
+        "sentencepiece: the worst score merges first",
+        "python/barelm/sentencepiece.py",
+        "key=lambda piece: (-float(self.scores[ids[piece]]), ids[piece]))",
+        "key=lambda piece: (float(self.scores[ids[piece]]), ids[piece]))",
+        PIECES,
+    ),
+    Fault(
+        "sentencepiece: a whole text that is a piece is that piece",
+        "python/barelm/sentencepiece.py",
+        "self._encoder.encode_to_numpy(text + END, disallowed_special=())[:-1]",
+        "self._encoder.encode_to_numpy(text, disallowed_special=())",
+        PIECES,
+    ),
+    Fault(
+        "sentencepiece: long texts are cut inside pieces",
+        "python/barelm/sentencepiece.py",
+        'self._may_cut = not any(CUT.search(piece.replace(SPACE, " ")) for piece in pieces)',
+        "self._may_cut = True",
+        PIECES,
+    ),
+    Fault(
+        "import: a checkpoint may be replaced by its copy",
+        "python/barelm/importing.py",
+        "    if os.path.exists(out) and os.path.samefile(out, source.path):\n",
+        "    if False:\n",
+        IMPORT,
     ),
     Fault(
         "checkpoint: written in place",

@@ -203,6 +203,28 @@ def test_llmc_is_laid_out_as_its_programs_read_it(tmp_path):
     assert_same_bits(data[-C:], p["ln_f.bias"])
 
 
+def test_gguf_is_laid_out_as_llama_cpp_reads_it(tmp_path):
+    """By hand: GPT-2's linear layers [out, in], also the square ones; Llama's rotary pairs side by side."""
+    gpt2, llama = random_model(GPT2), random_model(LLAMA | dict(bias=True))
+    for model, path in ((gpt2, "gpt2"), (llama, "llama")):
+        gguf.write(Source.of_model(model), tmp_path / path)
+
+    def raw(path, name):
+        stored = gguf_file.read(tmp_path / path).tensors[name]
+        return stored.read(0, slice(0, stored.shape[0]))
+
+    for ours, name in (("attn.c_attn", "attn_qkv"), ("attn.c_proj", "attn_output"), ("mlp.c_fc", "ffn_up")):
+        assert_same_bits(raw("gpt2", f"blk.1.{name}.weight"), gpt2.params[f"h.1.{ours}.weight"].T)
+    for kind in ("weight", "bias"):
+        for ours, name, heads in (("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2)):
+            p, got = llama.params[f"layers.1.self_attn.{ours}.{kind}"], raw("llama", f"blk.1.{name}.{kind}")
+            for head in range(heads):
+                for j in range(2):
+                    for half in (0, 1):
+                        assert_same_bits(got[head * 4 + 2 * j + half], p[head * 4 + half * 2 + j])
+        assert_same_bits(raw("llama", f"blk.1.attn_v.{kind}"), llama.params[f"layers.1.self_attn.v_proj.{kind}"])
+
+
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 @pytest.mark.parametrize("part", [1, 50, 999, 10**6])
 def test_gguf_in_any_parts_along_any_axis(kind, part, tmp_path, monkeypatch):
@@ -393,6 +415,11 @@ VALUES = [
     ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "norm_eps"),
     ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "norm_eps"),
     ({"llama.attention.value_length": 2}, "value_length is 2, must be the head's 4"),
+    (
+        {"llama.attention.key_length": 2**24, "llama.attention.value_length": 2**24}
+        | {"llama.rope.dimension_count": 2**24},
+        r"blk\.0\.attn_q\.weight has shape \(16, 16\)",
+    ),
     ({"llama.rope.dimension_count": 2}, "dimension_count is 2, must be the head's 4"),
     ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn', must be 'none'"),
     ({"llama.rope.scaling.factor": 2.0}, "llama.rope.scaling.factor is 2.0: not supported"),

@@ -95,6 +95,16 @@ def test_the_ids_are_those_of_the_plain_loop(name, text):
     assert TOKENIZERS[name].encode(text) == plain(TOKENIZERS[name], text)
 
 
+def test_a_text_that_is_a_piece_as_a_whole_merges_as_any_other():
+    """Of "▁abcd" = "▁ab" + "cd" neither part comes about, since b + c is better."""
+    tok = make(["▁", "a", "b", "c", "d", "bc", "▁ab", "cd", "▁abcd"])
+    assert (
+        [tok.pieces[id] for id in tok.encode("abcd")]
+        == ["▁", "a", "bc", "d"]
+        == [tok.pieces[id] for id in plain(tok, "abcd")]
+    )
+
+
 @settings(deadline=None, max_examples=100, database=None)
 @given(
     words=st.lists(st.text("ab▁é東", min_size=1, max_size=5), unique=True, max_size=30),

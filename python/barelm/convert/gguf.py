@@ -108,12 +108,16 @@ def read(path: Path) -> Source:
     shapes = shapes_of(config, len(header.tensors), path, said)
     keys = {file_name(config, name): name for name in shapes}
     found = {
-        key: stored._replace(transposed=_is_transposed(config, key), order=_order(config, key, half_split))
+        key: stored._replace(transposed=_is_transposed(config, key))
         for key, stored in header.tensors.items()
         if key != ROPE
     }
     stored = match(found, shapes, lambda key: keys.get(key, key), path, said)
-    return Source(Path(path), "GGUF", config, stored, lambda: _tokenizer(header))
+    ordered = {  # only now are the heads known to be no more than the file has
+        name: tensor._replace(order=_order(config, file_name(config, name), half_split))
+        for name, tensor in stored.items()
+    }
+    return Source(Path(path), "GGUF", config, ordered, lambda: _tokenizer(header))
 
 
 class _Values:
