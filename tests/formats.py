@@ -68,12 +68,14 @@ def make_all(folder):
     write_llama2c(untied, folder / "llama2.c.bin")
     write_llama2c_tokenizer(small_pieces(), folder / "tokenizer.bin")
     small_pieces().save(folder / "pieces")
+    bpe.save(folder / "bpe")
     checkpoint.write(Source.of_model(llama, None), folder / "sharded", "BF16", shard_size=2000)
     (folder / "sharded" / "state.json").unlink()  # whose checksums would find every change
     shard = sorted((folder / "sharded").glob("*.safetensors"))[0]
     return {
         **{name: folder / name for name in ("gpt2.gguf", "llama.gguf", "llm.c.bin", "llama2.c.bin", "tokenizer.bin")},
         "tokenizer.json": folder / "pieces" / "tokenizer.json",
+        "tokenizer.json: BPE": folder / "bpe" / "tokenizer.json",
         "shard": shard,
         "index": folder / "sharded" / "model.safetensors.index.json",
         "config.json": folder / "sharded" / "config.json",

@@ -206,6 +206,16 @@ def test_transformers_has_stories260ks_logits(stories):
     assert_close(Model.load(folder).logits(tokens, last=False), theirs(folder, tokens), CLOSE)
 
 
+def test_transformers_opens_the_imported_folder_as_it_is(stories):
+    """Model and tokenizer by their Auto classes, with no further file."""
+    folder, tok = stories
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs("Lily's é\n").input_ids == [tok.eot, *tok.encode("Lily's é\n")]
+    twin = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = twin.generate(theirs("Once upon", return_tensors="pt").input_ids, do_sample=False, max_new_tokens=20)
+    assert theirs.decode(ids[0]) == "<s> Once upon a time, there was a little girl named Lily. She loved to play out"
+
+
 def test_transformers_opens_shards_and_bf16(model, tmp_path):
     if model.config.norm != "rmsnorm" and not model.config.tied:
         pytest.skip("transformers' GPT-2 knows no other head")

@@ -303,6 +303,8 @@ class Tokenizer:
                 raise ValueError(f"{id!r} is not a token id")
         if len(set(ids)) < len(ids):
             raise ValueError("two tokens have the same id")
+        if max(ids) > 16 * len(ids) + 1000:  # a small file must not make a large table
+            raise ValueError("the ids lie too far apart")
         if "" in self.special or b"" in self._vocab:
             raise ValueError("a token is empty")
         for text in self.special:  # a file has one name for both
