@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as stg
 from models import assert_all_same_bits, assert_same_bits, copies, random_model
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
 
@@ -92,6 +92,19 @@ def test_shards(model, tmp_path, shard_size):
     assert_all_same_bits(copies(Model.load(tmp_path / "a").params), copies(model.params))
     alone, beside = Session.load(tmp_path / "a", 64), Session(model, 64)
     assert_same_bits(alone.step([alone.add()], [[1, 2, 3]]), beside.step([beside.add()], [[1, 2, 3]]))
+
+
+def test_masks_that_old_checkpoints_hold_are_passed_over(tmp_path):
+    """Hugging Face's own gpt2 has its causal masks among the weights, as floats or as booleans, and no prefix."""
+    model = random_model(GPT2)
+    write(model, tmp_path)
+    (tmp_path / "state.json").unlink()
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): a for name, a in tensors.items()}
+    masks = {"h.0.attn.bias": np.ones((1, 1, 24, 24), bool), "h.1.attn.bias": np.ones((1, 1, 24, 24), np.float32)}
+    masks |= {"h.0.attn.masked_bias": np.array(-1e4, np.float32), "lm_head.weight": tensors["wte.weight"]}
+    save_file(tensors | masks, tmp_path / "model.safetensors")
+    assert_all_same_bits(copies(Model.load(tmp_path).params), copies(model.params))
 
 
 def test_any_size_of_parts_along_any_axis(model, tmp_path, monkeypatch):
@@ -208,6 +221,7 @@ HEADERS = {
     "too short": b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
     "nested": b"[" * 100_000,
     "a list": b"[]",
+    "GGUF's kind": b'{"a":{"dtype":"Q8_0","shape":[32],"data_offsets":[0,8]}}',
     "an odd field": b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":1}}',
     "many dimensions": b'{"a":{"dtype":"F32","shape":[' + b",".join([b"1"] * 9) + b'],"data_offsets":[0,4]}}',
 }

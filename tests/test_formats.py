@@ -267,6 +267,20 @@ def source_keys(path):
     return [key for key in gguf_file.read(path).values if key.startswith("barelm.")]
 
 
+def test_a_head_that_is_the_embedding_once_more(tmp_path):
+    """So llama.cpp's converter wrote GPT-2 until 2024: it is tied all the same."""
+    model = random_model(GPT2)
+    written(model, tmp_path / "a.gguf")
+    head = np.array(model.params["wte.weight"])
+    for last, tied in ((0, True), (1, False)):
+        head[-1, -1] += last
+        (tmp_path / "b.gguf").write_bytes(rewritten_gguf(tmp_path / "a.gguf", tensors={"output.weight": head}))
+        source = gguf.read(tmp_path / "b.gguf")
+        assert source.config.tied == tied and ("lm_head.weight" in source.shapes) != tied
+        want = copies(model.params) | ({} if tied else {"lm_head.weight": head})
+        assert_all_same_bits(values_of(source), want)
+
+
 def test_divisors_that_are_not_llama3s(tmp_path):
     model = random_model(LLAMA | dict(head_size=64, rope_theta=500000.0))
     written(model, tmp_path / "a.gguf")
@@ -428,6 +442,7 @@ VALUES = [
     ({"general.alignment": 3}, "general.alignment: is 3, must be a power of two"),
     ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert', must be 'gpt2' or 'llama'"),
     ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre is 'qwen2'"),
+    ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": None}, "tokenizer.ggml.pre is 'not said', must be one of"),
     ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing"),
     ({"tokenizer.ggml.tokens": ["a"]}, "token_type has 300 entries, tokens has 1"),
     ({"tokenizer.ggml.scores": np.zeros(2, np.float32)}, "scores has 2 entries, tokens has 300"),

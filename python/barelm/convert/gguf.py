@@ -20,7 +20,7 @@ from . import gguf_file
 from .gguf_file import Array, Header
 from .numbers import fits, from_float32
 from .output import whole_file
-from .source import CheckpointError, Source, half_split, interleaved, match, shapes_of
+from .source import CheckpointError, Source, half_split, interleaved, match, same_bytes, shapes_of
 
 __all__ = ["KINDS", "is_gguf", "read", "read_tokenizer", "write"]
 
@@ -110,7 +110,7 @@ def read(path: Path) -> Source:
     found = {
         key: stored._replace(transposed=_is_transposed(config, key))
         for key, stored in header.tensors.items()
-        if key != ROPE
+        if key != ROPE and not (key == "output.weight" and config.tied)
     }
     stored = match(found, shapes, lambda key: keys.get(key, key), path, said)
     ordered = {  # only now are the heads known to be no more than the file has
@@ -156,7 +156,7 @@ def _config(header: Header) -> Config:
         n_head=values.get(f"{arch}.attention.head_count", int),
         context=values.get(f"{arch}.context_length", int),
         vocab_size=embedding.shape[0],
-        tied="output.weight" not in header.tensors,
+        tied="output.weight" not in header.tensors or _is_twice(header),
     )
     try:
         return Config(**sizes, **(_gpt2_fields(values) if arch == "gpt2" else _llama_fields(header, values, sizes)))
@@ -164,6 +164,11 @@ def _config(header: Header) -> Config:
         raise
     except ValueError as error:
         raise CheckpointError(f"{header.path}: {error}") from None
+
+
+def _is_twice(header: Header) -> bool:
+    """Whether the head is the embedding once more, as llama.cpp's converter wrote GPT-2 until 2024."""
+    return same_bytes(header.tensors["output.weight"], header.tensors["token_embd.weight"])
 
 
 def _check_known(header: Header, arch: str) -> None:
@@ -284,7 +289,9 @@ def _per_token(values: _Values, name: str, n: int) -> np.ndarray:
 
 
 def _byte_level(values: _Values, tokens: list[str], kinds: list[int]) -> Tokenizer:
-    pre = values.get("tokenizer.ggml.pre", str, "gpt-2")
+    # older files do not say it; of a GPT-2 it is certain
+    unsaid = "gpt-2" if values.get("general.architecture", str, "") == "gpt2" else "not said"
+    pre = values.get("tokenizer.ggml.pre", str, unsaid)
     if pre not in PATTERNS:
         known = ", ".join(map(repr, PATTERNS))
         raise CheckpointError(f"{values.path}: tokenizer.ggml.pre is {pre!r:.40}, must be one of {known}")

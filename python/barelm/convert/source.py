@@ -28,6 +28,7 @@ __all__ = [
     "half_split",
     "interleaved",
     "match",
+    "same_bytes",
     "shapes_of",
 ]
 
@@ -201,11 +202,29 @@ def match(
             raise CheckpointError(f"{path}: has {key[:99]}, which the model of {said} has not (or it comes twice)")
         if stored.parameter_shape != shapes[name]:
             raise CheckpointError(f"{path}: {key} has shape {stored.parameter_shape}, {said} says {shapes[name]}")
+        if stored.kind not in KINDS:
+            raise CheckpointError(f"{path}: {key[:99]} has dtype {stored.kind}, must be one of {', '.join(KINDS)}")
         tensors[name] = stored
     missing = sorted(shapes.keys() - tensors.keys())
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
     return {name: tensors[name] for name in shapes}
+
+
+def same_bytes(a: Stored, b: Stored) -> bool:
+    """Whether two tensors lie in their files with the same bytes, compared until they differ."""
+    if (a.kind, a.shape) != (b.kind, b.shape):
+        return False
+    size, step = n_bytes(a.shape, a.kind), 4 * PART
+    try:
+        with open(a.path, "rb") as one, open(b.path, "rb") as other:
+            one.seek(a.offset)
+            other.seek(b.offset)
+            return all(
+                one.read(min(step, size - at)) == other.read(min(step, size - at)) for at in range(0, size, step)
+            )
+    except OSError as error:
+        raise CheckpointError(f"{a.path}: cannot be read: {error}") from None
 
 
 def shapes_of(config: Config, found: int, path: Path, said: str) -> dict[str, tuple[int, ...]]:
