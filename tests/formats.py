@@ -101,7 +101,7 @@ def read(name, path):
 def refused(name, path, error):
     """Whether the message is one that a person can use: it names the file, or the field of a description."""
     text = str(error)
-    names = (path.name, path.parent.name, "tokenizer.json")
+    names = (path.name, path.parent.name, "tokenizer.json", "the split pattern")
     clear = len(text) < 600 and text.isprintable() and any(part in text for part in names)
     return isinstance(error, CheckpointError | ValueError) and clear
 

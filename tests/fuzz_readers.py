@@ -160,7 +160,9 @@ def main():
             data = fuzzer.change(name, seed)
             try:
                 result = fuzzer.attempt(name, data)
-            except Exception as error:  # whatever it is, it is what we look for
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # whatever it is, it is what we look for; Rust's panics are no Exceptions
                 result = "FAULT"
                 faults += 1
                 (kept / f"{name}.{seed}").write_bytes(data)

@@ -512,3 +512,16 @@ def test_missing_files_are_named(tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"a\.bpe"):
         Tokenizer.gpt2(tmp_path / "a.bpe", tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(("pattern", "text"), [(r"a?", None), (r"\p{L}*|.", None), (r"z|(?=q)|(?s).", "q")])
+def test_a_pattern_that_matches_nothing_is_refused(pattern, text):
+    """tiktoken panics where a piece is empty, which is no Exception: found by changing files at random."""
+    if text is None:
+        with pytest.raises(ValueError, match="makes a piece of nothing"):
+            small_bpe(pattern=pattern)
+    else:
+        tok = small_bpe(pattern=pattern)
+        assert tok.decode(tok.encode("hello")) == "hello"
+        with pytest.raises(ValueError, match="makes a piece of nothing"):
+            tok.encode(text)

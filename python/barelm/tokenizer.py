@@ -327,6 +327,8 @@ class Tokenizer:
                 mergeable_ranks=ranks,
                 special_tokens={EOT: len(ranks)},
             )
+            if self.pattern not in PATTERNS.values():
+                self._text("a b1.\n")  # now, not at the first text, a pattern that matches nothing at all is refused
 
     def _parts(self, data: "bytes", special: bool) -> Iterator[str | np.ndarray]:
         """Texts that can be encoded each by itself, and between them the ids of what is no text."""
@@ -358,7 +360,12 @@ class Tokenizer:
         return [self._text(part) if isinstance(part, str) else part for part in parts]
 
     def _text(self, text: str) -> np.ndarray:
-        ranks = self._encoder.encode_to_numpy(text, disallowed_special=())
+        try:
+            ranks = self._encoder.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:  # what Rust's panics come as is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the split pattern {self.pattern!r:.200} makes a piece of nothing") from None
         return ranks.astype(np.int32) if self._rank_to_id is None else self._rank_to_id[ranks]
 
 
