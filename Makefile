@@ -30,9 +30,10 @@ tsan: $(VENV)/.test ## tests with several threads under the thread sanitizer
 faults: $(VENV)/.test ## plant faults in a copy of the source and see the tests catch each
 	$(BIN)/python tests/faults.py
 
-bench: $(VENV)/.peers ## machine peak, operators; whole steps against PyTorch, decoding against llama.cpp
+bench: $(VENV)/.peers ## machine peak, operators; whole steps against PyTorch and how they grow, decoding against llama.cpp
 	$(BIN)/python benchmarks/bench_ops.py
 	$(BIN)/python benchmarks/bench_model.py
+	$(BIN)/python benchmarks/bench_growth.py
 	$(BIN)/python benchmarks/bench_decode.py
 
 lint: $(VENV)/.lint ## ruff and clang-format, nothing is changed

@@ -18,7 +18,7 @@ from itertools import groupby
 import numpy as np
 
 from .merges import ways
-from .tokenizer import MAX_ID, PART, Tokenizer, added_token
+from .tokenizer import MAX_ID, PART, Tokenizer, added_token, check_close
 
 __all__ = ["BYTE", "CONTROL", "NORMAL", "SPACE", "UNKNOWN", "UNUSED", "SentencePiece", "from_huggingface"]
 
@@ -256,8 +256,7 @@ def from_huggingface(file: dict) -> SentencePiece:
         raise ValueError("model.vocab: an id is no whole number in its range")
     if len(set(ids.values())) < len(ids):
         raise ValueError("two tokens have the same id")
-    if max(ids.values(), default=0) > 16 * len(ids) + 1000:
-        raise ValueError("model.vocab: the ids lie too far apart")
+    check_close(ids.values())
     n = 1 + max(ids.values(), default=-1)
     pieces, kinds, scores = [""] * n, [UNUSED] * n, np.full(n, -float(len(merges)) - 1)
     unknown = model.get("unk_token")

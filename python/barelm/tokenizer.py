@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -303,8 +303,7 @@ class Tokenizer:
                 raise ValueError(f"{id!r} is not a token id")
         if len(set(ids)) < len(ids):
             raise ValueError("two tokens have the same id")
-        if max(ids) > 16 * len(ids) + 1000:  # a small file must not make a large table
-            raise ValueError("the ids lie too far apart")
+        check_close(ids)
         if "" in self.special or b"" in self._vocab:
             raise ValueError("a token is empty")
         for text in self.special:  # a file has one name for both
@@ -388,6 +387,12 @@ def _jobs(parts: Iterable[str | np.ndarray]) -> Iterator[list[str | np.ndarray]]
 def _check_whole(name: str, value: int, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{name}: is {value!r}, must be a whole number from {low} to {high}")
+
+
+def check_close(ids: Collection[int]) -> None:
+    """ValueError: a small file must not make a large table of the ids that no token has."""
+    if max(ids, default=0) > 16 * len(ids) + 100_000:
+        raise ValueError("the ids lie too far apart")
 
 
 def _checked_special(special: Sequence[str]) -> list[str]:
