@@ -525,3 +525,12 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern, text):
         assert tok.decode(tok.encode("hello")) == "hello"
         with pytest.raises(ValueError, match="makes a piece of nothing"):
             tok.encode(text)
+
+
+def test_a_message_that_quotes_a_file_does_not_take_over_a_terminal(tmp_path):
+    file = json.loads(small_bpe(pattern=r"(?s).").to_json())
+    file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(?\x1b[2J)"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: ") as error:
+        Tokenizer.load(tmp_path)
+    assert "\x1b" not in str(error.value) and str(error.value).isprintable()

@@ -207,7 +207,8 @@ class Tokenizer:
         try:
             return _from_huggingface(_json(path))
         except ValueError as error:
-            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+            says = str(error)
+            raise ValueError(legible(says if str(path) in says else f"{path}: {says}")) from None
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `tokenizer.json` in the form that Hugging Face's `tokenizers` loads; returns its path."""
@@ -437,6 +438,11 @@ def _read(path: str | os.PathLike) -> str:
         raise FileNotFoundError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def legible(text: str) -> str:
+    """For messages that quote a file, which may hold anything: without characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _begins_with(path: Path, magic: "bytes") -> bool:

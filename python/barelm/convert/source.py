@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import _core
 from ..model import Config, Model
+from ..tokenizer import legible
 from .numbers import KINDS, n_bytes, to_float32
 
 __all__ = [
@@ -42,7 +43,7 @@ class CheckpointError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else "\ufffd" for c in message))
+        super().__init__(legible(message))
 
 
 class Stored(NamedTuple):
