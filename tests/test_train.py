@@ -432,8 +432,11 @@ def test_every_command_helps_and_every_field_is_a_flag_with_words(name, capsys):
     assert command.main([*name.split(), "--help"]) == 0
     said = capsys.readouterr().out
     module = importlib.import_module(f"barelm.{command.COMMANDS[name].module}")
-    for field, _ in command._flags(getattr(module, command.COMMANDS[name].config)):
-        found = re.search(rf"\n  --{field.name.replace('_', '-')}(?![\w-])(.*?)(?=\n  -|\Z)", said, re.DOTALL)
+    config = getattr(module, command.COMMANDS[name].config)
+    for field, _ in command._flags(config):
+        word = "--" + field.name.replace("_", "-")
+        word = field.name.upper() if field.name in getattr(config, "positional", ()) else word
+        found = re.search(rf"\n  {word}(?![\w-])(.*?)(?=\n  -|\Z)", said, re.DOTALL)
         assert len(found[1].split()) > 1
     assert name in command._overview()
 
