@@ -347,13 +347,13 @@ INLINE void fetch_b(const Gemm *g, int j, int k, int piece, int pieces) {
  * that stores and functions overlap with the next tile's products. */
 static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k, int columns, int next_j, int next_k) {
     const int values = min_int(values_a_block(g), g->K - k), last = k + values == g->K;
-    const int tiles = (w->i1 - w->i0 + MR - 1) / MR;
+    const int tiles = (w->i1 - w->i0 + MR - 1) / MR, fetch = next_j >= 0 && !g->packed;
     const float *B = w->b;
     if (g->packed) B = packed_block(g, j, k, values, w->b);
     else pack_b(w->b, g, j, k, values);
     for (int i = w->i0, t = 0; i < w->i1; i += MR, t++, S += MR * NR) {
         int end = min_int(i + MR, w->i1);
-        if (next_j >= 0) fetch_b(g, next_j, next_k, t, tiles);
+        if (fetch) fetch_b(g, next_j, next_k, t, tiles);
         if (last) fetch_rows(&g->end, g->N, i, end, j, columns);
         if (values) tile_sums(g, w, S, B, i, k, values);
         for (int r = i; last && r < end; r++) finish_row(&g->end, g->N, S + (r - i) * NR, r, j, columns);
