@@ -96,10 +96,6 @@ def linear_cases():
         yield case("several K blocks of N", N=1031, C=13, OC=21, fn="gelu_tanh", prec=prec, **on)
         yield case("decode: one row", N=1, C=600, OC=131, fn="gelu_erf", prec=prec, **on)
         yield case("all edges", N=70, C=300, OC=203, fn="gelu_tanh", prec=prec, **on)
-        if prec == "fp32":
-            yield case("C cut into pieces", N=77, C=14001, OC=51, fn="gelu_tanh", prec=prec, **on)
-        else:
-            yield case("OC cut into pieces", N=77, C=51, OC=27001, fn="gelu_tanh", prec=prec, **on)
         plain = off | dict(bias=True, accumulate=True)
         yield case("GPT-2 qkv", big=True, N=1024, C=768, OC=2304, fn="none", prec=prec, **plain)
         yield case(
@@ -123,6 +119,10 @@ def linear_cases():
 
 
 LINEAR = list(linear_cases())
+# Sums so long that they are cut into pieces: over C forward, over OC backward.  No longer than that takes.
+_ON = dict(fn="gelu_tanh", bias=True, residual=True, pre=True, accumulate=True)
+CUT_C = case("C cut into pieces", N=77, C=14001, OC=51, prec="fp32", **_ON)
+CUT_OC = case("OC cut into pieces", N=77, C=51, OC=27001, prec="bf16", **_ON)
 
 SWIGLU = [
     case("smallest", N=1, F=1),
@@ -243,8 +243,8 @@ CASES = {
     "layernorm_backward": NORM,
     "rmsnorm_forward": NORM,
     "rmsnorm_backward": NORM,
-    "linear_forward": LINEAR,
-    "linear_backward_input": LINEAR,
+    "linear_forward": [*LINEAR, CUT_C],
+    "linear_backward_input": [*LINEAR, CUT_OC],
     "linear_backward_weight": LINEAR,
     "swiglu_forward": SWIGLU,
     "swiglu_backward": SWIGLU,

@@ -13,7 +13,7 @@ from test_ops import DOT, EPS, FN, assert_close, f64, function_tolerance, normal
 PREC = {"fp32": 0, "bf16": 1, "int8": 2}
 EXACT = ("fp32", "bf16")
 
-SHORT = [c for c in LINEAR if not c.big and "cut" not in c.why]
+SHORT = [c for c in LINEAR if not c.big]
 
 
 def empty(*shape):
