@@ -33,7 +33,6 @@ typedef struct {
     int64_t a_i, a_k, b_j, b_k;
     const void *packed; /* or all of B, packed before */
     const float *rows;  /* or all of A, packed before, for few rows */
-    float *c;           /* (M, N) */
     int prec;
     int over_rows;      /* K are the rows of a batch: short chains, and blocks added in double */
     int grid_m, grid_n; /* tasks along M and N */
@@ -46,9 +45,9 @@ static int values_a_unit(const Gemm *g) { return pairs_of(g) ? 2 : 1; }
 static int values_of_units(const Gemm *g, int units) { return units * (g->prec == PREC_BF16 ? 2 : 1); }
 static int values_a_block(const Gemm *g) { return values_of_units(g, g->over_rows ? ROW_BLOCK : K_BLOCK); }
 static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->over_rows || g->rows; }
-/* A panel of A: all of K for so many rows. */
-static int64_t panel_units(const Gemm *g, int rows) {
-    return ((int64_t)g->K + values_a_unit(g) - 1) / values_a_unit(g) * rows;
+/* A panel of A: MR rows of so many values. */
+static int64_t panel_units(const Gemm *g, int values) {
+    return ((int64_t)values + values_a_unit(g) - 1) / values_a_unit(g) * MR;
 }
 
 /* ---- packing: [k][width], zero beyond `valid` columns ------------------------------------------------------------ */
@@ -303,7 +302,7 @@ static int block_rows(const Gemm *g) {
 /* Pack what the task has at hand: panel after panel, in each the K blocks one behind the other. */
 static void pack_rows(const Gemm *g, Work *w, int want_sums) {
     int block = values_a_block(g), per_unit = values_a_unit(g);
-    w->panel = ((int64_t)w->k1 - w->k0 + per_unit - 1) / per_unit * MR;
+    w->panel = panel_units(g, w->k1 - w->k0);
     for (int i = w->i0; i < w->i1; i += ROWS_PACKED) {
         float *out = w->a + (i - w->i0) / MR * w->panel;
         double total[W] = {0};
@@ -405,7 +404,7 @@ static void gemm_task(void *context, int task) {
     Work w = work_of_task();
     for (int i = m0; i < m1; i += rows) {
         w.i0 = i, w.i1 = min_int(i + rows, m1);
-        if (g->rows) w.panel = panel_units(g, MR), w.a = (float *)g->rows + (i - m0) / MR * w.panel;
+        if (g->rows) w.panel = panel_units(g, g->K), w.a = (float *)g->rows + (i - m0) / MR * w.panel;
         multiply_rows(g, &w, j0, j1);
     }
 }

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from .binary import Binary
-from .numbers import KINDS, fits, n_bytes
+from .numbers import fits, n_bytes
+from .output import Tensor, write_parts
 from .source import CheckpointError, Stored
 
 __all__ = ["MAGIC", "Array", "Header", "Tensor", "read", "write"]
@@ -175,15 +176,6 @@ def _stored(file: Binary, name: str, dimensions: tuple[int, ...], kind: int, off
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
-class Tensor(NamedTuple):
-    """What is to be written."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    parts: Iterable[np.ndarray]  # in the order of the file, as units of the kind
-
-
 def write(file: BinaryIO, values: Mapping[str, object], tensors: list[Tensor]) -> None:
     """A whole file.  values: bool, str, int (as uint32), float (as float32), lists of str, and arrays of int32 or
     float32."""
@@ -199,18 +191,8 @@ def write(file: BinaryIO, values: Mapping[str, object], tensors: list[Tensor]) -
         offset = _aligned(offset + n_bytes(tensor.shape, tensor.kind), ALIGNMENT)
     for tensor in tensors:
         file.write(bytes(-file.tell() % ALIGNMENT))
-        _write_parts(file, tensor)
+        write_parts(file, tensor)
     file.write(bytes(-file.tell() % ALIGNMENT))  # llama.cpp expects the last one whole too
-
-
-def _write_parts(file: BinaryIO, tensor: Tensor) -> None:
-    written = 0
-    for units in tensor.parts:
-        assert units.dtype == KINDS[tensor.kind].unit, tensor.name
-        file.write(np.ascontiguousarray(units).data.cast("B") if units.dtype.names is None else units.tobytes())
-        written += units.nbytes
-    if written != n_bytes(tensor.shape, tensor.kind):
-        raise ValueError(f"{tensor.name}: {written} bytes came, which is not its shape {tensor.shape}")
 
 
 def _string(text: str) -> bytes:

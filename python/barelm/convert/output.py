@@ -1,14 +1,18 @@
-"""Single files that appear whole or not at all."""
+"""What the writers of formats share: a file that appears whole or not at all, and a tensor that comes in parts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-__all__ = ["whole_file"]
+import numpy as np
+
+from .numbers import KINDS, n_bytes
+
+__all__ = ["Tensor", "whole_file", "write_parts"]
 
 
 @contextmanager
@@ -42,3 +46,24 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class Tensor(NamedTuple):
+    """What is to be written."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parts: Iterable[np.ndarray]  # in the order of the file, as units of the kind
+
+
+def write_parts(file: BinaryIO, tensor: Tensor) -> None:
+    """TypeError, ValueError: what came is not the tensor's kind or shape."""
+    written = 0
+    for units in tensor.parts:
+        if units.dtype != KINDS[tensor.kind].unit:
+            raise TypeError(f"{tensor.name}: {units.dtype} is not {tensor.kind}")
+        file.write(np.ascontiguousarray(units).data.cast("B") if units.dtype.names is None else units.tobytes())
+        written += units.nbytes
+    if written != n_bytes(tensor.shape, tensor.kind):
+        raise ValueError(f"{tensor.name}: {written} bytes came, which is not its shape {tensor.shape}")

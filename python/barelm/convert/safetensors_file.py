@@ -8,15 +8,13 @@ ourselves, since NumPy has no bfloat16 for the safetensors package to give; the 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from .numbers import KINDS, n_bytes
+from .output import Tensor, write_parts
 from .source import CheckpointError, Stored, file_size
 
 __all__ = ["INDEX", "SINGLE", "Tensor", "read", "read_index", "shards", "write"]
@@ -130,15 +128,6 @@ def read_index(path: Path) -> dict[str, Stored]:
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
-class Tensor(NamedTuple):
-    """What is to be written."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    parts: Iterable[np.ndarray]  # in the order of the file, as units of the kind
-
-
 def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in groups of at most `limit` bytes each, in their order; a larger one alone."""
     groups: list[list[str]] = [[]]
@@ -169,20 +158,4 @@ def write(path: Path, tensors: list[Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(data).to_bytes(8, "little") + data)
         for tensor in tensors:
-            _write_parts(file, tensor)
-
-
-def _write_parts(file, tensor: Tensor) -> None:
-    written = 0
-    for units in _contiguous(tensor.parts):
-        if units.dtype != KINDS[tensor.kind].unit:
-            raise TypeError(f"{tensor.name}: {units.dtype} is not {tensor.kind}")
-        file.write(units.data.cast("B"))
-        written += units.size
-    if written * KINDS[tensor.kind].values != math.prod(tensor.shape):
-        raise ValueError(f"{tensor.name}: {written} units came, which is not its shape {tensor.shape}")
-
-
-def _contiguous(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    for part in parts:
-        yield np.ascontiguousarray(part)
+            write_parts(file, tensor)
