@@ -19,7 +19,7 @@ typedef struct {
     double rope_factor, rope_low_freq, rope_high_freq, rope_original_context;
 } Config;
 
-typedef enum { OK, NO_MEMORY, NO_FORWARD, BAD_SHAPE, INTERRUPTED, NOT_FINITE, CACHE_FULL, STALE } Status;
+typedef enum { OK, NO_MEMORY, NO_FORWARD, BAD_SHAPE, INTERRUPTED, NOT_FINITE, CACHE_FULL, STALE, FROZEN } Status;
 typedef struct Model Model;
 
 /* ---- memory ---- */
@@ -27,13 +27,23 @@ typedef struct Model Model;
 typedef struct { /* bytes by purpose */
     int64_t weights, gradients, moments, activations, head, tables;
 } Memory;
-/* What training with batches of B x T takes; with training 0 what inference takes. */
-Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training);
+
+typedef struct { /* an adapter (Hu et al. 2021, arXiv:2106.09685) */
+    int rank;
+    float scale;
+    const char *chosen; /* of each module (model_modules, layout.h) whether it is adapted */
+} Lora;
+
+/* What training with batches of B x T takes; with training 0 what inference takes.  `held`: as model_create; lora: NULL
+ * where there is none. */
+Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training, int held, const Lora *lora);
 
 /* ---- life ---- */
 
-/* NULL where memory does not suffice; then `error` (of `size` bytes) says how much is needed and how much there is. */
-Model *model_create(const Config *c, const Ops *ops, int prec, uint64_t seed, char *error, int size);
+/* NULL where memory does not suffice; then `error` (of `size` bytes) says how much is needed and how much there is.
+ * held: PREC_FP32, or how the matrices lie in memory that are then not trained.  seed: of the initial weights; NULL:
+ * they are zero, to be written. */
+Model *model_create(const Config *c, const Ops *ops, int prec, int held, const uint64_t *seed, char *error, int size);
 void model_free(Model *m);
 const char *model_error(const Model *m);
 const Config *model_config(const Model *m);
@@ -44,7 +54,9 @@ void model_set_poll(Model *m, int (*poll)(void));
 
 typedef struct { /* some rows of a tensor, under Hugging Face's name */
     char name[64];
-    int64_t offset;        /* floats from the begin of the block */
+    int param, layer;      /* which tensor, */
+    int64_t row;           /* and from which of its rows on */
+    int64_t offset;        /* floats from the begin of a block of floats */
     int64_t rows, columns; /* columns 0: a vector */
     int transposed;        /* Hugging Face's shape is (columns, rows) */
     int decay;
@@ -52,12 +64,28 @@ typedef struct { /* some rows of a tensor, under Hugging Face's name */
 
 /* The parameters of a model of this config, which need not exist: how many; `out` may be NULL. */
 int model_tensors(const Config *c, Tensor *out);
+/* Of a model that holds all of them as floats: the block. */
 float *model_weights(Model *m);
+int model_held(const Model *m);
+/* `rows` rows of a tensor, from its row `row` on, written or read as floats, however they are held. */
+Status model_put(Model *m, const Tensor *t, int64_t row, const float *values, int64_t rows);
+Status model_get(Model *m, const Tensor *t, int64_t row, float *values, int64_t rows);
+
+/* An adapter: from here on its values alone are trained.  The seed is of its A's; its B's are zero. */
+typedef struct Adapter Adapter;
+Status model_adapt(Model *m, const Lora *lora, uint64_t seed);
+/* NULL where there is none; its block of floats, of which adapter_tensors (adapter.h) are the tensors. */
+const Adapter *model_adapter(const Model *m);
+float *model_added(Model *m);
+/* adapter->rows of a linear layer, in the backend's memory */
+const int32_t *model_groups(const Model *m, int slot);
+
 /* Rises whenever model_update has changed the weights: who holds something made from them compares. */
 int64_t model_version(const Model *m);
 const Ops *model_ops(const Model *m);
 int model_precision(const Model *m);
-/* The blocks of gradients and moments (first, second); allocated here where they do not exist yet. */
+/* The blocks of gradients and moments (first, second) of what is trained; allocated here where they do not exist yet.
+ */
 Status model_grads(Model *m, float **grads);
 Status model_moments(Model *m, float *moments[2]);
 int model_has_moments(const Model *m);

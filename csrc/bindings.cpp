@@ -146,6 +146,8 @@ PYBIND11_MODULE(_core, m) {
     // Bytes of what a backend keeps in its own form: see linear_pack and attention_paged in ops.def.
     m.def("packed_bytes",
           [](const std::string &on, int prec, int C, int OC) { return backend(on).packed_bytes(prec, C, OC); });
+    m.def("held_bytes",
+          [](const std::string &on, int held, int C, int OC) { return backend(on).held_bytes(held, C, OC); });
     m.def("page_bytes",
           [](const std::string &on, int prec, int NKV, int HS) { return backend(on).page_bytes(prec, NKV, HS); });
 

@@ -1,12 +1,43 @@
 // bindings_model.cpp -- what python/barelm/model.py stands on: every argument is checked here, once, before a kernel
 // runs.
 #include "bindings.h"
+extern "C" {
+#include "adapter.h"
+}
 
 std::vector<Tensor> tensors_of(const Config &c) {
     std::vector<Tensor> all((size_t)model_tensors(&c, nullptr));
     model_tensors(&c, all.data());
     return all;
 }
+
+static std::vector<std::string> modules_of(const Config &c) {
+    Module all[MOST_MODULES];
+    int n = model_modules(&c, all);
+    std::vector<std::string> names;
+    for (int i = 0; i < n; i++) names.emplace_back(all[i].name);
+    return names;
+}
+
+// An adapter that is asked for: rank, scale and the names of modules_of that have one.
+struct Asked {
+    Asked(const Config &c, int rank, double scale, const std::vector<std::string> &names) {
+        const int most = 1 << 16;
+        if (rank < 1 || rank > most)
+            throw py::value_error("rank: is " + str(rank) + ", must be in [1, " + str(most) + "]");
+        if (!std::isfinite((float)scale)) throw py::value_error("scale: must be finite");
+        std::vector<std::string> all = modules_of(c);
+        chosen.assign(all.size(), 0);
+        for (const std::string &name : names) chosen[(size_t)choice("targets", name, all)] = 1;
+        if (names.empty()) throw py::value_error("targets: there is none");
+        lora = {rank, (float)scale, chosen.data()};
+    }
+    Asked(const Asked &) = delete;
+    std::vector<char> chosen;
+    Lora lora;
+};
+
+static int held_as(const std::string &weights) { return choice("weights", weights, {"fp32", "bf16", "int8"}); }
 
 // Hugging Face's.
 std::vector<int64_t> shape_of(const Tensor &t) {
@@ -17,7 +48,10 @@ std::vector<int64_t> shape_of(const Tensor &t) {
 
 class PyModel {
   public:
-    PyModel(const Config &config, const std::string &precision, uint64_t seed) {
+    // No seed: the weights are zero, to be written.
+    PyModel(const Config &config, const std::string &precision, const std::optional<uint64_t> &seed,
+            const std::string &weights) {
+        const int held = held_as(weights);
         if (precision != "fp32" && precision != "bf16")
             throw py::value_error("precision: is '" + precision + "', must be 'fp32' or 'bf16'");
         const Ops &ops = profiled(backend(""));
@@ -25,8 +59,8 @@ class PyModel {
         char error[512];
         {
             py::gil_scoped_release nogil;  // a large model takes seconds to initialise
-            model_ =
-                model_create(&config, &ops, precision == "bf16" ? PREC_BF16 : PREC_FP32, seed, error, sizeof error);
+            model_ = model_create(&config, &ops, precision == "bf16" ? PREC_BF16 : PREC_FP32, held,
+                                  seed ? &*seed : nullptr, error, sizeof error);
         }
         if (!model_) raise(NO_MEMORY, error);
         model_set_poll(model_, signal_pending);
@@ -148,11 +182,47 @@ class PyModel {
         return out;
     }
 
-    // One view per name; each keeps the model, and so the block, alive.
-    static py::dict views(const py::object &self, float *block) {
-        auto &me = self.cast<PyModel &>();
+    // From here on the adapter alone is trained.
+    void adapt(int rank, double scale, const std::vector<std::string> &targets, uint64_t seed) {
+        const Config &c = *model_config(model_);
+        Asked asked(c, rank, scale, targets);
+        run([&] {
+            if (model_adapter(model_)) throw std::runtime_error("the model has an adapter already");
+            return model_adapt(model_, &asked.lora, seed);
+        });
+        added_.resize((size_t)adapter_tensors(&c, model_adapter(model_), nullptr));
+        adapter_tensors(&c, model_adapter(model_), added_.data());
+    }
+
+    // Rows of a weight, however it is held: written from (rows, columns) or (rows), or read.  `row` and rows count in
+    // the parameter, of which a transposed tensor of Hugging Face's shows the columns.
+    void put(const std::string &name, int64_t row, const py::array &values) {
+        const Tensor &t = tensor(name);
+        int64_t rows = values.ndim() ? values.shape(0) : 0;
+        const float *p = t.columns ? checked<float>(values, name.c_str(), "N, C", {rows, t.columns}, "it")
+                                   : checked<float>(values, name.c_str(), "N", {rows}, "it");
+        check_rows(t, row, rows);
+        run([&] { return model_put(model_, &t, row, p, rows); });
+    }
+    Floats get(const std::string &name, int64_t row, int64_t rows) {
+        const Tensor &t = tensor(name);
+        check_rows(t, row, rows);
+        Floats out = t.columns ? Floats({rows, t.columns}) : Floats(rows);
+        float *p = out.mutable_data();
+        run([&] { return model_get(model_, &t, row, p, rows); });
+        return out;
+    }
+    // {name: (shape, transposed)} of the weights
+    py::dict shapes() const {
         py::dict out;
-        for (const Tensor &t : me.tensors_) {
+        for (const Tensor &t : tensors_) out[t.name] = py::make_tuple(py::tuple(py::cast(shape_of(t))), !!t.transposed);
+        return out;
+    }
+
+    // One view per name; each keeps the model, and so the block, alive.
+    static py::dict views(const py::object &self, const std::vector<Tensor> &tensors, float *block) {
+        py::dict out;
+        for (const Tensor &t : tensors) {
             std::vector<int64_t> strides = {4};
             if (t.columns) strides = {4 * t.columns, 4};
             if (t.transposed) std::swap(strides[0], strides[1]);
@@ -160,19 +230,29 @@ class PyModel {
         }
         return out;
     }
-    static py::dict params(const py::object &self) { return views(self, model_weights(self.cast<PyModel &>().model_)); }
+    const std::vector<Tensor> &trained() const { return added_.empty() ? tensors_ : added_; }
+    static py::dict params(const py::object &self) {
+        auto &me = self.cast<PyModel &>();
+        if (model_held(me.model_) != PREC_FP32)
+            throw std::runtime_error("params: the weights are not held in fp32, there are no views of them");
+        return views(self, me.tensors_, model_weights(me.model_));
+    }
+    static py::dict added(const py::object &self) {
+        auto &me = self.cast<PyModel &>();
+        return views(self, me.added_, model_added(me.model_));
+    }
     static py::dict grads(const py::object &self) {
         auto &me = self.cast<PyModel &>();
         float *g = nullptr;
         me.run([&] { return model_grads(me.model_, &g); });
         me.grads_seen_ = true;
-        return views(self, g);
+        return views(self, me.trained(), g);
     }
     static py::tuple moments(const py::object &self) {
         auto &me = self.cast<PyModel &>();
         float *mv[2];
         me.run([&] { return model_moments(me.model_, mv); });
-        return py::make_tuple(views(self, mv[0]), views(self, mv[1]));
+        return py::make_tuple(views(self, me.trained(), mv[0]), views(self, me.trained(), mv[1]));
     }
 
     bool has_moments() const { return model_has_moments(model_); }
@@ -183,7 +263,7 @@ class PyModel {
     }
     std::vector<std::string> decays() const {
         std::vector<std::string> names;
-        for (const Tensor &t : tensors_)
+        for (const Tensor &t : trained())
             if (t.decay) names.push_back(t.name);
         return names;
     }
@@ -223,6 +303,17 @@ class PyModel {
         return b;
     }
 
+    const Tensor &tensor(const std::string &name) const {
+        for (const Tensor &t : tensors_)
+            if (name == t.name) return t;
+        throw py::key_error(name);
+    }
+    static void check_rows(const Tensor &t, int64_t row, int64_t rows) {
+        if (row < 0 || rows < 1 || row > t.rows - rows)
+            throw py::value_error(std::string(t.name) + ": has " + str(t.rows) + " rows, " + str(rows) + " from " +
+                                  str(row) + " on are asked for");
+    }
+
     template <class F>
     void run(F f) {
         gate_.run(f, [this] { return model_error(model_); });
@@ -230,7 +321,7 @@ class PyModel {
 
     Model *model_ = nullptr;
     Gate gate_;
-    std::vector<Tensor> tensors_;
+    std::vector<Tensor> tensors_, added_;  // the weights, those of the adapter
     bool grads_seen_ = false;
 };
 
@@ -239,15 +330,22 @@ Held held_by(const py::object &model) { return model.cast<PyModel &>().held(); }
 void bind_model(py::module_ &m) {
     m.def(
         "model_memory",
-        [](const py::object &config, int B, int T, bool training) {
+        [](const py::object &config, int B, int T, bool training, const std::string &weights, int rank,
+           const std::vector<std::string> &targets) {
             Config c = config_of(config);
-            Memory b = model_memory(&c, &backend(""), B, T, training);
+            std::optional<Asked> asked;
+            if (rank) asked.emplace(c, rank, 1.0, targets);
+            Memory b = model_memory(&c, &backend(""), B, T, training, held_as(weights), asked ? &asked->lora : nullptr);
             py::dict d;
             d["weights"] = b.weights, d["gradients"] = b.gradients, d["moments"] = b.moments;
             d["activations"] = b.activations, d["head"] = b.head, d["tables"] = b.tables;
             return d;
         },
-        py::arg("config"), py::arg("B"), py::arg("T"), py::arg("training"));
+        py::arg("config"), py::arg("B"), py::arg("T"), py::arg("training"), py::arg("weights"), py::arg("rank"),
+        py::arg("targets"));
+
+    m.def(  // what an adapter's targets may be
+        "model_modules", [](const py::object &config) { return modules_of(config_of(config)); }, py::arg("config"));
 
     m.def(
         "model_tensors",  // {name: shape}, as Model.params would show them
@@ -259,10 +357,16 @@ void bind_model(py::module_ &m) {
         py::arg("config"));
 
     py::class_<PyModel>(m, "Model")
-        .def(py::init([](const py::object &config, const std::string &precision, uint64_t seed) {
-                 return std::make_unique<PyModel>(config_of(config), precision, seed);
+        .def(py::init([](const py::object &config, const std::string &precision, const std::optional<uint64_t> &seed,
+                         const std::string &weights) {
+                 return std::make_unique<PyModel>(config_of(config), precision, seed, weights);
              }),
-             py::arg("config"), py::arg("precision"), py::arg("seed"))
+             py::arg("config"), py::arg("precision"), py::arg("seed"), py::arg("weights"))
+        .def("adapt", &PyModel::adapt, py::arg("rank"), py::arg("scale"), py::arg("targets"), py::arg("seed"))
+        .def("put", &PyModel::put, py::arg("name"), py::arg("row"), py::arg("values"))
+        .def("get", &PyModel::get, py::arg("name"), py::arg("row"), py::arg("rows"))
+        .def_property_readonly("shapes", &PyModel::shapes)
+        .def_property_readonly("added", [](const py::object &self) { return PyModel::added(self); })
         .def("forward", &PyModel::forward, py::arg("tokens"), py::arg("targets"), py::arg("hidden"), py::arg("entropy"),
              py::arg("temperature"), py::arg("starts"))
         .def("backward", &PyModel::backward, py::arg("dlogprobs"), py::arg("dhidden"))

@@ -125,7 +125,7 @@ class PySession {
         run([&] {
             std::vector<int> slots = slots_of(rows);
             if (missing()) throw std::runtime_error("the session has not got all of its weights yet");
-            if (m_ && model_version(m_) != version_) load();
+            if (Status s = m_ && model_version(m_) != version_ ? load() : OK) return s;
             for (size_t i = 0; i < slots.size(); i++) {
                 int length = session_length(session_, slots[i]);
                 if (length > c.context - counts[i])
@@ -189,9 +189,9 @@ class PySession {
         gate_.run(f, [this] { return session_error(session_); });
     }
     Status load() {
-        version_ = model_version(m_);
-        session_load(session_, model_weights(m_), loads_++);
-        return OK;
+        Status s = session_load(session_, m_, loads_++);
+        if (!s) version_ = model_version(m_);
+        return s;
     }
     bool missing() const { return part_ < parts_.size(); }
     Status named(int slot, int64_t *row) {

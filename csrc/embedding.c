@@ -3,6 +3,7 @@
  * Backward, the rows of one token are a linked list through scratch (V + 2 N ints), built in one pass over the tokens.
  * A task takes whole tokens and sums each list in registers, in double: there is no dense gradient to clear, nothing is
  * added atomically, and the order of the sum is that of (b, t).  Bound by memory: dout is read once. */
+#include "held.h"
 #include "linear.h"
 #include "threads.h"
 
@@ -11,8 +12,9 @@ static int position(const int32_t *starts, int n, int T) { return n % T - (start
 typedef struct {
     float *out;
     const int32_t *tokens, *starts;
-    const float *wte, *wpe;
-    const void *packed; /* or wte as linear_pack has packed it in `prec` */
+    const void *wte;    /* held in `prec` */
+    const void *packed; /* or as linear_pack has packed it in `prec` */
+    const float *wpe;
     int prec, N, T, C, rows;
 } Forward;
 
@@ -22,8 +24,10 @@ static void forward(void *context, int task) {
     for (int n = task * f->rows; n < end; n++) {
         const float *wpe_p = f->wpe ? f->wpe + (int64_t)position(f->starts, n, f->T) * C : NULL;
         float *out = f->out + (int64_t)n * C;
-        const float *wte_v = f->packed ? out : f->wte + (int64_t)f->tokens[n] * C;
+        const float *wte_v = out;
         if (f->packed) CAT(packed_row, ISA)(out, f->packed, f->prec, C, f->tokens[n]);
+        else if (f->prec == PREC_FP32) wte_v = (const float *)f->wte + (int64_t)f->tokens[n] * C;
+        else CAT(held_part, ISA)(out, f->wte, f->prec, C, f->tokens[n], 0, C);
         for (int c = 0; c < C; c += W) {
             int k = min_int(W, C - c);
             vf x = vload(wte_v + c, k);
@@ -33,10 +37,10 @@ static void forward(void *context, int task) {
     }
 }
 
-void CAT(embedding_forward, ISA)(float *out, const int32_t *tokens, const int32_t *starts, const float *wte,
+void CAT(embedding_forward, ISA)(float *out, const int32_t *tokens, const int32_t *starts, const void *wte, int held,
                                  const float *wpe, int B, int T, int C) {
-    Forward f = {.out = out, .tokens = tokens, .starts = starts, .wte = wte, .wpe = wpe, .N = B * T, .T = T, .C = C};
-    f.rows = rows_per_task(C);
+    Forward f = {.out = out, .tokens = tokens, .starts = starts, .wpe = wpe, .N = B * T, .T = T, .C = C};
+    f.wte = wte, f.prec = held, f.rows = rows_per_task(C);
     parallel_for(forward, &f, tasks_for(f.N, f.rows));
 }
 

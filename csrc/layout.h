@@ -21,16 +21,35 @@ enum { NORMAL, RESIDUAL, ONE, ZERO };
 enum { BEFORE, LAYERED, BEHIND };
 
 typedef struct {
-    int where, decay, init;
-    int64_t rows, columns, floats, offset; /* floats of one layer's tensor; offset of layer 0's */
+    int where, decay, init, held;
+    int64_t rows, columns, floats, offset; /* floats of one layer's tensor, or their room; offset of layer 0's */
 } Param;
 
 typedef struct {
     Param p[N_PARAMS];
+    int n;
     int64_t layer_floats, floats; /* from one layer to the next; of the whole block */
 } Layout;
 
+/* A block of floats. */
 Layout param_layout(const Config *c);
+/* A block of weights that are not trained: what is looked up or multiplied is held so (ops.def). */
+Layout held_layout(const Config *c, const Ops *ops, int held);
+/* Each tensor begins on 64 bytes. */
+int64_t layout_aligned(int64_t floats);
+/* Tensor i of layer l in a block; NULL where it does not exist, or the block. */
+float *layout_at(const Layout *y, float *block, int i, int l);
+
+/* The linear layers of a block as Hugging Face cuts them. */
+enum { MOST_MODULES = 8 };
+typedef struct {
+    char name[32]; /* "attn.c_attn", "mlp.up_proj" */
+    int param;
+    int64_t row, rows, columns; /* of the parameter */
+} Module;
+int model_modules(const Config *c, Module *out);
+/* "h" or "layers" */
+const char *layer_prefix(const Config *c);
 
 /* The parameter that makes logits. */
 int head_param(const Config *c);

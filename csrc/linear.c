@@ -15,6 +15,7 @@
  * A weight that many products read is packed once (linear_pack): all of its panels, one behind the other, in the order
  * in which they are read.  A product of few rows is then one pass over them at the speed of memory. */
 #include "linear.h"
+#include "held.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -29,8 +30,10 @@ enum { LONG_A = 1 << 20, PIECE_OF_A = 128 << 10, SUMS = 2 << 20 };
 
 typedef struct {
     int M, N, K;
-    const float *a, *b; /* element (i, k) of A at a[i * a_i + k * a_k], (k, j) of B at b[j * b_j + k * b_k] */
-    int64_t a_i, a_k, b_j, b_k;
+    const float *a; /* element (i, k) of A at a[i * a_i + k * a_k] */
+    int64_t a_i, a_k;
+    const void *b; /* rows of so many values, held so: row j is column j of B where k runs along them, else row k */
+    int b_row, held, k_along;
     const void *packed; /* or all of B, packed before */
     const float *rows;  /* or all of A, packed before, for few rows */
     int prec;
@@ -127,9 +130,22 @@ INLINE void pack(float *out, const int width, int64_t panel, const float *p, int
     else pack_straight(out, width, panel, p, along_k, valid, values, 1, prec, chain, sums);
 }
 
-static __attribute__((noinline)) void pack_b(float *out, const Gemm *g, int j, int k, int values) {
-    pack(out, NR, 0, g->b + j * g->b_j + k * g->b_k, g->b_j, g->b_k, min_int(NR, g->N - j), values, values_a_unit(g),
-         g->prec, 0, NULL);
+enum { BLOCK_OF_B = 2 * K_BLOCK * NR };
+
+/* `space`: BLOCK_OF_B floats for a block of B that is held otherwise than as floats. */
+static __attribute__((noinline)) void pack_b(float *out, float *space, const Gemm *g, int j, int k, int values) {
+    const int columns = min_int(NR, g->N - j);
+    const float *p = (const float *)held_at(g->b, PREC_FP32, g->b_row, g->k_along ? j : k, g->k_along ? k : j);
+    int64_t row = g->b_row;
+    if (g->held != PREC_FP32) {
+        row = g->k_along ? values_a_block(g) : NR;
+        for (int r = 0; r < (g->k_along ? columns : values); r++)
+            CAT(held_part, ISA)(space + r * row, g->b, g->held, g->b_row, (g->k_along ? j : k) + r, g->k_along ? k : j,
+                                g->k_along ? values : columns);
+        p = space;
+    }
+    pack(out, NR, 0, p, g->k_along ? row : 1, g->k_along ? 1 : row, columns, values, values_a_unit(g), g->prec, 0,
+         NULL);
 }
 
 /* ROWS_PACKED rows of A: as many panels as fill a vector, `panel` apart. */
@@ -154,10 +170,10 @@ static void pack_panel(void *context, int panel) {
     for (int k = 0, block = values_a_block(g); k < g->K; k += block) {
         int values = min_int(block, g->K - k);
         if (!folded(g->prec)) {
-            pack_b((float *)out + (int64_t)(k / values_a_unit(g)) * NR, g, panel * NR, k, values);
+            pack_b((float *)out + (int64_t)(k / values_a_unit(g)) * NR, NULL, g, panel * NR, k, values);
             continue;
         }
-        pack_b(units, g, panel * NR, k, values);
+        pack_b(units, NULL, g, panel * NR, k, values);
         for (int i = 0; i < values * NR; i += W)
             vstore_bf16((uint16_t *)out + (int64_t)k * NR + i, vload_all(units + i));
     }
@@ -172,7 +188,7 @@ void CAT(linear_pack, ISA)(void *packed, const float *weight, int prec, int C, i
         CAT(int8_pack, ISA)(packed, weight, C, OC);
         return;
     }
-    Gemm g = {.N = OC, .K = C, .b = weight, .b_j = C, .b_k = 1, .end = {.c = packed}, .prec = prec};
+    Gemm g = {.N = OC, .K = C, .b = weight, .b_row = C, .k_along = 1, .end = {.c = packed}, .prec = prec};
     parallel_for(pack_panel, &g, (OC + NR - 1) / NR);
 }
 
@@ -270,14 +286,15 @@ static __attribute__((noinline)) void sums_over_rows_bf16(int units, const float
 /* What a task has at hand: rows i0 .. i1 - 1 of A over the values k0 .. k1 - 1 of K. */
 typedef struct {
     int i0, i1, k0, k1;
-    float *S, *b, *a; /* [panels][rows][NR], [2 * K_BLOCK][NR], packed rows of A */
-    double *D;        /* [MC][NR]: sums of finished blocks, over rows, from the second on */
-    int64_t panel;    /* from one packed panel of A to the next */
+    float *S, *b, *unfolded, *a; /* [panels][rows][NR], a block of B, the same before packing, packed rows of A */
+    double *D;                   /* [MC][NR]: sums of finished blocks, over rows, from the second on */
+    int64_t panel;               /* from one packed panel of A to the next */
 } Work;
 
 static Work work_of_task(void) {
     Work w = {.b = scratch(SCRATCH_TASK)};
-    w.D = (double *)(w.b + 2 * K_BLOCK * NR); /* where bf16 is held as fp32, a K block has 512 units */
+    w.unfolded = w.b + BLOCK_OF_B; /* where bf16 is held as fp32, a K block has 512 units */
+    w.D = (double *)(w.unfolded + BLOCK_OF_B);
     w.S = (float *)(w.D + MC * NR);
     w.a = w.S + SUMS;
     return w;
@@ -335,11 +352,13 @@ static void tile_sums(const Gemm *g, const Work *w, float *S, const float *B, in
 /* While one block of B is multiplied the next is fetched, a piece with each tile: packing reads short pieces of many
  * rows, and would wait for memory. */
 INLINE void fetch_b(const Gemm *g, int j, int k, int piece, int pieces) {
-    int values = min_int(values_a_block(g), g->K - k), columns = min_int(NR, g->N - j), along_k = g->b_k == 1;
-    int rows = along_k ? columns : values, length = along_k ? values : columns;
-    const float *p = g->b + j * g->b_j + k * g->b_k;
-    for (int r = rows * piece / pieces; r < rows * (piece + 1) / pieces; r++)
-        for (int c = 0; c < length; c += 16) __builtin_prefetch(p + r * (along_k ? g->b_j : g->b_k) + c, 0, 2);
+    int values = min_int(values_a_block(g), g->K - k), columns = min_int(NR, g->N - j);
+    int row = g->k_along ? j : k, first = g->k_along ? k : j;
+    int rows = g->k_along ? columns : values, last = first + (g->k_along ? values : columns) - 1;
+    for (int r = row + rows * piece / pieces; r < row + rows * (piece + 1) / pieces; r++) {
+        const char *end = held_at(g->b, g->held, g->b_row, r, last);
+        for (const char *p = held_at(g->b, g->held, g->b_row, r, first); p <= end; p += 64) __builtin_prefetch(p, 0, 2);
+    }
 }
 
 /* The block of B at j, k, whatever comes after it, and the rows at hand.  A tile is finished when its last block is, so
@@ -349,7 +368,7 @@ static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k,
     const int tiles = (w->i1 - w->i0 + MR - 1) / MR, fetch = next_j >= 0 && !g->packed;
     const float *B = w->b;
     if (g->packed) B = packed_block(g, j, k, values, w->b);
-    else pack_b(w->b, g, j, k, values);
+    else pack_b(w->b, w->unfolded, g, j, k, values);
     for (int i = w->i0, t = 0; i < w->i1; i += MR, t++, S += MR * NR) {
         int end = min_int(i + MR, w->i1);
         if (fetch) fetch_b(g, next_j, next_k, t, tiles);
@@ -414,7 +433,7 @@ static void gemm_task(void *context, int task) {
  * a lane, a straight one 1). */
 static double grid_cost(const Gemm *g, int gm, int gn) {
     double rows = ((g->M + MR - 1) / MR + gm - 1) / gm * MR, columns = ((g->N + NR - 1) / NR + gn - 1) / gn * NR;
-    double pack_b = g->packed ? 0 : (g->b_k == 1 ? 3 : 1) * columns * ceil(rows / block_rows(g));
+    double pack_b = g->packed ? 0 : (g->k_along ? 3 : 1) * columns * ceil(rows / block_rows(g));
     double pack_a = packs_a(g) ? (g->a_k == 1 ? 3 : 2) * rows : 0;
     return rows * columns + pack_b + pack_a;
 }
@@ -495,7 +514,7 @@ static void gemm(Gemm *g) {
 
 /* ---- the operators ----------------------------------------------------------------------------------------------- */
 
-void CAT(linear_forward, ISA)(float *out, float *pre, const float *in, const float *weight, const float *bias,
+void CAT(linear_forward, ISA)(float *out, float *pre, const float *in, const void *weight, int held, const float *bias,
                               const float *residual, int fn, int prec, int N, int C, int OC) {
     Gemm g = {.M = N,
               .N = OC,
@@ -504,8 +523,9 @@ void CAT(linear_forward, ISA)(float *out, float *pre, const float *in, const flo
               .a_i = C,
               .a_k = 1,
               .b = weight,
-              .b_j = C,
-              .b_k = 1,
+              .b_row = C,
+              .held = held,
+              .k_along = 1,
               .prec = prec,
               .end = {.c = out, .bias = bias, .pre = pre, .fn = fn, .residual = residual}};
     gemm(&g);
@@ -522,7 +542,7 @@ void CAT(linear_packed, ISA)(float *out, const float *in, const void *packed, co
     gemm(&g);
 }
 
-void CAT(linear_backward_input, ISA)(float *din, const float *dout, const float *dres, const float *weight,
+void CAT(linear_backward_input, ISA)(float *din, const float *dout, const float *dres, const void *weight, int held,
                                      const float *pre, int fn, int prec, int N, int C, int OC) {
     Gemm g = {.M = N,
               .N = C,
@@ -531,8 +551,8 @@ void CAT(linear_backward_input, ISA)(float *din, const float *dout, const float 
               .a_i = OC,
               .a_k = 1,
               .b = weight,
-              .b_j = 1,
-              .b_k = C,
+              .b_row = C,
+              .held = held,
               .prec = prec,
               .end = {.c = din, .fn = fn, .dpre = fn == FN_NONE ? NULL : pre, .residual = dres}};
     gemm(&g);
@@ -547,8 +567,7 @@ void CAT(linear_backward_weight, ISA)(float *dweight, float *dbias, const float 
               .a_i = 1,
               .a_k = OC,
               .b = in,
-              .b_j = 1,
-              .b_k = C,
+              .b_row = C,
               .prec = prec,
               .over_rows = 1,
               .end = {.c = dweight, .accumulate = accumulate},

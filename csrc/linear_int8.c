@@ -1,34 +1,17 @@
 /* linear_int8.c -- a product with a weight in 8 bits: little more than a quarter of the bytes of fp32, for decoding.
  *
- * Weights and rows are quantised alike, in groups of 64 values along C (as LLM.int8() of Dettmers et al. 2022,
- * arXiv:2208.07339, does by whole rows): x = q * scale, scale = max |x| / 127, q the nearest integer.  The products of
- * a group are added as integers, exactly; the group's sum times both scales is added, group after group, to one float.
- * So a row's bits depend on that row alone.
+ * Weights and rows are quantised alike, in groups of 64 values along C (held.h).  The products of a group are added as
+ * integers, exactly; the group's sum times both scales is added, group after group, to one float.  So a row's bits
+ * depend on that row alone.
  *
  * A packed weight is a row of panels of NR columns; a panel is a row of groups; a group has the scales of its columns,
  * then 16 vectors of NR columns of 4 neighbouring values each.  Weights are stored as q + 128, because the CPU
  * multiplies unsigned by signed bytes: 128 times the sum of a row's group is taken away again. */
+#include "held.h"
 #include "linear.h"
 #include "threads.h"
 
 enum { GROUP = INT8_GROUP, QUADS = GROUP / 4, GROUP_BYTES = NR * (4 + GROUP), ROWS = 4 };
-
-static int groups_of(int C) { return (C + GROUP - 1) / GROUP; }
-
-/* q[0 .. 63] and the scale of up to 64 values; the rest of q is 0.  A value that is not finite makes the scale so. */
-static float quantise(int8_t *q, const float *x, int values) {
-    vf most = vset(0.0f), bad = vset(0.0f);
-    for (int i = 0; i < values; i += W) {
-        vf v = vload(x + i, min_int(W, values - i));
-        most = vmax(vabs(v), most);
-        bad = bad + v * vset(0.0f);
-    }
-    float max = vhmax(most);
-    vf inverse = vset(max > 0 ? 127.0f / max : 0.0f);
-    for (int i = 0; i < GROUP; i += W)
-        vstore_int8(q + i, vround(vload(x + i, min_int(W, values > i ? values - i : 0)) * inverse));
-    return max / 127.0f + vsum(bad);
-}
 
 /* ---- packing the weight ---- */
 

@@ -1,16 +1,17 @@
-/* model.c -- one transformer: layout, forward, backward, update.
+/* model.c -- one transformer: forward, backward, update.
  *
  * It does no arithmetic on numbers of the model: it walks the layers through the operator table, so one text serves
- * GPT-2 and Llama on every backend.  Parameters and activations are listed in model.def. */
-#include "layout.h"
+ * GPT-2 and Llama on every backend.  Parameters and activations are listed in model.def.  Either all parameters are
+ * trained, or those of an adapter (adapter.h) alone; then nothing else has gradients. */
 #include <inttypes.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "adapter.h"
+#include "block.h"
 #include "philox.h"
-#include "system.h"
+#include "status.h"
 
 /* Rows of the head that are worked on at a time: their logits are the largest array of a step.  One K block of the
  * weight's gradient, in both precisions: a chunk adds finished sums. */
@@ -35,9 +36,9 @@ typedef struct {
 } Buffers;
 
 /* Where each activation lies in the arena for N tokens.  Inference keeps one layer. */
-static Buffers buffer_layout(const Config *c, const Ops *ops, int64_t N, int training) {
+static Buffers buffer_layout(const Config *c, const Ops *ops, const Adapter *adapter, int64_t N, int training) {
     LIST_SIZES;
-    const int64_t A = (int64_t)ops->act_bytes;
+    const int64_t A = (int64_t)ops->act_bytes, LOW = adapter_total(adapter), LOW_MOST = adapter_most(adapter);
     const struct {
         int layered;
         int64_t bytes;
@@ -58,17 +59,19 @@ static Buffers buffer_layout(const Config *c, const Ops *ops, int64_t N, int tra
     return b;
 }
 
-Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training) {
-    Layout y = param_layout(c);
-    Buffers b = buffer_layout(c, ops, (int64_t)B * T, training);
-    int64_t block = y.floats * (int64_t)sizeof(float), half = c->head_size / 2;
+Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training, int held, const Lora *lora) {
+    Layout y = held_layout(c, ops, held);
+    Adapter a = lora ? adapter_of(c, lora->rank, lora->scale, lora->chosen) : (Adapter){0};
+    Buffers b = buffer_layout(c, ops, &a, (int64_t)B * T, training);
+    int64_t base = y.floats * (int64_t)sizeof(float), added = a.layout.floats * (int64_t)sizeof(float);
+    int64_t trained = !training ? 0 : lora ? added : base;
     return (Memory){
-        .weights = block,
-        .gradients = training ? block : 0,
-        .moments = training ? 2 * block : 0,
-        .activations = b.bytes - b.head_bytes,
+        .weights = base + added,
+        .gradients = trained,
+        .moments = 2 * trained,
+        .activations = b.bytes - b.head_bytes + 2 * adapter_dense(&a, &y) * (int64_t)sizeof(float),
         .head = b.head_bytes,
-        .tables = c->pos == POS_ROPE ? 2 * (int64_t)sizeof(float) * c->context * half : 0,
+        .tables = rope_bytes(c),
     };
 }
 
@@ -77,17 +80,14 @@ Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training)
 struct Model {
     Config c;
     const Ops *ops;
-    int prec;
-    Layout layout;
-    float *weights, *grads, *m, *v; /* the moments m and v are one allocation */
-    int grads_live;                 /* 0: the block's content is stale and reads as zero */
+    int prec, held; /* of products; how the base's matrices lie in memory */
+    Block base, added;
+    Adapter adapter; /* of rank 0: none; its values are `added` */
+    float *dense, *ddense;
+    int32_t *groups[LINEARS]; /* the adapter's rows, in the backend's memory */
+    Block *trained;           /* base, added, or NULL */
     int64_t step, version;
     float *cos, *sin;
-    double *sums; /* squares of each tensor's gradient, then the norm */
-    float *hyper;
-    int64_t *ranges, *device_ranges; /* where each tensor of each layer begins, in order of memory; and the end */
-    char *decays;
-    int n_ranges;
 
     char *arena;
     int64_t arena_bytes;
@@ -96,198 +96,267 @@ struct Model {
     float invtemp;
 
     int (*poll)(void);
-    char error[512];
+    char error[ERROR_ROOM];
 };
 
 const char *model_error(const Model *m) { return m->error; }
 const Config *model_config(const Model *m) { return &m->c; }
 void model_set_poll(Model *m, int (*poll)(void)) { m->poll = poll; }
-float *model_weights(Model *m) { return m->weights; }
-int model_has_moments(const Model *m) { return m->m != NULL; }
+float *model_weights(Model *m) { return m->base.weights; }
+int model_held(const Model *m) { return m->held; }
+const Adapter *model_adapter(const Model *m) { return m->adapter.rank ? &m->adapter : NULL; }
+float *model_added(Model *m) { return m->added.weights; }
+const int32_t *model_groups(const Model *m, int slot) { return m->groups[slot]; }
+int model_has_moments(const Model *m) { return m->trained && m->trained->m; }
 int64_t model_version(const Model *m) { return m->version; }
 const Ops *model_ops(const Model *m) { return m->ops; }
 int model_precision(const Model *m) { return m->prec; }
 int64_t model_step(const Model *m) { return m->step; }
 void model_set_step(Model *m, int64_t step) { m->step = step; }
 
-static Status fail(Model *m, Status status, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(m->error, sizeof m->error, format, args);
-    va_end(args);
-    return status;
-}
-
 static int interrupted(const Model *m) { return m->poll && m->poll(); }
-
-/* Tensor P_x of layer l in a block; NULL where it does not exist, which turns the operator's option off. */
-static float *param(const Model *m, float *block, int i, int l) {
-    const Param *p = &m->layout.p[i];
-    return p->floats ? block + p->offset + (p->where == LAYERED ? l * m->layout.layer_floats : 0) : NULL;
-}
 
 static void *buffer(const Model *m, int i, int l) { return m->arena + m->b.offset[i] + l * m->b.stride[i]; }
 
-#define WEIGHT(field) param(m, m->weights, P_##field, l)
-#define GRAD(field) param(m, m->grads, P_##field, l)
+/* Tensors of layer l; NULL where one does not exist or is not trained, which turns the operator's option off. */
+#define WEIGHT(field) layout_at(&m->base.layout, m->base.weights, P_##field, l)
+#define GRAD(field) layout_at(&m->base.layout, m->base.grads, P_##field, l)
 #define AT(field) buffer(m, A_##field, l)
-
-static Status allocate(Model *m, void **p, int64_t bytes, const char *purpose) {
-    int64_t there = system_memory_free();
-    *p = bytes <= there ? m->ops->alloc((size_t)bytes) : NULL;
-    if (*p) return OK;
-    return fail(m, NO_MEMORY, "%s: %.2f GiB needed, %.2f GiB free", purpose, (double)bytes / (1 << 30),
-                (double)there / (1 << 30));
-}
 
 /* ---- creation ---------------------------------------------------------------------------------------------------- */
 
-static Status rope_tables(Model *m) {
-    size_t n = (size_t)m->c.context * (size_t)(m->c.head_size / 2), bytes = n * sizeof(float);
-    float *table = malloc(2 * bytes);
-    if (!table) return fail(m, NO_MEMORY, "rope tables: no memory");
-    rope_angles(&m->c, table, table + n);
-    Status s = allocate(m, (void **)&m->cos, (int64_t)bytes, "rope tables");
-    if (!s) s = allocate(m, (void **)&m->sin, (int64_t)bytes, "rope tables");
-    if (!s) m->ops->copy_in(m->cos, table, bytes), m->ops->copy_in(m->sin, table + n, bytes);
-    free(table);
-    return s;
+enum { PART = 1 << 20 }; /* values of a tensor that are on their way at a time */
+
+/* GPT-2's initial values (Radford et al. 2019): normal with 0.02; what feeds the residual stream less by sqrt(2 L).
+ * `host`: room for PART values, or a row. */
+static void draw_tensor(Model *m, float *host, int i, int l, uint64_t seed) {
+    const Param *p = &m->base.layout.p[i];
+    const float residual = 0.02f / sqrtf(2.0f * (float)m->c.n_layer);
+    int64_t columns = p->columns ? p->columns : 1, at_once = PART / columns < 1 ? 1 : PART / columns;
+    int64_t rows = is_vocabulary(i) ? m->c.vocab_size : p->rows; /* the padding of the vocabulary stays zero */
+    for (int64_t row = 0; row < rows; row += at_once) {
+        int64_t n = (rows - row < at_once ? rows - row : at_once) * columns;
+        if (p->init == ONE)
+            for (int64_t j = 0; j < n; j++) host[j] = 1;
+        else
+            philox_normal(host, row * columns, n, p->init == RESIDUAL ? residual : 0.02f, seed, STREAM_INIT,
+                          (uint64_t)l << 32 | (uint64_t)i);
+        Tensor t = {.param = i, .layer = l, .row = 0, .columns = p->columns};
+        if (model_put(m, &t, row, host, n / columns)) return;
+    }
 }
 
-/* GPT-2's initial values (Radford et al. 2019): normal with 0.02; what feeds the residual stream less by sqrt(2 L). */
+static int64_t widest(const Layout *y) {
+    int64_t most = PART;
+    for (int i = 0; i < y->n; i++)
+        if (y->p[i].columns > most) most = y->p[i].columns;
+    return most;
+}
+
 static Status initial_weights(Model *m, uint64_t seed) {
-    const float residual = 0.02f / sqrtf(2.0f * (float)m->c.n_layer);
+    float *host = malloc((size_t)widest(&m->base.layout) * sizeof *host);
+    if (!host) return failed(m->error, NO_MEMORY, "initial weights: no memory");
     for (int i = 0; i < N_PARAMS; i++) {
-        const Param *p = &m->layout.p[i];
-        if (p->init == ZERO || !p->floats) continue;
-        /* the padding of the vocabulary stays zero */
-        int64_t n = is_vocabulary(i) ? m->c.vocab_size * p->columns : p->floats;
-        float *host = malloc((size_t)n * sizeof(float));
-        if (!host) return fail(m, NO_MEMORY, "initial weights: no memory");
-        for (int l = 0; l < (p->where == LAYERED ? m->c.n_layer : 1); l++) {
-            if (p->init == ONE)
-                for (int64_t j = 0; j < n; j++) host[j] = 1;
-            else
-                philox_normal(host, n, p->init == RESIDUAL ? residual : 0.02f, seed, STREAM_INIT,
-                              (uint64_t)l << 32 | (uint64_t)i);
-            m->ops->copy_in(param(m, m->weights, i, l), host, (size_t)n * sizeof(float));
-        }
-        free(host);
+        const Param *p = &m->base.layout.p[i];
+        for (int l = 0; p->init != ZERO && p->floats && l < (p->where == LAYERED ? m->c.n_layer : 1); l++)
+            draw_tensor(m, host, i, l, seed);
     }
+    free(host);
     return OK;
 }
 
-/* Each tensor of each layer is one range of the gradient norm, so that a bad one can be named. */
-static Status tensor_ranges(Model *m) {
-    size_t room = (size_t)N_PARAMS * (size_t)m->c.n_layer + 1;
-    m->ranges = malloc(room * sizeof *m->ranges);
-    m->decays = malloc(room);
-    if (!m->ranges || !m->decays) return fail(m, NO_MEMORY, "table of tensors: no memory");
-    int n = 0;
-    for (int where = BEFORE; where <= BEHIND; where++)
-        for (int l = 0; l < (where == LAYERED ? m->c.n_layer : 1); l++)
-            for (int i = 0; i < N_PARAMS; i++) {
-                const Param *p = &m->layout.p[i];
-                if (p->where != where || !p->floats) continue;
-                m->decays[n] = (char)p->decay;
-                m->ranges[n++] = param(m, m->weights, i, l) - m->weights;
-            }
-    m->ranges[n] = m->layout.floats;
-    m->n_ranges = n;
-    size_t bytes = ((size_t)n + 1) * sizeof *m->ranges;
-    Status s = allocate(m, (void **)&m->device_ranges, (int64_t)bytes, "table of tensors");
-    if (!s) m->ops->copy_in(m->device_ranges, m->ranges, bytes);
-    return s;
-}
-
-Model *model_create(const Config *c, const Ops *ops, int prec, uint64_t seed, char *error, int size) {
+Model *model_create(const Config *c, const Ops *ops, int prec, int held, const uint64_t *seed, char *error, int size) {
     Model *m = calloc(1, sizeof *m);
     if (!m) {
         snprintf(error, (size_t)size, "no memory");
         return NULL;
     }
-    *m = (Model){.c = *c, .ops = ops, .prec = prec, .layout = param_layout(c)};
-    Status s = allocate(m, (void **)&m->weights, m->layout.floats * (int64_t)sizeof(float), "weights");
-    if (!s && c->pos == POS_ROPE) s = rope_tables(m);
-    if (!s) s = tensor_ranges(m);
-    if (!s) s = allocate(m, (void **)&m->sums, (m->n_ranges + 1) * (int64_t)sizeof(double), "gradient norm");
-    if (!s) s = allocate(m, (void **)&m->hyper, HYPER_COUNT * sizeof(float), "step sizes");
-    if (!s) s = initial_weights(m, seed);
+    *m = (Model){.c = *c, .ops = ops, .prec = prec, .held = held};
+    const Layout layout = held_layout(c, ops, held);
+    Status s = block_create(&m->base, ops, &layout, c->n_layer, m->error);
+    if (!s && c->pos == POS_ROPE) s = rope_tables(c, ops, m->error, &m->cos, &m->sin);
+    if (!s && seed) s = initial_weights(m, *seed);
+    if (held == PREC_FP32) m->trained = &m->base;
     if (!s) return m;
     snprintf(error, (size_t)size, "%s", m->error);
     model_free(m);
     return NULL;
 }
 
+static size_t dense_bytes(const Model *m) {
+    return (size_t)adapter_dense(&m->adapter, &m->base.layout) * sizeof(float);
+}
+
+static size_t groups_bytes(const Model *m, int slot) {
+    return (size_t)m->adapter.J[slot] * sizeof m->adapter.rows[slot][0];
+}
+
+static void free_adapter(Model *m) {
+    if (m->dense) m->ops->free(m->dense, dense_bytes(m));
+    if (m->ddense) m->ops->free(m->ddense, dense_bytes(m));
+    for (int slot = 0; slot < LINEARS; slot++)
+        if (m->groups[slot]) m->ops->free(m->groups[slot], groups_bytes(m, slot)), m->groups[slot] = NULL;
+    m->dense = m->ddense = NULL;
+    block_free(&m->added);
+    m->adapter = (Adapter){0};
+}
+
 void model_free(Model *m) {
     if (!m) return;
-    size_t block = (size_t)m->layout.floats * sizeof(float);
-    size_t table = (size_t)m->c.context * (size_t)(m->c.head_size / 2) * sizeof(float);
-    if (m->weights) m->ops->free(m->weights, block);
-    if (m->grads) m->ops->free(m->grads, block);
-    if (m->m) m->ops->free(m->m, 2 * block);
-    if (m->cos) m->ops->free(m->cos, table);
-    if (m->sin) m->ops->free(m->sin, table);
-    if (m->sums) m->ops->free(m->sums, (size_t)(m->n_ranges + 1) * sizeof(double));
-    if (m->hyper) m->ops->free(m->hyper, HYPER_COUNT * sizeof(float));
+    free_adapter(m);
+    block_free(&m->base);
+    if (m->cos) m->ops->free(m->cos, (size_t)rope_bytes(&m->c));
     if (m->arena) m->ops->free(m->arena, (size_t)m->arena_bytes);
-    if (m->device_ranges) m->ops->free(m->device_ranges, (size_t)(m->n_ranges + 1) * sizeof *m->ranges);
-    free(m->ranges);
-    free(m->decays);
     free(m);
+}
+
+/* ---- an adapter -------------------------------------------------------------------------------------------------- */
+
+/* As in PEFT: A uniform within 1 / sqrt(C) (He et al. 2015 with a = sqrt(5)), B zero, so that it begins without effect.
+ */
+static Status initial_adapter(Model *m, uint64_t seed) {
+    int n = adapter_tensors(&m->c, &m->adapter, NULL);
+    Tensor *all = malloc((size_t)n * sizeof *all);
+    float *host = malloc((size_t)(m->adapter.rank * widest(&m->base.layout)) * sizeof *host);
+    Status s = all && host ? OK : failed(m->error, NO_MEMORY, "initial adapter: no memory");
+    if (!s) adapter_tensors(&m->c, &m->adapter, all);
+    for (int i = 0; i < n && !s; i += 2) { /* the A's */
+        const int64_t values = all[i].rows * all[i].columns;
+        const double bound = 1 / sqrt((double)all[i].columns);
+        for (int64_t j = 0; j < values; j++)
+            host[j] = (float)(bound * (2 * philox_uniform(seed, STREAM_ADAPTER, (uint64_t)i, (uint64_t)j) - 1));
+        m->ops->copy_in(m->added.weights + all[i].offset, host, (size_t)values * sizeof *host);
+    }
+    free(all);
+    free(host);
+    return s;
+}
+
+static Status allocate_adapter(Model *m) {
+    Status s = block_create(&m->added, m->ops, &m->adapter.layout, m->c.n_layer, m->error);
+    for (int slot = 0; slot < LINEARS && !s; slot++) {
+        if (!m->adapter.J[slot]) continue;
+        s = allocate(m->ops, m->error, (void **)&m->groups[slot], (int64_t)groups_bytes(m, slot), "adapter");
+        if (!s) m->ops->copy_in(m->groups[slot], m->adapter.rows[slot], groups_bytes(m, slot));
+    }
+    if (!s) s = allocate(m->ops, m->error, (void **)&m->dense, (int64_t)dense_bytes(m), "adapter");
+    if (!s) s = allocate(m->ops, m->error, (void **)&m->ddense, (int64_t)dense_bytes(m), "adapter");
+    return s;
+}
+
+Status model_adapt(Model *m, const Lora *lora, uint64_t seed) {
+    m->adapter = adapter_of(&m->c, lora->rank, lora->scale, lora->chosen);
+    Status s = allocate_adapter(m);
+    if (!s) s = initial_adapter(m, seed);
+    if (s) {
+        free_adapter(m);
+        return s;
+    }
+    Block base = m->base; /* its gradients and moments are not needed any more */
+    m->base.grads = m->base.m = m->base.v = NULL, m->base.live = 0;
+    if (base.grads) m->ops->free(base.grads, (size_t)base.layout.floats * sizeof(float));
+    if (base.m) m->ops->free(base.m, 2 * (size_t)base.layout.floats * sizeof(float));
+    m->trained = &m->added;
+    m->step = 0, m->kept = 0, m->version++;
+    return OK;
+}
+
+/* ---- reading and writing weights --------------------------------------------------------------------------------- */
+
+/* The bytes of a tensor's row, as it is held. */
+static char *row_of(const Model *m, const Tensor *t, int64_t row) {
+    const Param *p = &m->base.layout.p[t->param];
+    int C = p->columns ? (int)p->columns : 1;
+    return (char *)layout_at(&m->base.layout, m->base.weights, t->param, t->layer) +
+           m->ops->held_bytes(p->held, C, (int)(t->row + row));
+}
+
+Status model_put(Model *m, const Tensor *t, int64_t row, const float *values, int64_t rows) {
+    const int C = t->columns ? (int)t->columns : 1, held = m->base.layout.p[t->param].held;
+    const int64_t bytes = rows * C * (int64_t)sizeof(float);
+    if (held == PREC_FP32) {
+        m->ops->copy_in(row_of(m, t, row), values, (size_t)bytes);
+        return OK;
+    }
+    float *part;
+    Status s = allocate(m->ops, m->error, (void **)&part, bytes, "part of a weight");
+    if (s) return s;
+    m->ops->copy_in(part, values, (size_t)bytes);
+    m->ops->held_write(row_of(m, t, row), part, held, C, (int)rows);
+    m->ops->free(part, (size_t)bytes);
+    return OK;
+}
+
+Status model_get(Model *m, const Tensor *t, int64_t row, float *values, int64_t rows) {
+    const int C = t->columns ? (int)t->columns : 1, held = m->base.layout.p[t->param].held;
+    const int64_t bytes = rows * C * (int64_t)sizeof(float);
+    float *part;
+    Status s = allocate(m->ops, m->error, (void **)&part, bytes, "part of a weight");
+    if (s) return s;
+    m->ops->held_read(part, row_of(m, t, row), held, C, (int)rows);
+    m->ops->copy_out(values, part, (size_t)bytes);
+    m->ops->free(part, (size_t)bytes);
+    return OK;
 }
 
 /* ---- what is not finite ------------------------------------------------------------------------------------------ */
 
-/* Where the first value that is not finite lies between two offsets of a block; -1 where all are finite. */
-static int64_t first_not_finite(const Model *m, const float *block, int64_t begin, int64_t end) {
-    float x[1024];
-    for (int64_t at = begin; at < end; at += 1024) {
-        int n = end - at < 1024 ? (int)(end - at) : 1024;
-        m->ops->copy_out(x, block + at, (size_t)n * sizeof(float));
-        for (int i = 0; i < n; i++)
-            if (!isfinite(x[i])) return at + i;
-    }
-    return -1;
-}
-
-/* The name of the tensor that holds the float at this offset. */
-static void name_of(const Model *m, int64_t at, char name[64]) {
-    Tensor *all = malloc((size_t)model_tensors(&m->c, NULL) * sizeof *all);
+/* The name of the tensor that holds the float at this offset of a block of floats. */
+static void name_of(const Model *m, const Block *b, int64_t at, char name[64]) {
+    const int added = b == &m->added;
+    int n = added ? adapter_tensors(&m->c, &m->adapter, NULL) : model_tensors(&m->c, NULL);
+    Tensor *all = malloc((size_t)n * sizeof *all);
     snprintf(name, 64, "value %" PRId64, at);
-    int n = all ? model_tensors(&m->c, all) : 0;
-    for (int i = 0; i < n; i++)
+    if (all && added) adapter_tensors(&m->c, &m->adapter, all);
+    else if (all) model_tensors(&m->c, all);
+    for (int i = 0; all && i < n; i++)
         if (at >= all[i].offset && at < all[i].offset + all[i].rows * (all[i].columns ? all[i].columns : 1))
             snprintf(name, 64, "%s", all[i].name);
     free(all);
 }
 
 /* Name the first tensor of the block that holds a value which is not finite; 0 where there is none. */
-static int find_not_finite(Model *m, const float *block, char name[64]) {
-    m->ops->square_sums(m->sums, block, m->device_ranges, m->n_ranges);
-    for (int i = 0; i < m->n_ranges; i++) {
-        double sum;
-        m->ops->copy_out(&sum, m->sums + i, sizeof sum);
-        int64_t at = isfinite(sum) ? -1 : first_not_finite(m, block, m->ranges[i], m->ranges[i + 1]);
-        if (at < 0) continue;
-        name_of(m, at, name);
-        return 1;
-    }
-    return 0;
+static int find_not_finite(Model *m, Block *b, const float *values, char name[64]) {
+    int64_t at = block_not_finite(b, values);
+    if (at >= 0) name_of(m, b, at, name);
+    return at >= 0;
+}
+
+/* The same for weights that are held otherwise than as floats: row by row. */
+static int find_in_held(Model *m, char name[64]) {
+    int n = model_tensors(&m->c, NULL), found = 0;
+    Tensor *all = malloc((size_t)n * sizeof *all);
+    float *row = malloc((size_t)widest(&m->base.layout) * sizeof *row);
+    if (all && row) model_tensors(&m->c, all);
+    for (int i = 0; all && row && i < n && !found; i++)
+        for (int64_t r = 0; r < all[i].rows && !found; r++) {
+            int64_t columns = all[i].columns ? all[i].columns : 1;
+            if (model_get(m, &all[i], r, row, 1)) break;
+            for (int64_t c = 0; c < columns && !found; c++) found = !isfinite(row[c]);
+            if (found) snprintf(name, 64, "%s", all[i].name);
+        }
+    free(all);
+    free(row);
+    return found;
+}
+
+static int find_bad_weight(Model *m, char name[64]) {
+    if (m->adapter.rank && find_not_finite(m, &m->added, m->added.weights, name)) return 1;
+    return m->held == PREC_FP32 ? find_not_finite(m, &m->base, m->base.weights, name) : find_in_held(m, name);
 }
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 static Status prepare(Model *m, int B, int T, int training) {
     m->kept = 0;
-    m->b = buffer_layout(&m->c, m->ops, (int64_t)B * T, training);
+    m->b = buffer_layout(&m->c, m->ops, &m->adapter, (int64_t)B * T, training);
     m->B = B, m->T = T;
     if (m->b.bytes <= m->arena_bytes) return OK;
     if (m->arena) m->ops->free(m->arena, (size_t)m->arena_bytes);
     m->arena = NULL, m->arena_bytes = 0;
     char purpose[96];
     snprintf(purpose, sizeof purpose, "activations of B = %d, T = %d", B, T);
-    Status s = allocate(m, (void **)&m->arena, m->b.bytes, purpose);
+    Status s = allocate(m->ops, m->error, (void **)&m->arena, m->b.bytes, purpose);
     if (!s) m->arena_bytes = m->b.bytes;
     return s;
 }
@@ -305,31 +374,73 @@ static void norm_forward(const Model *m, act *out, float *mean, float *rstd, con
     else m->ops->rmsnorm_forward(out, rstd, in, weight, m->c.norm_eps, N, C);
 }
 
+/* The adapter of linear layer w: its width; 0: it has none. */
+static int width_of(const Model *m, int w) { return m->adapter.rank ? adapter_width(&m->adapter, w) : 0; }
+
+static float *adapter_part(const Model *m, float *block, int w, int part, int l) {
+    return layout_at(&m->adapter.layout, block, 2 * (w - P_qkv_w) + part, l);
+}
+
+/* `low` of linear layer w in layer l. */
+static act *low_of(const Model *m, int w, int l) {
+    size_t before = (size_t)m->B * (size_t)m->T * (size_t)adapter_before(&m->adapter, w);
+    return (char *)AT(low) + before * m->ops->act_bytes;
+}
+
+/* The adapter's B's of linear layer w as one matrix. */
+static const float *spread(const Model *m, int w, int l) {
+    const int slot = w - P_qkv_w;
+    m->ops->lora_spread(m->dense, adapter_part(m, m->added.weights, w, ADAPTER_B, l), m->groups[slot], m->adapter.scale,
+                        m->adapter.J[slot], m->adapter.rank, (int)m->base.layout.p[w].rows);
+    return m->dense;
+}
+
+/* out += what the adapter of linear layer w makes of `in` */
+static void adapter_forward(const Model *m, int w, int l, act *out, const act *in) {
+    const Param *p = &m->base.layout.p[w];
+    const int N = m->B * m->T, C = (int)p->columns, OC = (int)p->rows, R = width_of(m, w);
+    act *low = low_of(m, w, l);
+    m->ops->linear_forward(low, NULL, in, adapter_part(m, m->added.weights, w, ADAPTER_A, l), PREC_FP32, NULL, NULL,
+                           FN_NONE, m->prec, N, C, R);
+    m->ops->linear_forward(out, NULL, low, spread(m, w, l), PREC_FP32, NULL, out, FN_NONE, m->prec, N, R, OC);
+}
+
+/* out = fn(in @ weight^T + bias) + residual of linear layer w, with its adapter.  pre: as in linear_forward. */
+static void linear(const Model *m, int w, int b, int l, act *out, act *pre, const act *in, const act *residual,
+                   int fn) {
+    const Param *p = &m->base.layout.p[w];
+    const int N = m->B * m->T, C = (int)p->columns, OC = (int)p->rows, adapted = width_of(m, w) > 0;
+    const int apart = adapted && fn != FN_NONE; /* the adapter comes before the function */
+    const float *weight = layout_at(&m->base.layout, m->base.weights, w, l),
+                *bias = layout_at(&m->base.layout, m->base.weights, b, l);
+    act *sum = apart ? pre : out;
+    m->ops->linear_forward(sum, apart ? NULL : pre, in, weight, p->held, bias, residual, apart ? FN_NONE : fn, m->prec,
+                           N, C, OC);
+    if (adapted) adapter_forward(m, w, l, sum, in);
+    if (apart) m->ops->gelu_forward(out, pre, fn, N, OC);
+}
+
 /* x = x + attention(norm(x)); x = x + mlp(norm(x)).  Reads `residual` of layer l, writes `out`. */
 static void block_forward(const Model *m, int l, act *out) {
     const Config *c = &m->c;
     const Ops *ops = m->ops;
-    int B = m->B, T = m->T, N = B * T, C = c->n_embd, NH = c->n_head, NKV = c->n_kv_head, HS = c->head_size,
-        F = c->n_inner;
+    int B = m->B, T = m->T, NH = c->n_head, NKV = c->n_kv_head, HS = c->head_size;
     const int32_t *starts = starts_of(m);
 
     norm_forward(m, AT(ln1), AT(ln1_mean), AT(ln1_rstd), AT(residual), WEIGHT(ln1_w), WEIGHT(ln1_b));
-    ops->linear_forward(AT(qkv), NULL, AT(ln1), WEIGHT(qkv_w), WEIGHT(qkv_b), NULL, FN_NONE, m->prec, N, C,
-                        (NH + 2 * NKV) * HS);
+    linear(m, P_qkv_w, P_qkv_b, l, AT(qkv), NULL, AT(ln1), NULL, FN_NONE);
     if (c->pos == POS_ROPE) ops->rope_forward(AT(qkv), m->cos, m->sin, starts, B, T, NH, NKV, HS);
     ops->attention_forward(AT(att), AT(lse), AT(qkv), starts, m->prec, B, T, NH, NKV, HS);
-    ops->linear_forward(AT(mid), NULL, AT(att), WEIGHT(proj_w), WEIGHT(proj_b), AT(residual), FN_NONE, m->prec, N,
-                        NH * HS, C);
+    linear(m, P_proj_w, P_proj_b, l, AT(mid), NULL, AT(att), AT(residual), FN_NONE);
 
     norm_forward(m, AT(ln2), AT(ln2_mean), AT(ln2_rstd), AT(mid), WEIGHT(ln2_w), WEIGHT(ln2_b));
     if (c->act == MLP_SWIGLU) {
-        ops->linear_forward(AT(fc), NULL, AT(ln2), WEIGHT(fc_w), WEIGHT(fc_b), NULL, FN_NONE, m->prec, N, C, 2 * F);
-        ops->swiglu_forward(AT(fch), AT(fc), N, F);
+        linear(m, P_fc_w, P_fc_b, l, AT(fc), NULL, AT(ln2), NULL, FN_NONE);
+        ops->swiglu_forward(AT(fch), AT(fc), B * T, c->n_inner);
     } else {
-        ops->linear_forward(AT(fch), AT(fc), AT(ln2), WEIGHT(fc_w), WEIGHT(fc_b), NULL, mlp_function(c), m->prec, N, C,
-                            F);
+        linear(m, P_fc_w, P_fc_b, l, AT(fch), AT(fc), AT(ln2), NULL, mlp_function(c));
     }
-    ops->linear_forward(out, NULL, AT(fch), WEIGHT(fc2_w), WEIGHT(fc2_b), AT(mid), FN_NONE, m->prec, N, F, C);
+    linear(m, P_fc2_w, P_fc2_b, l, out, NULL, AT(fch), AT(mid), FN_NONE);
 }
 
 /* Tokens to hidden states. */
@@ -338,7 +449,7 @@ static Status body_forward(Model *m, const int32_t *tokens, const int32_t *start
     copy_ids(m, AT(tokens), tokens);
     m->has_starts = starts != NULL;
     if (starts) copy_ids(m, AT(starts), starts);
-    m->ops->embedding_forward(AT(residual), AT(tokens), starts_of(m), WEIGHT(wte), WEIGHT(wpe), m->B, m->T,
+    m->ops->embedding_forward(AT(residual), AT(tokens), starts_of(m), WEIGHT(wte), m->held, WEIGHT(wpe), m->B, m->T,
                               m->c.n_embd);
     for (int i = 0; i < L; i++) {
         if (interrupted(m)) return INTERRUPTED;
@@ -372,10 +483,12 @@ static Chunk head_chunk(const Model *m, int row) {
                    .dlogprobs = (float *)AT(dlogprobs) + row};
 }
 
-static int vocab_padded(const Model *m) { return (int)m->layout.p[P_wte].rows; }
+static int vocab_padded(const Model *m) { return (int)m->base.layout.p[P_wte].rows; }
+
+static float *head_of(const Model *m, float *block) { return layout_at(&m->base.layout, block, head_param(&m->c), 0); }
 
 static void chunk_logits(const Model *m, const Chunk *k) {
-    m->ops->linear_forward(k->logits, NULL, k->hidden, param(m, m->weights, head_param(&m->c), 0), NULL, NULL, FN_NONE,
+    m->ops->linear_forward(k->logits, NULL, k->hidden, head_of(m, m->base.weights), m->held, NULL, NULL, FN_NONE,
                            m->prec, k->rows, m->c.n_embd, vocab_padded(m));
 }
 
@@ -386,13 +499,14 @@ static void chunk_logprobs(const Model *m, const Chunk *k, int entropy) {
 
 /* From the chunk's logits, which it uses up: adds to the head's weight, and leaves the gradient of hidden in dnorm. */
 static void chunk_backward(const Model *m, const Chunk *k, int has_dhidden) {
-    int C = m->c.n_embd, Vp = vocab_padded(m), head = head_param(&m->c), add = m->grads_live || k->row > 0;
+    int C = m->c.n_embd, Vp = vocab_padded(m), add = m->trained->live || k->row > 0;
     m->ops->logprob_backward(k->logits, k->dlogprobs, k->logits, k->targets, k->lse, m->invtemp, k->rows,
                              m->c.vocab_size, Vp);
-    m->ops->linear_backward_input(k->dhidden, k->logits, has_dhidden ? k->dhidden : NULL, param(m, m->weights, head, 0),
-                                  NULL, FN_NONE, m->prec, k->rows, C, Vp);
-    m->ops->linear_backward_weight(param(m, m->grads, head, 0), NULL, k->logits, k->hidden, add, m->prec, k->rows, C,
-                                   Vp);
+    m->ops->linear_backward_input(k->dhidden, k->logits, has_dhidden ? k->dhidden : NULL, head_of(m, m->base.weights),
+                                  m->held, NULL, FN_NONE, m->prec, k->rows, C, Vp);
+    if (m->base.grads)
+        m->ops->linear_backward_weight(head_of(m, m->base.grads), NULL, k->logits, k->hidden, add, m->prec, k->rows, C,
+                                       Vp);
 }
 
 /* A row whose lse is not finite met a bad weight, or numbers that grew beyond fp32. */
@@ -406,9 +520,10 @@ static Status check_finite(Model *m) {
             if (isfinite(lse[i])) continue;
             char name[64];
             m->kept = 0;
-            if (find_not_finite(m, m->weights, name))
-                return fail(m, NOT_FINITE, "weights: %s holds a value that is not finite", name);
-            return fail(m, NOT_FINITE, "logits of row b = %d, t = %d are not finite", (at + i) / m->T, (at + i) % m->T);
+            if (find_bad_weight(m, name))
+                return failed(m->error, NOT_FINITE, "weights: %s holds a value that is not finite", name);
+            return failed(m->error, NOT_FINITE, "logits of row b = %d, t = %d are not finite", (at + i) / m->T,
+                          (at + i) % m->T);
         }
     }
     return OK;
@@ -469,73 +584,90 @@ static void norm_backward(const Model *m, float *dweight, float *dbias, float *d
     else m->ops->rmsnorm_backward(din, dweight, dbias_in, dout, dres, in, weight, rstd, N, C);
 }
 
+/* din += what reaches `in` through the adapter of linear layer w (NULL: it is not wanted); gradients of its A's and B's
+ */
+static void adapter_backward(const Model *m, int w, int l, act *din, const act *dout, const act *in) {
+    const Param *p = &m->base.layout.p[w];
+    const int N = m->B * m->T, C = (int)p->columns, OC = (int)p->rows, R = width_of(m, w), slot = w - P_qkv_w;
+    const int add = m->added.live;
+    const float *A = adapter_part(m, m->added.weights, w, ADAPTER_A, l);
+    act *dlow = AT(dlow);
+    m->ops->linear_backward_input(dlow, dout, NULL, spread(m, w, l), PREC_FP32, NULL, FN_NONE, m->prec, N, R, OC);
+    m->ops->linear_backward_weight(m->ddense, NULL, dout, low_of(m, w, l), 0, m->prec, N, R, OC);
+    m->ops->lora_gather(adapter_part(m, m->added.grads, w, ADAPTER_B, l), m->ddense, m->groups[slot], m->adapter.scale,
+                        add, m->adapter.J[slot], m->adapter.rank, OC);
+    if (din) m->ops->linear_backward_input(din, dlow, din, A, PREC_FP32, NULL, FN_NONE, m->prec, N, C, R);
+    m->ops->linear_backward_weight(adapter_part(m, m->added.grads, w, ADAPTER_A, l), NULL, dlow, in, add, m->prec, N, C,
+                                   R);
+}
+
+/* linear in reverse, without the residual: din = (dout @ weight) * fn'(pre), where `in` was fn(pre), and the gradients
+ * of what is trained.  din, dbias NULL: not wanted, or made elsewhere. */
+static void linear_backward(const Model *m, int w, int l, act *din, float *dbias, const act *dout, const act *in,
+                            const act *pre, int fn) {
+    const Param *p = &m->base.layout.p[w];
+    const int N = m->B * m->T, C = (int)p->columns, OC = (int)p->rows, adapted = width_of(m, w) > 0;
+    const int apart = adapted && fn != FN_NONE;
+    const float *weight = layout_at(&m->base.layout, m->base.weights, w, l);
+    if (din)
+        m->ops->linear_backward_input(din, dout, NULL, weight, p->held, apart ? NULL : pre, apart ? FN_NONE : fn,
+                                      m->prec, N, C, OC);
+    if (adapted) adapter_backward(m, w, l, din, dout, in);
+    if (apart) m->ops->gelu_backward(din, din, pre, fn, N, C);
+    if (m->base.grads)
+        m->ops->linear_backward_weight(layout_at(&m->base.layout, m->base.grads, w, l), dbias, dout, in, m->base.live,
+                                       m->prec, N, C, OC);
+}
+
 /* block_forward in reverse; dres holds the gradient of what the block wrote, and then of what it read.  The biases of
- * the two layers that write to the residual stream come out of the norms, which pass over its gradient anyway. */
+ * the two layers that write to the residual stream come out of the norms, which pass over its gradient anyway.  Below
+ * an adapter's first layer nothing is trained. */
 static void block_backward(const Model *m, int l) {
     const Config *c = &m->c;
     const Ops *ops = m->ops;
-    int B = m->B, T = m->T, N = B * T, C = c->n_embd, NH = c->n_head, NKV = c->n_kv_head, HS = c->head_size,
-        F = c->n_inner;
-    int QKV = (NH + 2 * NKV) * HS, add = m->grads_live, prec = m->prec;
+    int B = m->B, T = m->T, NH = c->n_head, NKV = c->n_kv_head, HS = c->head_size, ends = m->adapter.rank && l == 0;
     act *dres = AT(dres), *dnorm = AT(dnorm), *dfc = AT(dfc);
 
     if (c->act == MLP_SWIGLU) {
-        ops->linear_backward_input(AT(dfch), dres, NULL, WEIGHT(fc2_w), NULL, FN_NONE, prec, N, F, C);
-        ops->swiglu_backward(dfc, AT(dfch), AT(fc), N, F);
+        linear_backward(m, P_fc2_w, l, AT(dfch), NULL, dres, AT(fch), NULL, FN_NONE);
+        ops->swiglu_backward(dfc, AT(dfch), AT(fc), B * T, c->n_inner);
     } else {
-        ops->linear_backward_input(dfc, dres, NULL, WEIGHT(fc2_w), AT(fc), mlp_function(c), prec, N, F, C);
+        linear_backward(m, P_fc2_w, l, dfc, NULL, dres, AT(fch), AT(fc), mlp_function(c));
     }
-    ops->linear_backward_weight(GRAD(fc2_w), NULL, dres, AT(fch), add, prec, N, F, C);
-    int FC = c->act == MLP_SWIGLU ? 2 * F : F;
-    ops->linear_backward_input(dnorm, dfc, NULL, WEIGHT(fc_w), NULL, FN_NONE, prec, N, C, FC);
-    ops->linear_backward_weight(GRAD(fc_w), GRAD(fc_b), dfc, AT(ln2), add, prec, N, C, FC);
+    linear_backward(m, P_fc_w, l, dnorm, GRAD(fc_b), dfc, AT(ln2), NULL, FN_NONE);
     norm_backward(m, GRAD(ln2_w), GRAD(ln2_b), GRAD(proj_b), AT(mid), WEIGHT(ln2_w), AT(ln2_mean), AT(ln2_rstd), dres);
 
-    ops->linear_backward_input(AT(datt), dres, NULL, WEIGHT(proj_w), NULL, FN_NONE, prec, N, NH * HS, C);
-    ops->linear_backward_weight(GRAD(proj_w), NULL, dres, AT(att), add, prec, N, NH * HS, C);
-    ops->attention_backward(AT(dqkv), AT(datt), AT(qkv), AT(att), AT(lse), starts_of(m), prec, B, T, NH, NKV, HS);
+    linear_backward(m, P_proj_w, l, AT(datt), NULL, dres, AT(att), NULL, FN_NONE);
+    ops->attention_backward(AT(dqkv), AT(datt), AT(qkv), AT(att), AT(lse), starts_of(m), m->prec, B, T, NH, NKV, HS);
     if (c->pos == POS_ROPE) ops->rope_backward(AT(dqkv), m->cos, m->sin, starts_of(m), B, T, NH, NKV, HS);
-    ops->linear_backward_input(dnorm, AT(dqkv), NULL, WEIGHT(qkv_w), NULL, FN_NONE, prec, N, C, QKV);
-    ops->linear_backward_weight(GRAD(qkv_w), GRAD(qkv_b), AT(dqkv), AT(ln1), add, prec, N, C, QKV);
-    float *below = l > 0 ? param(m, m->grads, P_fc2_b, l - 1) : NULL;
+    linear_backward(m, P_qkv_w, l, ends ? NULL : dnorm, GRAD(qkv_b), AT(dqkv), AT(ln1), NULL, FN_NONE);
+    if (ends) return;
+    float *below = l > 0 ? layout_at(&m->base.layout, m->base.grads, P_fc2_b, l - 1) : NULL;
     norm_backward(m, GRAD(ln1_w), GRAD(ln1_b), below, AT(residual), WEIGHT(ln1_w), AT(ln1_mean), AT(ln1_rstd), dres);
 }
 
-static void zero_floats(const Model *m, int64_t begin, int64_t end) {
-    m->ops->zero(m->grads + begin, (size_t)(end - begin) * sizeof(float));
-}
-
 /* Make ready what this backward pass will add to.  Matrices of the layers are written, not added to, by the first pass
- * of a step, and so is the head's where there are dlogprobs: only the rest is cleared. */
+ * of a step, and so is the head's where there are dlogprobs. */
 static Status begin_grads(Model *m, int head_is_written) {
-    if (!m->grads) {
-        Status s = allocate(m, (void **)&m->grads, m->layout.floats * (int64_t)sizeof(float), "gradients");
-        if (s) return s;
-    }
-    if (m->grads_live) return OK;
-    const Param *p = m->layout.p;
-    for (int i = 0; i < N_PARAMS; i++) {
-        if (!p[i].floats || (p[i].where == LAYERED && p[i].columns)) continue;
-        if (i == head_param(&m->c) && head_is_written) continue;
-        for (int l = 0; l < (p[i].where == LAYERED ? m->c.n_layer : 1); l++) {
-            int64_t at = param(m, m->grads, i, l) - m->grads;
-            zero_floats(m, at, at + p[i].floats);
-        }
-    }
-    return OK;
+    if (!m->trained)
+        return failed(m->error, FROZEN,
+                      "the weights are held in less than fp32, so they are not trained; an adapter is");
+    int written = head_is_written && m->trained == &m->base ? head_param(&m->c) : -1;
+    return block_begin_grads(m->trained, written, m->error);
 }
 
 /* Gradients of hidden (in dnorm) down to the embedding. */
 static Status body_backward(Model *m) {
     const int l = 0, L = m->c.n_layer;
-    norm_backward(m, GRAD(lnf_w), GRAD(lnf_b), param(m, m->grads, P_fc2_b, L - 1), AT(last), WEIGHT(lnf_w),
-                  AT(lnf_mean), AT(lnf_rstd), NULL);
+    norm_backward(m, GRAD(lnf_w), GRAD(lnf_b), layout_at(&m->base.layout, m->base.grads, P_fc2_b, L - 1), AT(last),
+                  WEIGHT(lnf_w), AT(lnf_mean), AT(lnf_rstd), NULL);
     for (int i = L - 1; i >= 0; i--) {
         if (interrupted(m)) return INTERRUPTED;
         block_backward(m, i);
     }
-    m->ops->embedding_backward(GRAD(wte), GRAD(wpe), AT(dres), AT(tokens), starts_of(m), m->B, m->T, m->c.n_embd,
-                               vocab_padded(m));
+    if (m->base.grads)
+        m->ops->embedding_backward(GRAD(wte), GRAD(wpe), AT(dres), AT(tokens), starts_of(m), m->B, m->T, m->c.n_embd,
+                                   vocab_padded(m));
     return OK;
 }
 
@@ -552,16 +684,16 @@ static Status head_backward(Model *m, int has_dhidden) {
 
 /* The pass went through, or it was cut off: then the gradients, half made, are dropped. */
 static Status end_backward(Model *m, Status s) {
-    m->grads_live = s == OK;
+    m->trained->live = s == OK;
     return s;
 }
 
 Status model_backward(Model *m, const float *dlogprobs, const float *dhidden, int64_t B, int64_t T) {
     const char *name = dlogprobs ? "dlogprobs" : "dhidden";
     if (!m->kept)
-        return fail(m, NO_FORWARD, "backward: no forward pass is kept (forward comes first, logits drops it)");
-    if (B != m->B) return fail(m, BAD_SHAPE, "%s: B is %" PRId64 ", the last forward has %d", name, B, m->B);
-    if (T != m->T) return fail(m, BAD_SHAPE, "%s: T is %" PRId64 ", the last forward has %d", name, T, m->T);
+        return failed(m->error, NO_FORWARD, "backward: no forward pass is kept (forward comes first, logits drops it)");
+    if (B != m->B) return failed(m->error, BAD_SHAPE, "%s: B is %" PRId64 ", the last forward has %d", name, B, m->B);
+    if (T != m->T) return failed(m->error, BAD_SHAPE, "%s: T is %" PRId64 ", the last forward has %d", name, T, m->T);
     const int l = 0;
     size_t N = (size_t)m->B * (size_t)m->T;
     Status s = begin_grads(m, dlogprobs != NULL);
@@ -599,38 +731,25 @@ Status model_forward_backward(Model *m, float *logprobs, const float *dlogprobs,
 
 Status model_grads(Model *m, float **grads) {
     Status s = begin_grads(m, 0);
-    if (s) return s;
-    if (!m->grads_live) m->ops->zero(m->grads, (size_t)m->layout.floats * sizeof(float));
-    m->grads_live = 1;
-    *grads = m->grads;
-    return OK;
-}
-
-Status model_moments(Model *m, float *moments[2]) {
-    Status s = OK;
-    if (!m->m) s = allocate(m, (void **)&m->m, 2 * m->layout.floats * (int64_t)sizeof(float), "moments");
-    if (!s) m->v = m->m + m->layout.floats;
-    moments[0] = m->m, moments[1] = m->v;
+    if (!s) s = block_grads(m->trained, m->error);
+    if (!s) *grads = m->trained->grads;
     return s;
 }
 
-/* Neighbours that decay alike are updated as one range. */
-static void adamw_all(Model *m, float weight_decay) {
-    for (int i = 0, j; i < m->n_ranges; i = j) {
-        for (j = i; j < m->n_ranges && m->decays[j] == m->decays[i];) j++;
-        int64_t at = m->ranges[i], n = m->ranges[j] - at;
-        m->ops->adamw(m->weights + at, m->m + at, m->v + at, m->grads + at, m->hyper, m->decays[i] ? weight_decay : 0,
-                      n);
-    }
+Status model_moments(Model *m, float *moments[2]) {
+    if (!m->trained) return begin_grads(m, 0);
+    Status s = block_moments(m->trained, m->error);
+    moments[0] = m->trained->m, moments[1] = m->trained->v;
+    return s;
 }
 
 Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, float eps, float weight_decay,
                     float clip, double skip_above) {
-    if (!m->grads_live) return fail(m, NO_FORWARD, "update: there are no gradients (backward comes first)");
-    float *moments[2];
-    Status s = model_moments(m, moments);
+    Block *b = m->trained;
+    if (!b || !b->live) return failed(m->error, NO_FORWARD, "update: there are no gradients (backward comes first)");
+    Status s = block_moments(b, m->error);
     if (s) return s;
-    double t = (double)m->step + 1, *device_norm = m->sums + m->n_ranges;
+    double t = (double)m->step + 1;
     float hyper[HYPER_COUNT] = {
         [HYPER_LR] = lr,
         [HYPER_BETA1] = beta1,
@@ -640,19 +759,14 @@ Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, 
         [HYPER_C1] = (float)(1 - pow((double)beta1, t)),
         [HYPER_C2] = (float)(1 - pow((double)beta2, t)),
     };
-    m->ops->copy_in(m->hyper, hyper, sizeof hyper);
-    m->ops->square_sums(m->sums, m->grads, m->device_ranges, m->n_ranges);
-    m->ops->clip_scale(m->hyper, device_norm, m->sums, clip, m->n_ranges);
-    m->ops->copy_out(norm, device_norm, sizeof *norm);
+    int updated = block_update(b, norm, hyper, weight_decay, clip, skip_above);
     if (!isfinite(*norm)) {
         char name[64];
-        if (!find_not_finite(m, m->grads, name)) snprintf(name, sizeof name, "the whole");
-        m->grads_live = 0;
-        return fail(m, NOT_FINITE, "update: the gradient of %s is not finite; weights and moments are unchanged", name);
+        if (!find_not_finite(m, b, b->grads, name)) snprintf(name, sizeof name, "the whole");
+        return failed(m->error, NOT_FINITE,
+                      "update: the gradient of %s is not finite; weights and moments are unchanged", name);
     }
-    m->grads_live = 0;
-    if (*norm > skip_above) return OK;
-    adamw_all(m, weight_decay);
+    if (!updated) return OK;
     m->step++;
     m->version++;
     m->kept = 0;
@@ -682,7 +796,7 @@ int model_trace_entries(const Model *m, TraceEntry *out) {
 }
 
 Status model_trace(Model *m, float *out, int i, int layer) {
-    if (!m->kept) return fail(m, NO_FORWARD, "trace: no forward pass is kept");
+    if (!m->kept) return failed(m->error, NO_FORWARD, "trace: no forward pass is kept");
     TraceEntry all[N_ACTS];
     model_trace_entries(m, all);
     size_t n = (size_t)m->B * (size_t)m->T * (size_t)all[i].columns;

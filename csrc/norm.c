@@ -101,7 +101,7 @@ INLINE void backward_row(const Backward *b, int n, float *sums, const int with_m
         vf norm = (vload(x + c, k) - mean) * rstd, dy = vload(dout + c, k), dnorm = dy * vload(b->weight + c, k);
         dnorm_sum = dnorm_sum + dnorm;
         dnorm_norm = vfma(dnorm, norm, dnorm_norm);
-        vstore(sums + c, vfma(dy, norm, vload(sums + c, k)), k);
+        if (b->grads[DWEIGHT]) vstore(sums + c, vfma(dy, norm, vload(sums + c, k)), k);
         if (b->grads[DBIAS]) vstore(sums + C + c, vload(sums + C + c, k) + dy, k);
     }
     const vf through_mean = vset(with_mean ? vsum(dnorm_sum) / (float)C : 0.0f);

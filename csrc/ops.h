@@ -33,6 +33,7 @@ typedef struct {
     void (*copy)(void *dst, const void *src, size_t bytes);     /* within the backend */
     void (*zero)(void *p, size_t bytes);
     int64_t (*packed_bytes)(int prec, int C, int OC); /* of a weight, see linear_pack */
+    int64_t (*held_bytes)(int held, int C, int OC);   /* of a weight, see held_write; of vectors C is 1 */
     int64_t (*page_bytes)(int prec, int NKV, int HS); /* of 64 keys and values, see attention_paged */
     double (*peak_flops)(int prec, double seconds);   /* multiply-adds of one thread, counted as 2, per second */
 #define OP(name, args) void(*name) args;

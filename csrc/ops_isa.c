@@ -28,6 +28,7 @@ static double peak_flops(int prec, double seconds) {
 }
 
 int64_t CAT(packed_bytes, ISA)(int prec, int C, int OC);
+int64_t CAT(held_bytes, ISA)(int held, int C, int OC);
 int64_t CAT(page_bytes, ISA)(int prec, int NKV, int HS);
 
 const Ops CAT(ops, ISA) = {
@@ -40,6 +41,7 @@ const Ops CAT(ops, ISA) = {
     .copy = memory_copy,
     .zero = memory_zero,
     .packed_bytes = CAT(packed_bytes, ISA),
+    .held_bytes = CAT(held_bytes, ISA),
     .page_bytes = CAT(page_bytes, ISA),
     .peak_flops = peak_flops,
 #define OP(name, args) .name = CAT(name, ISA),

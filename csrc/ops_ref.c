@@ -63,16 +63,66 @@ static void column_sums(float *sums, const float *x, int N, int C) {
     }
 }
 
+/* ---- weights that are not trained ------------------------------------------------------------------------------- */
+
+/* int8: up to 64 values that share a scale. */
+typedef struct {
+    float scale;
+    int8_t q[INT8_GROUP];
+} Group;
+
+static int groups_of(int C) { return (C + INT8_GROUP - 1) / INT8_GROUP; }
+
+/* A value that is not finite makes the scale so. */
+static void quantise(Group *groups, const float *x, int C) {
+    for (int g = 0; g < groups_of(C); g++, groups++, x += INT8_GROUP) {
+        int values = min_int(INT8_GROUP, C - g * INT8_GROUP);
+        float max = 0.0f, bad = 0.0f;
+        for (int i = 0; i < values; i++) max = fmaxf(max, fabsf(x[i])), bad += x[i] * 0.0f;
+        float inverse = max > 0.0f ? 127.0f / max : 0.0f;
+        memset(groups->q, 0, sizeof groups->q);
+        for (int i = 0; i < values; i++) groups->q[i] = isfinite(x[i] * inverse) ? (int8_t)rintf(x[i] * inverse) : 0;
+        groups->scale = max / 127.0f + bad;
+    }
+}
+
+static int64_t held_bytes(int held, int C, int OC) {
+    if (held == PREC_INT8) return (int64_t)OC * groups_of(C) * (int64_t)sizeof(Group);
+    return (int64_t)OC * C * (held == PREC_BF16 ? 2 : 4);
+}
+
+static void held_write(void *out, const float *weight, int held, int C, int OC) {
+    for (int64_t o = 0; o < OC; o++) {
+        char *row = (char *)out + held_bytes(held, C, (int)o);
+        if (held == PREC_INT8) quantise((Group *)row, weight + o * C, C);
+        else to_memory(row, weight + o * C, held, C);
+    }
+}
+
+/* n values of row o from column c on */
+static void held_part(float *out, const void *weight, int held, int C, int64_t o, int c, int n) {
+    const char *row = (const char *)weight + held_bytes(held, C, (int)o);
+    const Group *groups = (const Group *)row;
+    if (held != PREC_INT8) from_memory(out, row + (int64_t)c * (held == PREC_BF16 ? 2 : 4), held, n);
+    for (int i = 0; i < n && held == PREC_INT8; i++)
+        out[i] = groups[(c + i) / INT8_GROUP].q[(c + i) % INT8_GROUP] * groups[(c + i) / INT8_GROUP].scale;
+}
+
+static void held_read(float *weight, const void *in, int held, int C, int OC) {
+    for (int64_t o = 0; o < OC; o++) held_part(weight + o * C, in, held, C, o, 0, C);
+}
+
 /* ---- embedding ------------------------------------------------------------------------------------------------- */
 
 static int position(const int32_t *starts, int64_t bt, int T) { return (int)(bt % T) - (starts ? starts[bt] : 0); }
 
-static void embedding_forward(float *out, const int32_t *tokens, const int32_t *starts, const float *wte,
+static void embedding_forward(float *out, const int32_t *tokens, const int32_t *starts, const void *wte, int held,
                               const float *wpe, int B, int T, int C) {
     for (int64_t bt = 0; bt < (int64_t)B * T; bt++) {
-        const float *wte_v = wte + (int64_t)tokens[bt] * C;
+        float *out_bt = out + bt * C;
+        held_read(out_bt, (const char *)wte + held_bytes(held, C, tokens[bt]), held, C, 1);
         const float *wpe_p = wpe ? wpe + (int64_t)position(starts, bt, T) * C : NULL;
-        for (int c = 0; c < C; c++) out[bt * C + c] = wpe ? wte_v[c] + wpe_p[c] : wte_v[c];
+        for (int c = 0; c < C && wpe; c++) out_bt[c] += wpe_p[c];
     }
 }
 
@@ -163,7 +213,7 @@ static void norm_backward(float *din, float *dweight, float *dbias, float *dbias
             din[row + c] = dres ? dres[row + c] + d : d;
         }
     }
-    for (int c = 0; c < C; c++) dweight[c] += (float)sum[c];
+    for (int c = 0; c < C && dweight; c++) dweight[c] += (float)sum[c];
     if (dbias) column_sums(dbias, dout, N, C);
     if (dbias_in) column_sums(dbias_in, din, N, C);
 }
@@ -183,11 +233,21 @@ static void rmsnorm_backward(float *din, float *dweight, float *dbias_in, const 
 
 enum { TILE_ROWS = 64, TILE_COLS = 64 };
 
-/* One operand of a product: element (i, j) is at p[i * row + j * col], so that a transpose is a swap. */
+/* One operand of a product: element (i, j) is value first + i * row + j * col, so that a transpose is a swap.  A weight
+ * may be held otherwise than as floats: then its rows have C values. */
 typedef struct {
-    const float *p;
-    int64_t row, col;
+    const void *p;
+    int64_t first, row, col;
+    int held, C;
 } Matrix;
+
+static float element(const Matrix *m, int64_t i, int64_t j) {
+    int64_t at = m->first + i * m->row + j * m->col;
+    if (m->held == PREC_FP32) return ((const float *)m->p)[at];
+    float x;
+    held_part(&x, m->p, m->held, m->C, at / m->C, (int)(at % m->C), 1);
+    return x;
+}
 
 /* sums (rows, cols) = A (rows, K) @ B (K, cols) in the contract's order.  A K block of B is gathered once and then used
  * for every row. */
@@ -199,9 +259,9 @@ static void multiply(float sums[][TILE_COLS], Matrix A, Matrix B, int prec, int 
     for (int k0 = 0; k0 < K; k0 += block) {
         int kc = min_int(block, K - k0);
         for (int j = 0; j < cols; j++)
-            for (int k = 0; k < kc; k++) b[k][j] = operand(B.p[(k0 + k) * B.row + j * B.col], prec);
+            for (int k = 0; k < kc; k++) b[k][j] = operand(element(&B, k0 + k, j), prec);
         for (int i = 0; i < rows; i++) {
-            for (int k = 0; k < kc; k++) a[k] = operand(A.p[i * A.row + (k0 + k) * A.col], prec);
+            for (int k = 0; k < kc; k++) a[k] = operand(element(&A, i, k0 + k), prec);
             float chain[TILE_COLS] = {0};
             for (int k = 0; k < kc; k++) add_scaled(chain, a[k], b[k], cols);
             for (int j = 0; j < cols; j++) sums[i][j] += chain[j];
@@ -228,13 +288,14 @@ static float dgelu(int fn, float x) {
     return 1.0f;
 }
 
-static void linear_forward(float *out, float *pre, const float *in, const float *weight, const float *bias,
+static void linear_forward(float *out, float *pre, const float *in, const void *weight, int held, const float *bias,
                            const float *residual, int fn, int prec, int N, int C, int OC) {
     float sums[TILE_ROWS][TILE_COLS];
     for (int n0 = 0; n0 < N; n0 += TILE_ROWS)
         for (int o0 = 0; o0 < OC; o0 += TILE_COLS) {
             int rows = min_int(TILE_ROWS, N - n0), cols = min_int(TILE_COLS, OC - o0);
-            Matrix A = {in + (int64_t)n0 * C, C, 1}, B = {weight + (int64_t)o0 * C, 1, C};
+            Matrix A = {.p = in, .first = (int64_t)n0 * C, .row = C, .col = 1};
+            Matrix B = {.p = weight, .first = (int64_t)o0 * C, .row = 1, .col = C, .held = held, .C = C};
             multiply(sums, A, B, prec, rows, cols, C);
             for (int i = 0; i < rows; i++)
                 for (int j = 0; j < cols; j++) {
@@ -245,27 +306,6 @@ static void linear_forward(float *out, float *pre, const float *in, const float 
                     out[at] = residual ? y + residual[at] : y;
                 }
         }
-}
-
-/* int8: up to 64 values that share a scale. */
-typedef struct {
-    float scale;
-    int8_t q[INT8_GROUP];
-} Group;
-
-static int groups_of(int C) { return (C + INT8_GROUP - 1) / INT8_GROUP; }
-
-/* A value that is not finite makes the scale so. */
-static void quantise(Group *groups, const float *x, int C) {
-    for (int g = 0; g < groups_of(C); g++, groups++, x += INT8_GROUP) {
-        int values = min_int(INT8_GROUP, C - g * INT8_GROUP);
-        float max = 0.0f, bad = 0.0f;
-        for (int i = 0; i < values; i++) max = fmaxf(max, fabsf(x[i])), bad += x[i] * 0.0f;
-        float inverse = max > 0.0f ? 127.0f / max : 0.0f;
-        memset(groups->q, 0, sizeof groups->q);
-        for (int i = 0; i < values; i++) groups->q[i] = isfinite(x[i] * inverse) ? (int8_t)rintf(x[i] * inverse) : 0;
-        groups->scale = max / 127.0f + bad;
-    }
 }
 
 static float int8_dot(const Group *a, const Group *b, int C) {
@@ -291,61 +331,32 @@ static void int8_product(float *out, const float *in, const Group *weight, const
     }
 }
 
-/* Plain loops gain nothing from another order: a packed weight is a copy of the rounded one. */
-static int64_t packed_bytes(int prec, int C, int OC) {
-    if (prec == PREC_INT8) return (int64_t)OC * groups_of(C) * (int64_t)sizeof(Group);
-    return (int64_t)OC * C * (prec == PREC_BF16 ? 2 : 4);
-}
+/* Plain loops gain nothing from another order: a packed weight is a held one. */
+static int64_t packed_bytes(int prec, int C, int OC) { return held_bytes(prec, C, OC); }
 
 static void linear_pack(void *packed, const float *weight, int prec, int C, int OC) {
-    for (int64_t o = 0; o < OC; o++) {
-        char *row = (char *)packed + packed_bytes(prec, C, (int)o);
-        if (prec == PREC_INT8) quantise((Group *)row, weight + o * C, C);
-        else to_memory(row, weight + o * C, prec, C);
-    }
+    held_write(packed, weight, prec, C, OC);
 }
 
 static void embedding_packed(float *out, const int32_t *tokens, const int32_t *starts, const void *packed,
                              const float *wpe, int prec, int B, int T, int C) {
-    for (int bt = 0; bt < B * T; bt++, out += C) {
-        const char *row = (const char *)packed + packed_bytes(prec, C, tokens[bt]);
-        const Group *groups = (const Group *)row;
-        if (prec != PREC_INT8) from_memory(out, row, prec, C);
-        for (int c = 0; c < C && prec == PREC_INT8; c++)
-            out[c] = groups[c / INT8_GROUP].q[c % INT8_GROUP] * groups[c / INT8_GROUP].scale;
-        for (int c = 0; c < C && wpe; c++) out[c] += wpe[(int64_t)position(starts, bt, T) * C + c];
-    }
+    embedding_forward(out, tokens, starts, packed, prec, wpe, B, T, C);
 }
 
 static void linear_packed(float *out, const float *in, const void *packed, const float *bias, const float *residual,
                           int fn, int prec, int N, int C, int OC) {
-    enum { STRIP = 64 }; /* rows of the weight at a time */
-    if (prec == PREC_INT8) {
-        int8_product(out, in, packed, bias, residual, fn, N, C, OC);
-        return;
-    }
-    float *weight = scratch(SCRATCH_CALL), *part = weight + (int64_t)STRIP * C,
-          *part_residual = part + (int64_t)STRIP * N;
-    for (int o = 0; o < OC; o += STRIP) {
-        int columns = min_int(STRIP, OC - o);
-        from_memory(weight, (const char *)packed + packed_bytes(prec, C, o), prec, columns * C);
-        for (int n = 0; n < N && residual; n++)
-            memcpy(part_residual + (int64_t)n * columns, residual + (int64_t)n * OC + o,
-                   (size_t)columns * sizeof *part);
-        linear_forward(part, NULL, in, weight, bias ? bias + o : NULL, residual ? part_residual : NULL, fn, prec, N, C,
-                       columns);
-        for (int n = 0; n < N; n++)
-            memcpy(out + (int64_t)n * OC + o, part + (int64_t)n * columns, (size_t)columns * sizeof *part);
-    }
+    if (prec == PREC_INT8) int8_product(out, in, packed, bias, residual, fn, N, C, OC);
+    else linear_forward(out, NULL, in, packed, prec, bias, residual, fn, prec, N, C, OC);
 }
 
-static void linear_backward_input(float *din, const float *dout, const float *dres, const float *weight,
+static void linear_backward_input(float *din, const float *dout, const float *dres, const void *weight, int held,
                                   const float *pre, int fn, int prec, int N, int C, int OC) {
     float sums[TILE_ROWS][TILE_COLS];
     for (int n0 = 0; n0 < N; n0 += TILE_ROWS)
         for (int c0 = 0; c0 < C; c0 += TILE_COLS) {
             int rows = min_int(TILE_ROWS, N - n0), cols = min_int(TILE_COLS, C - c0);
-            Matrix A = {dout + (int64_t)n0 * OC, OC, 1}, B = {weight + c0, C, 1};
+            Matrix A = {.p = dout, .first = (int64_t)n0 * OC, .row = OC, .col = 1};
+            Matrix B = {.p = weight, .first = c0, .row = C, .col = 1, .held = held, .C = C};
             multiply(sums, A, B, prec, rows, cols, OC);
             for (int i = 0; i < rows; i++)
                 for (int j = 0; j < cols; j++) {
@@ -366,7 +377,8 @@ static void linear_backward_weight(float *dweight, float *dbias, const float *do
             int rows = min_int(TILE_ROWS, OC - o0), cols = min_int(TILE_COLS, C - c0);
             memset(total, 0, sizeof total);
             for (int n0 = 0; n0 < N; n0 += chain) {
-                Matrix A = {dout + (int64_t)n0 * OC + o0, 1, OC}, B = {in + (int64_t)n0 * C + c0, C, 1};
+                Matrix A = {.p = dout, .first = (int64_t)n0 * OC + o0, .row = 1, .col = OC};
+                Matrix B = {.p = in, .first = (int64_t)n0 * C + c0, .row = C, .col = 1};
                 multiply(sums, A, B, prec, rows, cols, min_int(chain, N - n0));
                 for (int i = 0; i < rows; i++)
                     for (int j = 0; j < cols; j++) total[i][j] += (double)sums[i][j];
@@ -378,6 +390,36 @@ static void linear_backward_weight(float *dweight, float *dbias, const float *do
                 }
         }
     if (dbias) column_sums(dbias, dout, N, OC);
+}
+
+/* ---- GELU by itself, LoRA ---------------------------------------------------------------------------------------- */
+
+static void gelu_forward(float *out, const float *in, int fn, int N, int F) {
+    for (int64_t i = 0; i < (int64_t)N * F; i++) out[i] = gelu(fn, in[i]);
+}
+
+static void gelu_backward(float *din, const float *dout, const float *in, int fn, int N, int F) {
+    for (int64_t i = 0; i < (int64_t)N * F; i++) din[i] = dout[i] * dgelu(fn, in[i]);
+}
+
+static void lora_spread(float *dense, const float *blocks, const int32_t *rows, float scale, int J, int r, int OC) {
+    int64_t width = (int64_t)J * r;
+    memset(dense, 0, (size_t)(OC * width) * sizeof *dense);
+    for (int j = 0; j < J; j++)
+        for (int o = rows[2 * j]; o < rows[2 * j + 1]; o++)
+            for (int i = 0; i < r; i++) dense[o * width + j * r + i] = scale * *blocks++;
+}
+
+static void lora_gather(float *dblocks, const float *ddense, const int32_t *rows, float scale, int accumulate, int J,
+                        int r, int OC) {
+    int64_t width = (int64_t)J * r;
+    (void)OC;
+    for (int j = 0; j < J; j++)
+        for (int o = rows[2 * j]; o < rows[2 * j + 1]; o++)
+            for (int i = 0; i < r; i++, dblocks++) {
+                float d = scale * ddense[o * width + j * r + i];
+                *dblocks = accumulate ? *dblocks + d : d;
+            }
 }
 
 /* ---- SwiGLU ---------------------------------------------------------------------------------------------------- */
@@ -716,6 +758,7 @@ const Ops ops_ref = {
     .copy = memory_copy,
     .zero = memory_zero,
     .packed_bytes = packed_bytes,
+    .held_bytes = held_bytes,
     .page_bytes = page_bytes,
     .peak_flops = peak_flops,
 #define OP(name, args) .name = name,

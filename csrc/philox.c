@@ -32,7 +32,7 @@ double philox_uniform(uint64_t seed, uint32_t stream, uint64_t row, uint64_t pos
 
 typedef struct {
     float *out;
-    int64_t n;
+    int64_t first, n;
     float std;
     uint64_t seed, row;
     uint32_t stream;
@@ -50,18 +50,21 @@ static void two_normals(float *x, float *y, uint32_t a, uint32_t b, float std) {
 
 static void normal_task(void *context, int task) {
     const Normal *a = context;
-    int64_t begin = (int64_t)task * NORMALS_A_TASK, end = begin + NORMALS_A_TASK < a->n ? begin + NORMALS_A_TASK : a->n;
-    for (int64_t i = begin; i < end; i += 4) {
+    const int64_t end = a->first + a->n;
+    int64_t begin = a->first + (int64_t)task * NORMALS_A_TASK, stop = begin + NORMALS_A_TASK;
+    if (stop > end) stop = end;
+    for (int64_t i = begin / 4 * 4; i < stop; i += 4) { /* four come together */
         uint32_t r[4];
         float x[4];
         philox(r, a->seed, a->stream, a->row, (uint64_t)i / 4);
         two_normals(x, x + 1, r[0], r[1], a->std);
         two_normals(x + 2, x + 3, r[2], r[3], a->std);
-        for (int64_t j = 0; j < 4 && i + j < end; j++) a->out[i + j] = x[j];
+        for (int j = 0; j < 4; j++)
+            if (i + j >= begin && i + j < stop) a->out[i + j - a->first] = x[j];
     }
 }
 
-void philox_normal(float *out, int64_t n, float std, uint64_t seed, uint32_t stream, uint64_t row) {
-    Normal a = {out, n, std, seed, row, stream};
+void philox_normal(float *out, int64_t first, int64_t n, float std, uint64_t seed, uint32_t stream, uint64_t row) {
+    Normal a = {out, first, n, std, seed, row, stream};
     parallel_for(normal_task, &a, (int)((n + NORMALS_A_TASK - 1) / NORMALS_A_TASK));
 }

@@ -2,12 +2,11 @@
  * layers.  As model.c it does no arithmetic on numbers of the model: it walks the layers through the operator table. */
 #include "session.h"
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include "layout.h"
-#include "system.h"
+#include "adapter.h"
+#include "status.h"
 
 /* Tokens that go through the layers at a time: the activations of a long prompt stay within a few MB. */
 enum { SLICE = 512, ALIGN_BYTES = 64 };
@@ -22,9 +21,18 @@ typedef struct {
 /* What one slice of tokens needs, in an arena that grows. */
 typedef struct {
     int32_t *tokens, *starts, *first, *past, *table; /* starts: so that t - starts is the position */
-    act *x, *norm, *qkv, *att, *mid, *fc, *fch;
+    act *x, *norm, *qkv, *att, *mid, *fc, *fch, *low;
     float *mean, *rstd;
 } Slice;
+
+/* An adapter's A's and B's (the B's as one matrix each, see adapter.h), packed, layer after layer. */
+typedef struct {
+    Adapter of; /* of rank 0: none */
+    int prec;
+    char *packed;
+    float *dense; /* one matrix of B's on its way */
+    int64_t at[LINEARS][2], layer, bytes, dense_bytes;
+} Added;
 
 struct Session {
     Config c;
@@ -36,6 +44,8 @@ struct Session {
     int64_t packed_at[N_PARAMS], packed_layer[N_PARAMS], packed_bytes;
     const float *plain[N_PARAMS]; /* layer 0 of what is read as it is: in another's block, or in `own` */
     int64_t plain_layer[N_PARAMS];
+    int embedding_held; /* how the embedding lies there */
+    Added added;
     float *own, *part; /* of a session that takes its weights in parts; rows that wait to be packed */
     int64_t own_bytes, part_bytes;
     float *cos, *sin;
@@ -52,7 +62,7 @@ struct Session {
     int64_t arena_bytes, head_bytes;
     int R; /* rows of the last step */
     int (*poll)(void);
-    char error[512];
+    char error[ERROR_ROOM];
 };
 
 const char *session_error(const Session *s) { return s->error; }
@@ -62,23 +72,7 @@ int session_pages(const Session *s) { return s->pages; }
 int session_pages_free(const Session *s) { return s->n_free; }
 int session_stale(const Session *s, int row) { return s->rows[row].length && s->rows[row].version != s->version; }
 
-static Status fail(Session *s, Status status, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(s->error, sizeof s->error, format, args);
-    va_end(args);
-    return status;
-}
-
 static int64_t aligned(int64_t bytes) { return (bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES; }
-
-static Status allocate(Session *s, void **p, int64_t bytes, const char *purpose) {
-    int64_t there = system_memory_free();
-    *p = bytes <= there ? s->ops->alloc((size_t)bytes) : NULL;
-    if (*p) return OK;
-    return fail(s, NO_MEMORY, "%s: %.2f GiB needed, %.2f GiB free", purpose, (double)bytes / (1 << 30),
-                (double)there / (1 << 30));
-}
 
 /* ---- weights ----------------------------------------------------------------------------------------------------- */
 
@@ -133,27 +127,108 @@ static void taken(Session *s, int64_t version) {
     s->R = 0;
 }
 
-void session_load(Session *s, const float *weights, int64_t version) {
-    for (int i = 0; i < N_PARAMS; i++) {
-        const Param *p = &s->layout.p[i];
-        s->plain[i] = weights + p->offset;
-        s->plain_layer[i] = s->layout.layer_floats;
-        for (int l = 0; is_packed(s, i) && l < layers_of(s, i); l++)
-            s->ops->linear_pack(packed(s, i, l), weight(s, i, l), s->prec, (int)p->columns, (int)p->rows);
+/* ---- an adapter ---- */
+
+static void free_added(Session *s) {
+    if (s->added.packed) s->ops->free(s->added.packed, (size_t)s->added.bytes);
+    if (s->added.dense) s->ops->free(s->added.dense, (size_t)s->added.dense_bytes);
+    s->added = (Added){0};
+}
+
+/* Where each part lies; products of an adapter are not rounded to int8. */
+static Status place_added(Session *s, const Adapter *adapter) {
+    Added *a = &s->added;
+    *a = (Added){.of = *adapter, .prec = s->prec == PREC_INT8 ? PREC_BF16 : s->prec};
+    for (int slot = 0; slot < LINEARS; slot++) {
+        const Param *p = &s->layout.p[P_qkv_w + slot];
+        int R = adapter_width(adapter, P_qkv_w + slot);
+        a->at[slot][ADAPTER_A] = a->layer;
+        a->layer += aligned(s->ops->packed_bytes(a->prec, (int)p->columns, R));
+        a->at[slot][ADAPTER_B] = a->layer;
+        a->layer += aligned(s->ops->packed_bytes(a->prec, R, (int)p->rows));
     }
-    taken(s, version);
+    a->bytes = a->layer * s->c.n_layer;
+    a->dense_bytes = adapter_dense(adapter, &s->layout) * (int64_t)sizeof(float);
+    Status status = allocate(s->ops, s->error, (void **)&a->packed, a->bytes, "packed adapter");
+    if (!status) status = allocate(s->ops, s->error, (void **)&a->dense, a->dense_bytes, "adapter");
+    if (status) free_added(s);
+    return status;
+}
+
+static char *added_part(const Session *s, int slot, int part, int l) {
+    return s->added.packed + l * s->added.layer + s->added.at[slot][part];
+}
+
+static Status load_added(Session *s, Model *m) {
+    const Adapter *a = model_adapter(m);
+    if (!a) return OK;
+    Status status = s->added.of.rank ? OK : place_added(s, a);
+    for (int slot = 0; slot < LINEARS && !status; slot++) {
+        const int R = adapter_width(a, P_qkv_w + slot), C = (int)s->layout.p[P_qkv_w + slot].columns,
+                  OC = (int)s->layout.p[P_qkv_w + slot].rows;
+        for (int l = 0; R && l < s->c.n_layer; l++) {
+            const float *A = layout_at(&a->layout, model_added(m), 2 * slot + ADAPTER_A, l),
+                        *B = layout_at(&a->layout, model_added(m), 2 * slot + ADAPTER_B, l);
+            s->ops->linear_pack(added_part(s, slot, ADAPTER_A, l), A, s->added.prec, C, R);
+            s->ops->lora_spread(s->added.dense, B, model_groups(m, slot), a->scale, a->J[slot], a->rank, OC);
+            s->ops->linear_pack(added_part(s, slot, ADAPTER_B, l), s->added.dense, s->added.prec, R, OC);
+        }
+    }
+    return status;
+}
+
+/* ---- weights of a model ---- */
+
+/* Rows of one tensor of the model's block, held so, packed in parts: each is made floats first. */
+static void pack_held(Session *s, char *to, const char *from, const Param *p) {
+    const int C = (int)p->columns;
+    for (int64_t row = 0; row < p->rows; row += PACK_ROWS) {
+        int n = (int)(p->rows - row < PACK_ROWS ? p->rows - row : PACK_ROWS);
+        s->ops->held_read(s->part, from + s->ops->held_bytes(p->held, C, (int)row), p->held, C, n);
+        s->ops->linear_pack(to + s->ops->packed_bytes(s->prec, C, (int)row), s->part, s->prec, C, n);
+    }
+}
+
+static Status allocate_part(Session *s) {
+    int64_t most = 0;
+    for (int i = 0; i < N_PARAMS; i++)
+        if (is_packed(s, i) && s->layout.p[i].columns > most) most = s->layout.p[i].columns;
+    s->part_bytes = most * PACK_ROWS * (int64_t)sizeof(float);
+    return allocate(s->ops, s->error, (void **)&s->part, s->part_bytes, "weights that wait to be packed");
+}
+
+static void free_part(Session *s) {
+    if (s->part) s->ops->free(s->part, (size_t)s->part_bytes);
+    s->part = NULL;
+}
+
+Status session_load(Session *s, Model *m, int64_t version) {
+    const int held = model_held(m);
+    const Layout from = held_layout(&s->c, s->ops, held);
+    Status status = held == PREC_FP32 ? OK : allocate_part(s);
+    if (!status) status = load_added(s, m);
+    for (int i = 0; i < N_PARAMS && !status; i++) {
+        const Param *p = &from.p[i];
+        s->plain[i] = model_weights(m) + p->offset;
+        s->plain_layer[i] = from.layer_floats;
+        for (int l = 0; is_packed(s, i) && l < layers_of(s, i); l++) {
+            const float *w = weight(s, i, l);
+            if (p->held == PREC_FP32) s->ops->linear_pack(packed(s, i, l), w, s->prec, (int)p->columns, (int)p->rows);
+            else pack_held(s, packed(s, i, l), (const char *)w, p);
+        }
+    }
+    s->embedding_held = held;
+    free_part(s);
+    if (!status) taken(s, version);
+    return status;
 }
 
 /* ---- weights in parts -------------------------------------------------------------------------------------------- */
 
 Status session_begin(Session *s) {
-    int64_t most = 0;
-    for (int i = 0; i < N_PARAMS; i++)
-        if (is_packed(s, i) && s->layout.p[i].columns > most) most = s->layout.p[i].columns;
     s->own_bytes = own_layout(s, NULL);
-    s->part_bytes = most * PACK_ROWS * (int64_t)sizeof(float);
-    Status status = allocate(s, (void **)&s->own, s->own_bytes, "weights that are not packed");
-    if (!status) status = allocate(s, (void **)&s->part, s->part_bytes, "weights that wait to be packed");
+    Status status = allocate(s->ops, s->error, (void **)&s->own, s->own_bytes, "weights that are not packed");
+    if (!status) status = allocate_part(s);
     if (!status) own_layout(s, s->own);
     return status;
 }
@@ -203,23 +278,11 @@ void session_put(Session *s, int64_t offset, const float *values, int64_t floats
 }
 
 void session_end(Session *s, int64_t version) {
-    s->ops->free(s->part, (size_t)s->part_bytes);
-    s->part = NULL;
+    free_part(s);
     taken(s, version);
 }
 
 /* ---- life -------------------------------------------------------------------------------------------------------- */
-
-static Status rope_tables(Session *s) {
-    size_t n = (size_t)s->c.context * (size_t)(s->c.head_size / 2), bytes = n * sizeof(float);
-    float *table = malloc(2 * bytes);
-    if (!table) return fail(s, NO_MEMORY, "rope tables: no memory");
-    rope_angles(&s->c, table, table + n);
-    Status status = allocate(s, (void **)&s->cos, (int64_t)(2 * bytes), "rope tables");
-    if (!status) s->sin = s->cos + n, s->ops->copy_in(s->cos, table, 2 * bytes);
-    free(table);
-    return status;
-}
 
 /* Attention rounds its operands to bf16 wherever weights are less than fp32, so nothing is lost in the cache. */
 static int cache_precision(int prec) { return prec == PREC_FP32 ? PREC_FP32 : PREC_BF16; }
@@ -254,11 +317,11 @@ Session *session_create(const Config *c, const Ops *ops, int prec, int pages, ch
     Status status = OK;
     s->owners = calloc((size_t)pages, sizeof *s->owners);
     s->free_pages = malloc((size_t)pages * sizeof *s->free_pages);
-    if (!s->owners || !s->free_pages) status = fail(s, NO_MEMORY, "table of pages: no memory");
+    if (!s->owners || !s->free_pages) status = failed(s->error, NO_MEMORY, "table of pages: no memory");
     for (int i = 0; i < pages && !status; i++) s->free_pages[i] = pages - 1 - i; /* the first page on top */
-    if (!status) status = allocate(s, (void **)&s->packed, s->packed_bytes, "packed weights");
-    if (!status) status = allocate(s, (void **)&s->pool, c->n_layer * s->page_bytes * pages, "KV cache");
-    if (!status && c->pos == POS_ROPE) status = rope_tables(s);
+    if (!status) status = allocate(s->ops, s->error, (void **)&s->packed, s->packed_bytes, "packed weights");
+    if (!status) status = allocate(s->ops, s->error, (void **)&s->pool, c->n_layer * s->page_bytes * pages, "KV cache");
+    if (!status && c->pos == POS_ROPE) status = rope_tables(c, ops, s->error, &s->cos, &s->sin);
     if (!status) return s;
     snprintf(error, (size_t)size, "%s", s->error);
     session_free(s);
@@ -267,12 +330,12 @@ Session *session_create(const Config *c, const Ops *ops, int prec, int pages, ch
 
 void session_free(Session *s) {
     if (!s) return;
-    size_t half_table = (size_t)s->c.context * (size_t)(s->c.head_size / 2) * sizeof(float);
     if (s->packed) s->ops->free(s->packed, (size_t)s->packed_bytes);
     if (s->own) s->ops->free(s->own, (size_t)s->own_bytes);
-    if (s->part) s->ops->free(s->part, (size_t)s->part_bytes);
+    free_part(s);
     if (s->pool) s->ops->free(s->pool, (size_t)(s->c.n_layer * s->page_bytes * s->pages));
-    if (s->cos) s->ops->free(s->cos, 2 * half_table);
+    if (s->cos) s->ops->free(s->cos, (size_t)rope_bytes(&s->c));
+    free_added(s);
     if (s->arena) s->ops->free(s->arena, (size_t)s->arena_bytes);
     if (s->head) s->ops->free(s->head, (size_t)s->head_bytes);
     for (int i = 0; i < s->n_rows; i++) free(s->rows[i].pages);
@@ -285,7 +348,7 @@ void session_free(Session *s) {
 /* ---- rows and pages ---------------------------------------------------------------------------------------------- */
 
 static int no_memory(Session *s) {
-    fail(s, NO_MEMORY, "table of rows: no memory");
+    failed(s->error, NO_MEMORY, "table of rows: no memory");
     return -1;
 }
 
@@ -378,12 +441,12 @@ static void copy_tail(Session *s, Row *r) {
 static Status take_pages(Session *s, const int *rows, const int *counts, int R) {
     int needed = session_pages_needed(s, rows, counts, R);
     if (needed > s->n_free)
-        return fail(s, CACHE_FULL, "the cache is full: %d more pages of %d tokens needed, %d of %d free", needed,
-                    KEY_BLOCK, s->n_free, s->pages);
+        return failed(s->error, CACHE_FULL, "the cache is full: %d more pages of %d tokens needed, %d of %d free",
+                      needed, KEY_BLOCK, s->n_free, s->pages);
     for (int i = 0; i < R; i++) {
         Row *r = &s->rows[rows[i]];
         if (!reserve(r, pages_for(r->length + counts[i])))
-            return fail(s, NO_MEMORY, "a row's list of pages: no memory");
+            return failed(s->error, NO_MEMORY, "a row's list of pages: no memory");
     }
     for (int i = 0; i < R; i++) {
         Row *r = &s->rows[rows[i]];
@@ -416,19 +479,30 @@ static int64_t place(const Field *list, size_t n, char *arena) {
     return at;
 }
 
+/* Of the adapter of linear layer w; 0: it has none. */
+static int width_of(const Session *s, int w) { return s->added.of.rank ? adapter_width(&s->added.of, w) : 0; }
+
 /* The arena of N tokens of R rows with up to `pages` pages each. */
 static int64_t slice_layout(const Session *s, Slice *out, char *arena, int64_t N, int64_t R, int64_t pages) {
     const Config *c = &s->c;
     LIST_SIZES;
     const int64_t A = (int64_t)s->ops->act_bytes;
     const Field list[] = {
-        {&out->tokens, 4 * N},        {&out->starts, 4 * N},
-        {&out->first, 4 * (R + 1)},   {&out->past, 4 * R},
-        {&out->mean, 4 * N},          {&out->rstd, 4 * N},
-        {&out->table, 4 * R * pages}, {&out->x, A * C * N},
-        {&out->norm, A * C * N},      {&out->qkv, A * QKV * N},
-        {&out->att, A * AO * N},      {&out->mid, A * C * N},
-        {&out->fch, A * F * N},       {&out->fc, GATED ? A * FC * N : 0},
+        {&out->tokens, 4 * N},
+        {&out->starts, 4 * N},
+        {&out->first, 4 * (R + 1)},
+        {&out->past, 4 * R},
+        {&out->mean, 4 * N},
+        {&out->rstd, 4 * N},
+        {&out->table, 4 * R * pages},
+        {&out->x, A * C * N},
+        {&out->norm, A * C * N},
+        {&out->qkv, A * QKV * N},
+        {&out->att, A * AO * N},
+        {&out->mid, A * C * N},
+        {&out->fch, A * F * N},
+        {&out->fc, GATED || width_of(s, P_fc_w) ? A * FC * N : 0},
+        {&out->low, A * adapter_most(&s->added.of) * N},
     };
     return place(list, sizeof list / sizeof *list, arena);
 }
@@ -438,7 +512,7 @@ static Status grow(Session *s, char **p, int64_t *have, int64_t bytes, const cha
     if (bytes <= *have) return OK;
     if (*p) s->ops->free(*p, (size_t)*have);
     *p = NULL, *have = 0;
-    Status status = allocate(s, (void **)p, bytes, purpose);
+    Status status = allocate(s->ops, s->error, (void **)p, bytes, purpose);
     if (!status) *have = bytes;
     return status;
 }
@@ -452,18 +526,34 @@ static void norm_forward(const Session *s, act *out, float *mean, float *rstd, c
     else s->ops->rmsnorm_forward(out, rstd, in, weight(s, weight_, l), c->norm_eps, N, c->n_embd);
 }
 
-static void linear(const Session *s, act *out, const act *in, int matrix, int bias, const act *residual, int fn, int l,
-                   int N) {
-    const Param *p = &s->layout.p[matrix];
-    s->ops->linear_packed(out, in, packed(s, matrix, l), weight(s, bias, l), residual, fn, s->prec, N, (int)p->columns,
-                          (int)p->rows);
+/* out += what the adapter of linear layer w makes of `in` */
+static void adapter_forward(const Session *s, const Slice *b, int w, int l, act *out, const act *in, int N) {
+    const Param *p = &s->layout.p[w];
+    const int slot = w - P_qkv_w, R = width_of(s, w), prec = s->added.prec;
+    s->ops->linear_packed(b->low, in, added_part(s, slot, ADAPTER_A, l), NULL, NULL, FN_NONE, prec, N, (int)p->columns,
+                          R);
+    s->ops->linear_packed(out, b->low, added_part(s, slot, ADAPTER_B, l), NULL, out, FN_NONE, prec, N, R, (int)p->rows);
+}
+
+/* As in model.c; where the layer has a function b->fc takes what comes before it. */
+static void linear(const Session *s, const Slice *b, int w, int bias, int l, act *out, const act *in,
+                   const act *residual, int fn, int N) {
+    const Param *p = &s->layout.p[w];
+    const int apart = width_of(s, w) && fn != FN_NONE;
+    act *sum = apart ? b->fc : out;
+    s->ops->linear_packed(sum, in, packed(s, w, l), weight(s, bias, l), residual, apart ? FN_NONE : fn, s->prec, N,
+                          (int)p->columns, (int)p->rows);
+    if (width_of(s, w)) adapter_forward(s, b, w, l, sum, in, N);
+    if (apart) s->ops->gelu_forward(out, b->fc, fn, N, (int)p->rows);
 }
 
 static void embed(const Session *s, const Slice *b, int N) {
     const float *wpe = weight(s, P_wpe, 0);
     if (embeds_packed(s))
         s->ops->embedding_packed(b->x, b->tokens, b->starts, packed(s, P_wte, 0), wpe, s->prec, 1, N, s->c.n_embd);
-    else s->ops->embedding_forward(b->x, b->tokens, b->starts, weight(s, P_wte, 0), wpe, 1, N, s->c.n_embd);
+    else
+        s->ops->embedding_forward(b->x, b->tokens, b->starts, weight(s, P_wte, 0), s->embedding_held, wpe, 1, N,
+                                  s->c.n_embd);
 }
 
 /* As block_forward of model.c, nothing kept for a backward pass. */
@@ -474,19 +564,19 @@ static void block_forward(const Session *s, const Slice *b, int l, int N, int R,
     char *layer = s->pool + l * s->page_bytes * s->pages;
 
     norm_forward(s, b->norm, b->mean, b->rstd, b->x, P_ln1_w, P_ln1_b, l, N);
-    linear(s, b->qkv, b->norm, P_qkv_w, P_qkv_b, NULL, FN_NONE, l, N);
+    linear(s, b, P_qkv_w, P_qkv_b, l, b->qkv, b->norm, NULL, FN_NONE, N);
     if (c->pos == POS_ROPE) ops->rope_forward(b->qkv, s->cos, s->sin, b->starts, 1, N, NH, NKV, HS);
     ops->attention_paged(b->att, layer, b->qkv, b->table, b->first, b->past, s->cache_prec, R, pages, NH, NKV, HS);
-    linear(s, b->mid, b->att, P_proj_w, P_proj_b, b->x, FN_NONE, l, N);
+    linear(s, b, P_proj_w, P_proj_b, l, b->mid, b->att, b->x, FN_NONE, N);
 
     norm_forward(s, b->norm, b->mean, b->rstd, b->mid, P_ln2_w, P_ln2_b, l, N);
     if (c->act == MLP_SWIGLU) {
-        linear(s, b->fc, b->norm, P_fc_w, P_fc_b, NULL, FN_NONE, l, N);
+        linear(s, b, P_fc_w, P_fc_b, l, b->fc, b->norm, NULL, FN_NONE, N);
         ops->swiglu_forward(b->fch, b->fc, N, c->n_inner);
     } else {
-        linear(s, b->fch, b->norm, P_fc_w, P_fc_b, NULL, mlp_function(c), l, N);
+        linear(s, b, P_fc_w, P_fc_b, l, b->fch, b->norm, NULL, mlp_function(c), N);
     }
-    linear(s, b->x, b->fch, P_fc2_w, P_fc2_b, b->mid, FN_NONE, l, N);
+    linear(s, b, P_fc2_w, P_fc2_b, l, b->x, b->fch, b->mid, FN_NONE, N);
 }
 
 /* Which tokens of a step make up a slice: rows from[0] .. from[R-1] of the step, taken[i] tokens of each, behind
@@ -565,7 +655,7 @@ static Status run_slice(Session *s, Slice *b, const Plan *p, const int *rows, co
     Status status = grow(s, &s->arena, &s->arena_bytes, bytes, "activations of a step");
     if (status) return status;
     slice_layout(s, b, s->arena, p->N, p->R, p->pages);
-    if (describe(s, b, p, rows, tokens)) return fail(s, NO_MEMORY, "table of a step: no memory");
+    if (describe(s, b, p, rows, tokens)) return failed(s->error, NO_MEMORY, "table of a step: no memory");
     embed(s, b, p->N);
     for (int l = 0; l < s->c.n_layer; l++) {
         if (s->poll && s->poll()) return INTERRUPTED;
@@ -577,7 +667,7 @@ static Status run_slice(Session *s, Slice *b, const Plan *p, const int *rows, co
 Status session_step(Session *s, float *logits, const int *rows, const int *counts, const int32_t *tokens, int R) {
     for (int i = 0; i < R; i++)
         if (session_stale(s, rows[i]))
-            return fail(s, STALE, "rows[%d]: its tokens went through older weights, it cannot go on", i);
+            return failed(s->error, STALE, "rows[%d]: its tokens went through older weights, it cannot go on", i);
     Head h;
     Status status = grow(s, &s->head, &s->head_bytes, head_layout(s, &h, NULL, R), "logits of a step");
     if (!status) status = take_pages(s, rows, counts, R);
@@ -604,7 +694,8 @@ Status session_step(Session *s, float *logits, const int *rows, const int *count
 }
 
 Status session_logprobs(Session *s, float *logprobs, const int32_t *targets, float temperature, int R) {
-    if (R != s->R || !R) return fail(s, NO_FORWARD, "tokens: there are %d, the last step had %d rows", R, s->R);
+    if (R != s->R || !R)
+        return failed(s->error, NO_FORWARD, "tokens: there are %d, the last step had %d rows", R, s->R);
     Head h;
     head_layout(s, &h, s->head, R);
     s->ops->copy_in(h.targets, targets, (size_t)R * sizeof *targets);

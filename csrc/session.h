@@ -16,9 +16,9 @@ void session_free(Session *s);
 const char *session_error(const Session *s);
 void session_set_poll(Session *s, int (*poll)(void));
 
-/* Take the weights (a block as model_weights): matrices are packed, the rest is read where it lies, so the block must
- * outlive the session.  `version` names them: rows that other weights have written to are stale. */
-void session_load(Session *s, const float *weights, int64_t version);
+/* Take the weights of a model of the same config, and its adapter: matrices are packed, the rest is read where it lies,
+ * so the model must outlive the session.  `version` names them: rows that other weights have written to are stale. */
+Status session_load(Session *s, Model *m, int64_t version);
 
 /* Or take them in parts, once, so that they need not exist beside the session: begin, every part, end.  A part is what
  * lies from `offset` on in such a block, within one Tensor; of a matrix whole rows, which come in order. */

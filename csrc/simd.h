@@ -104,6 +104,9 @@ INLINE vi vidot(vi acc, vi w, int32_t quad) {
 INLINE void vstore_int8(int8_t *p, vf x) {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
+INLINE vf vload_int8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 /* W values of bf16: exact one way; the other way the values must be bf16 already (vbf16) */
 INLINE vf vload_bf16(const uint16_t *p) {
     __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
@@ -223,6 +226,9 @@ INLINE void vstore_int8(int8_t *p, vf x) {
     __m256i u = _mm256_cvtps_epi32(x);
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
+}
+INLINE vf vload_int8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 INLINE vf vload_bf16(const uint16_t *p) {
     __m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));

@@ -67,16 +67,17 @@ EMBEDDING = [
     case("GPT-2", big=True, B=4, T=1024, C=768, V=50304, P=1024, wpe=True, starts=None),
 ]
 
-NORM = [
-    case("smallest", N=1, C=1, options=True, offset=0),
-    case("odd", N=3, C=7, options=False, offset=0),
-    case("one past a vector of 8", N=5, C=9, options=True, offset=0),
-    case("exactly a vector of 16", N=4, C=16, options=False, offset=0),
-    case("one past a vector of 16", N=17, C=17, options=True, offset=0),
-    case("mean far from 0", N=6, C=100, options=True, offset=100),
-    case("many rows, odd", N=301, C=131, options=True, offset=0),
-    case("wide, few rows", N=2, C=1601, options=False, offset=0),
-    case("GPT-2", big=True, N=1024, C=768, options=True, offset=0),
+NORM = [  # dweight: backward is asked for it
+    case("smallest", N=1, C=1, options=True, offset=0, dweight=True),
+    case("odd", N=3, C=7, options=False, offset=0, dweight=True),
+    case("one past a vector of 8", N=5, C=9, options=True, offset=0, dweight=True),
+    case("exactly a vector of 16", N=4, C=16, options=False, offset=0, dweight=True),
+    case("one past a vector of 16", N=17, C=17, options=True, offset=0, dweight=True),
+    case("mean far from 0", N=6, C=100, options=True, offset=100, dweight=True),
+    case("many rows, odd", N=301, C=131, options=True, offset=0, dweight=True),
+    case("wide, few rows", N=2, C=1601, options=False, offset=0, dweight=True),
+    case("a weight that is not trained", N=19, C=37, options=False, offset=0, dweight=False),
+    case("GPT-2", big=True, N=1024, C=768, options=True, offset=0, dweight=True),
 ]
 
 
@@ -123,6 +124,22 @@ LINEAR = list(linear_cases())
 _ON = dict(fn="gelu_tanh", bias=True, residual=True, pre=True, accumulate=True)
 CUT_C = case("C cut into pieces", N=77, C=14001, OC=51, prec="fp32", **_ON)
 CUT_OC = case("OC cut into pieces", N=77, C=51, OC=27001, prec="bf16", **_ON)
+
+GELU = [
+    case("smallest", N=1, F=1, fn="gelu_tanh"),
+    case("odd", N=3, F=7, fn="gelu_erf"),
+    case("one past two vectors of 16", N=5, F=33, fn="gelu_tanh"),
+    case("several tasks", N=250, F=131, fn="gelu_erf"),
+    case("GPT-2's size", big=True, N=1024, F=3072, fn="gelu_tanh"),
+]
+
+LORA = [  # accumulate: of the gather alone
+    case("smallest", rows=[(0, 1)], r=1, OC=1, accumulate=True),
+    case("queries and values of a Llama", rows=[(0, 20), (28, 36)], r=3, OC=36, accumulate=False),
+    case("three groups, rows between and behind", rows=[(2, 9), (9, 12), (30, 41)], r=17, OC=50, accumulate=True),
+    case("several tasks", rows=[(0, 3000), (3000, 6000)], r=8, OC=6001, accumulate=True),
+    case("Llama-3.2-1B", big=True, rows=[(0, 2048), (2048, 2560), (2560, 3072)], r=16, OC=3072, accumulate=False),
+]
 
 SWIGLU = [
     case("smallest", N=1, F=1),
@@ -246,6 +263,10 @@ CASES = {
     "linear_forward": [*LINEAR, CUT_C],
     "linear_backward_input": [*LINEAR, CUT_OC],
     "linear_backward_weight": LINEAR,
+    "gelu_forward": GELU,
+    "gelu_backward": GELU,
+    "lora_spread": LORA,
+    "lora_gather": LORA,
     "swiglu_forward": SWIGLU,
     "swiglu_backward": SWIGLU,
     "rope_forward": ROPE,
@@ -292,6 +313,10 @@ def bytes(op, c):
         return 4 * (s.N * s.C * (1 if s.fn == "none" else 2) + s.OC * s.C + s.N * s.OC)
     if op == "linear_backward_weight":
         return 4 * (s.N * s.C + s.OC * s.C * (1 + s.accumulate) + s.N * s.OC)
+    if op.startswith("gelu"):
+        return 4 * s.N * s.F * (2 if op.endswith("forward") else 3)
+    if op.startswith("lora"):
+        return 4 * s.r * (s.OC * len(s.rows) + sum(end - begin for begin, end in s.rows))
     if op.startswith("swiglu"):
         return 4 * s.N * s.F * (3 if op.endswith("forward") else 5)
     if op.startswith("rope"):

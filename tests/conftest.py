@@ -26,6 +26,13 @@ def backend(request):
 
 
 @pytest.fixture
+def threads():
+    """For a test that sets the number of threads: afterwards it is the default again."""
+    yield
+    _core.threads_set(0)
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)
 

@@ -5,7 +5,7 @@ import json
 import struct
 
 import numpy as np
-from barelm import Config, Model, Tokenizer, checkpoint
+from barelm import Config, Lora, Model, Tokenizer, checkpoint
 from barelm.convert import gguf, llmc
 from barelm.convert.source import CheckpointError, Source
 from barelm.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePiece
@@ -57,6 +57,16 @@ def write_llama2c_tokenizer(tok, path):
     path.write_bytes(b"".join(parts))
 
 
+def write_adapter(model, folder):
+    """The folder of an adapter whose base lies beside it."""
+    model.save(folder / "base")
+    adapted = Model.load(folder / "base")
+    adapted.adapt(Lora(rank=2, targets=("c_attn",)))
+    adapted.save(folder / "adapter")
+    (folder / "adapter" / "state.json").unlink()
+    return folder / "adapter"
+
+
 def make_all(folder):
     """{name: file} of small valid files below the folder."""
     gpt2, llama = Model(Config(**GPT2)), Model(Config(**LLAMA))
@@ -72,6 +82,7 @@ def make_all(folder):
     checkpoint.write(Source.of_model(llama, None), folder / "sharded", "BF16", shard_size=2000)
     (folder / "sharded" / "state.json").unlink()  # whose checksums would find every change
     shard = sorted((folder / "sharded").glob("*.safetensors"))[0]
+    adapter = write_adapter(gpt2, folder)
     return {
         **{name: folder / name for name in ("gpt2.gguf", "llama.gguf", "llm.c.bin", "llama2.c.bin", "tokenizer.bin")},
         "tokenizer.json": folder / "pieces" / "tokenizer.json",
@@ -79,6 +90,8 @@ def make_all(folder):
         "shard": shard,
         "index": folder / "sharded" / "model.safetensors.index.json",
         "config.json": folder / "sharded" / "config.json",
+        "adapter": adapter / "adapter_model.safetensors",
+        "adapter_config.json": adapter / "adapter_config.json",
     }
 
 
@@ -88,7 +101,7 @@ def read(name, path):
 
     if name.startswith("tokenizer"):
         return Tokenizer.load(path).encode("ab é <s>")
-    source = open_source(path.parent if path.parent.name == "sharded" else path)
+    source = open_source(path.parent if path.parent.name in ("sharded", "adapter") else path)
     if source.tokenizer is not None:
         source.tokenizer.encode("ab é <s>")
     for tensor in source.shapes:

@@ -105,6 +105,19 @@ def linear_forward(x, weight, bias=None, residual=None, fn="none"):  # (..., C),
     return FUNCTIONS[fn](pre) + (0 if residual is None else residual), pre
 
 
+def lora_spread(blocks, rows, OC):  # (sum of the groups' rows, r), (J, 2) -> (OC, J r)
+    r, at = blocks.shape[1], 0
+    dense = np.zeros((OC, len(rows) * r), blocks.dtype)
+    for j, (begin, end) in enumerate(rows):
+        dense[begin:end, j * r : (j + 1) * r] = blocks[at : at + end - begin]
+        at += end - begin
+    return dense
+
+
+def lora_gather(dense, rows, r):  # (OC, J r) -> (sum of the groups' rows, r)
+    return np.concatenate([dense[begin:end, j * r : (j + 1) * r] for j, (begin, end) in enumerate(rows)])
+
+
 def int8(x, group=64):
     """x (N, C) -> q (N, groups, 64) integers, scale (N, groups): a group's scale is its greatest magnitude / 127.  In
     fp32 as the operators compute it, because a last bit decides where q is rounded to."""

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 NAMES = ["gpt2.gguf", "llama.gguf", "llm.c.bin", "llama2.c.bin", "tokenizer.bin", "tokenizer.json"]
-NAMES += ["tokenizer.json: BPE", "shard", "index", "config.json"]
+NAMES += ["tokenizer.json: BPE", "shard", "index", "config.json", "adapter", "adapter_config.json"]
 ROOM = 4 << 20  # bytes that reading may take beyond the size of the file: parts, names, the vocabulary
 fuzz = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -398,9 +398,9 @@ def test_a_product_adds_chains_of_the_contracts_length(isa, op, precision):
     a[0], prec = 2.0**24, ("fp32", "bf16").index(precision)
     row, column = (a[None].copy(), b[None].copy()), (a[:, None].copy(), b[:, None].copy())
     if op == "linear_forward":
-        _core.ops.linear_forward(isa, out, None, *row, None, None, 0, prec, 1, K, 1)
+        _core.ops.linear_forward(isa, out, None, *row, 0, None, None, 0, prec, 1, K, 1)
     elif op == "linear_backward_input":
-        _core.ops.linear_backward_input(isa, out, row[0], None, column[1], None, 0, prec, 1, 1, K)
+        _core.ops.linear_backward_input(isa, out, row[0], None, column[1], 0, None, 0, prec, 1, 1, K)
     else:
         _core.ops.linear_backward_weight(isa, out, None, *column, 0, prec, K, 1, 1)
     assert out[0, 0] == 2.0**24 + K - chain

@@ -33,13 +33,16 @@ DOT = 4
 TINY = 1e-36  # below the smallest normal float: kernels may flush it to 0
 FN = {"none": 0, "gelu_tanh": 1, "gelu_erf": 2}
 PREC = {"fp32": 0, "bf16": 1}
+HELD = {"fp32": 0, "bf16": 1, "int8": 2}
 KEY_BLOCK = 64
 PRIVATE = {
+    "held_write",
+    "held_read",
     "linear_pack",
     "linear_packed",
     "embedding_packed",
     "attention_paged",
-}  # in a backend's own form: tests/test_packed.py
+}  # in a backend's own form: tests/test_packed.py, tests/test_held.py
 HYPER = ("lr", "beta1", "beta2", "eps", "c1", "c2", "scale")
 
 
@@ -141,7 +144,17 @@ def embedding_forward(rng, c):
     wte, wpe = normal(rng, c.V, c.C), normal(rng, c.P, c.C) if c.wpe else None
     return Call(
         "embedding_forward",
-        dict(out=Out((c.B, c.T, c.C)), tokens=tokens, starts=starts, wte=wte, wpe=wpe, B=c.B, T=c.T, C=c.C),
+        dict(
+            out=Out((c.B, c.T, c.C)),
+            tokens=tokens,
+            starts=starts,
+            wte=wte,
+            held=HELD["fp32"],
+            wpe=wpe,
+            B=c.B,
+            T=c.T,
+            C=c.C,
+        ),
         want=lambda: dict(out=(reference.embedding_forward(tokens, wte, wpe, starts), 0)),
         batch="B",
         batched=("out", "tokens", "starts"),
@@ -253,7 +266,9 @@ def norm_backward_want(c, dout, x, weight, mean, rstd, dres, options):
     size = dxhat + xhat * (dxhat * xhat).mean(-1, keepdims=True)
     size += 0 if mean is None else dxhat.mean(-1, keepdims=True)
     dtol = EPS * (DOT * size * r64[:, None] + np.abs(din))
-    want = dict(din=(din, dtol), dweight=(dweight, EPS * DOT * np.abs(d64 * xhat).sum(0)))
+    want = dict(din=(din, dtol))
+    if c.dweight:
+        want["dweight"] = (dweight, EPS * DOT * np.abs(d64 * xhat).sum(0))
     if options and mean is not None:
         want["dbias"] = (dbias, EPS * DOT * np.abs(d64).sum(0))
     if options:
@@ -272,7 +287,7 @@ def layernorm_backward(rng, c):
         "layernorm_backward",
         dict(
             din=Out((c.N, c.C)),
-            dweight=Out((c.C,), "+="),
+            dweight=Out((c.C,), "+=") if c.dweight else None,
             dbias=option,
             dbias_in=option,
             dout=dout,
@@ -300,7 +315,7 @@ def rmsnorm_backward(rng, c):
         "rmsnorm_backward",
         dict(
             din=Out((c.N, c.C)),
-            dweight=Out((c.C,), "+="),
+            dweight=Out((c.C,), "+=") if c.dweight else None,
             dbias_in=Out((c.C,), "+=") if c.options else None,
             dout=dout,
             dres=dres,
@@ -348,6 +363,7 @@ def linear_forward(rng, c):
             pre=Out((c.N, c.OC)) if c.pre else None,
             in_=x,
             weight=weight,
+            held=HELD["fp32"],
             bias=bias,
             residual=residual,
             fn=FN[c.fn],
@@ -385,6 +401,7 @@ def linear_backward_input(rng, c):
             dout=dout,
             dres=dres,
             weight=weight,
+            held=HELD["fp32"],
             pre=pre,
             fn=FN[c.fn],
             prec=PREC[c.prec],
@@ -428,6 +445,76 @@ def linear_backward_weight(rng, c):
         want,
         batch="N",
         batched=("dout", "in_"),
+    )
+
+
+# ---- GELU by itself, LoRA's matrices: no sums
+
+
+@operator
+def gelu_forward(rng, c):
+    x = normal(rng, c.N, c.F, scale=3)
+    return Call(
+        "gelu_forward",
+        dict(out=Out((c.N, c.F)), in_=x, fn=FN[c.fn], N=c.N, F=c.F),
+        want=lambda: dict(out=(reference.FUNCTIONS[c.fn](*f64(x)), function_tolerance(c.fn, *f64(x))[0])),
+        batch="N",
+        batched=("out", "in_"),
+    )
+
+
+@operator
+def gelu_backward(rng, c):
+    x, dout = normal(rng, c.N, c.F, scale=3), normal(rng, c.N, c.F)
+
+    def want():
+        derivative, d64 = reference.DERIVATIVES[c.fn](*f64(x)), f64(dout)[0]
+        tol = np.abs(d64) * function_tolerance(c.fn, *f64(x))[1] + EPS * np.abs(d64 * derivative)
+        return dict(din=(d64 * derivative, tol))
+
+    return Call(
+        "gelu_backward",
+        dict(din=Out((c.N, c.F)), dout=dout, in_=x, fn=FN[c.fn], N=c.N, F=c.F),
+        want,
+        batch="N",
+        batched=("din", "dout", "in_"),
+        aliases=("din", "dout"),
+    )
+
+
+SCALE = 1.7  # one product, rounded once
+
+
+@operator
+def lora_spread(rng, c):
+    rows = np.array(c.rows, np.int32)
+    blocks = normal(rng, int((rows[:, 1] - rows[:, 0]).sum()), c.r)
+    J, scale = len(rows), np.float32(SCALE)
+    return Call(
+        "lora_spread",
+        dict(dense=Out((c.OC, J * c.r)), blocks=blocks, rows=rows, scale=SCALE, J=J, r=c.r, OC=c.OC),
+        want=lambda: dict(dense=(reference.lora_spread(scale * blocks, rows, c.OC), 0)),
+    )
+
+
+@operator
+def lora_gather(rng, c):
+    rows = np.array(c.rows, np.int32)
+    J, scale, total = len(rows), np.float32(SCALE), int((rows[:, 1] - rows[:, 0]).sum())
+    ddense = normal(rng, c.OC, J * c.r)
+    return Call(
+        "lora_gather",
+        dict(
+            dblocks=Out((total, c.r), "+=" if c.accumulate else "="),
+            ddense=ddense,
+            rows=rows,
+            scale=SCALE,
+            accumulate=int(c.accumulate),
+            J=J,
+            r=c.r,
+            OC=c.OC,
+        ),
+        want=lambda: dict(dblocks=(scale * reference.lora_gather(ddense, rows, c.r), 0)),
     )
 
 
@@ -935,22 +1022,17 @@ def every_case(keep=lambda op, c: not c.big):
 
 
 def has_rows(op, c):
-    return not c.big and op not in ("square_sums", "clip_scale")
+    return not c.big and op not in ("square_sums", "clip_scale", "lora_spread", "lora_gather")
 
 
 def may_share(op, c):
     """Whether an output may be the same array as an input, and the case has that input."""
     return not c.big and (
         op == "logprob_backward"
+        or op == "gelu_backward"
         or (op in ("layernorm_backward", "rmsnorm_backward") and c.options)
         or (op in ("linear_forward", "linear_backward_input") and c.residual)
     )
-
-
-@pytest.fixture
-def threads():
-    yield
-    _core.threads_set(0)
 
 
 def same_bits(a, b):
@@ -1140,8 +1222,8 @@ def test_gelu_everywhere(backend, fn):
     N, one = len(x), np.ones((1, 1), np.float32)
     x = guarded(x[:, None])
     out, pre, din = (guarded(np.full((N, 1), np.nan, np.float32)) for _ in range(3))
-    ops.linear_forward(backend, out, pre, x, one, None, None, FN[fn], 0, N, 1, 1)
-    ops.linear_backward_input(backend, din, np.ones((N, 1), np.float32), None, one, x, FN[fn], 0, N, 1, 1)
+    ops.linear_forward(backend, out, pre, x, one, 0, None, None, FN[fn], 0, N, 1, 1)
+    ops.linear_backward_input(backend, din, np.ones((N, 1), np.float32), None, one, 0, x, FN[fn], 0, N, 1, 1)
     np.testing.assert_array_equal(pre, x)
     (x,) = f64(x)
     with np.errstate(under="ignore"):
@@ -1166,10 +1248,10 @@ def test_products_of_small_integers_are_exact(backend, rng):
     x, weight = (rng.integers(-8, 9, s).astype(np.float32) for s in ((N, C), (OC, C)))
     for prec in PREC.values():
         out, din, dweight = (guarded(np.full(s, np.nan, np.float32)) for s in ((N, OC), (N, C), (OC, C)))
-        ops.linear_forward(backend, out, None, x, weight, None, None, 0, prec, N, C, OC)
+        ops.linear_forward(backend, out, None, x, weight, 0, None, None, 0, prec, N, C, OC)
         np.testing.assert_array_equal(out, x @ weight.T)
         dout = rng.integers(-8, 9, (N, OC)).astype(np.float32)
-        ops.linear_backward_input(backend, din, dout, None, weight, None, 0, prec, N, C, OC)
+        ops.linear_backward_input(backend, din, dout, None, weight, 0, None, 0, prec, N, C, OC)
         np.testing.assert_array_equal(din, dout @ weight)
         ops.linear_backward_weight(backend, dweight, None, dout, x, 0, prec, N, C, OC)
         np.testing.assert_array_equal(dweight, dout.T @ x)

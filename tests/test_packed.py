@@ -31,12 +31,6 @@ def packed(backend, weight, prec):
     return constant(out)
 
 
-@pytest.fixture
-def threads():
-    yield
-    _core.threads_set(0)
-
-
 def linear_arguments(rng, c, N):
     x, weight = normal(rng, N, c.C), normal(rng, c.OC, c.C)
     bias, residual = normal(rng, c.OC) if c.bias else None, normal(rng, N, c.OC) if c.residual else None
@@ -48,7 +42,7 @@ def test_a_packed_product_has_the_bits_of_linear_forward(backend, rng, c, thread
     for N in {c.N, 1, 2, 3, 5, 9}:  # every tile of few rows
         x, weight, bias, residual = linear_arguments(rng, c, N)
         want, code = np.empty((N, c.OC), np.float32), (FN[c.fn], PREC[c.prec], N, c.C, c.OC)
-        ops.linear_forward(backend, want, None, x, weight, bias, residual, *code)
+        ops.linear_forward(backend, want, None, x, weight, 0, bias, residual, *code)
         w = packed(backend, weight, c.prec)
         for n in 1, 3:
             _core.threads_set(n)
@@ -88,7 +82,7 @@ def test_the_rows_of_a_packed_embedding(backend, rng, prec, C, threads):
     rounded = {"fp32": np.asarray, "bf16": reference.bf16, "int8": int8_values}[prec](wte)
     for positions, where in ((None, None), (wpe, None), (wpe, starts)):
         want = np.empty((B, T, C), np.float32)
-        ops.embedding_forward(backend, want, tokens, where, rounded.astype(np.float32), positions, B, T, C)
+        ops.embedding_forward(backend, want, tokens, where, rounded.astype(np.float32), 0, positions, B, T, C)
         for n in 1, 3:
             _core.threads_set(n)
             out = empty(B, T, C)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .drawing import Sampling as Sampling
     from .engine import Engine as Engine
     from .engine import generate as generate
+    from .lora import Lora as Lora
     from .model import Config as Config
     from .model import Model as Model
     from .session import CacheFull as CacheFull
@@ -21,6 +22,7 @@ _HOME = {
     "CacheFull": "session",
     "Config": "model",
     "Engine": "engine",
+    "Lora": "lora",
     "Model": "model",
     "Sampling": "drawing",
     "Session": "session",
@@ -33,6 +35,7 @@ __all__ = [
     "CacheFull",
     "Config",
     "Engine",
+    "Lora",
     "Model",
     "Sampling",
     "Session",

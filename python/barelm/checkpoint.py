@@ -5,6 +5,9 @@ model.safetensors       weights under Hugging Face's names and shapes; or model.
                         that it names
 optimizer.safetensors   AdamW's moments as exp_avg.NAME and exp_avg_sq.NAME, if there are any
 state.json              step, whatever the caller adds, size and SHA-256 of every other file, SHA-256 of itself
+
+A model with an adapter leaves its weights where they are: in the place of the first two is PEFT's form of the adapter,
+adapter_config.json, which names the base model's folder, and adapter_model.safetensors (convert/peft.py).
 """
 
 from __future__ import annotations
@@ -18,13 +21,24 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from .convert import huggingface as hf
+from .convert import peft
 from .convert import safetensors_file as st
 from .convert.numbers import from_float32, n_bytes
 from .convert.source import CheckpointError, Source, Tensors, match, shapes_of
 from .files import digest, digest_of, whole_folder
 from .model import Config, Model
 
-__all__ = ["CheckpointError", "Weights", "is_checkpoint", "load", "read_config", "save", "verify", "write"]
+__all__ = [
+    "CheckpointError",
+    "Weights",
+    "is_checkpoint",
+    "load",
+    "open_weights",
+    "read_config",
+    "save",
+    "verify",
+    "write",
+]
 
 _WEIGHTS, _INDEX, _OPTIMIZER, _CONFIG, _STATE = (
     st.SINGLE,
@@ -45,7 +59,8 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors
 def save(
     model: Model, folder, optimizer: bool = True, state: Mapping | None = None, files: Mapping[str, bytes] | None = None
 ):
-    """Write `model` to `folder`, which is replaced in one step if it is a checkpoint already.
+    """Write `model` to `folder`, which is replaced in one step if it is a checkpoint already.  Of a model with an
+    adapter the adapter alone: the folder that it was loaded from is its base.
 
     optimizer  also write the moments (two more of the weights' size)
     state      further entries of state.json
@@ -57,9 +72,12 @@ def save(
 
 
 def _write(model: Model, part: Path, optimizer: bool, state: dict, files: dict[str, bytes]):
-    config = hf.config_to_hf(model.config)
-    (part / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    _save_tensors({hf.to_file_name(model.config, name): p for name, p in model.params.items()}, part / _WEIGHTS)
+    if model.adapter:
+        _write_adapter(model, part)
+    else:
+        config = hf.config_to_hf(model.config)
+        (part / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _save_tensors({hf.to_file_name(model.config, name): p for name, p in model.params.items()}, part / _WEIGHTS)
     if optimizer and model.has_moments:
         moments = model.moments
         tensors = {kind + name: p for kind, m in zip(_MOMENTS, moments, strict=True) for name, p in m.items()}
@@ -67,6 +85,15 @@ def _write(model: Model, part: Path, optimizer: bool, state: dict, files: dict[s
     for name, content in files.items():
         (part / name).write_bytes(content)
     _seal(part, state | {"step": model.step})
+
+
+def _write_adapter(model: Model, part: Path):
+    if not model.source:
+        raise ValueError("save: the adapter's base model has no folder: save that first, and load it from there")
+    described = peft.describe(model.adapter, model.config, model.source)
+    (part / peft.CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    tensors = {peft.file_name(model.config, name): p for name, p in model.adapter_params.items()}
+    _save_tensors(tensors, part / peft.WEIGHTS)
 
 
 def _seal(part: Path, state: dict):
@@ -148,7 +175,26 @@ def _tensor(source: Source, name: str, dtype: str, progress) -> st.Tensor:
 def is_checkpoint(folder) -> bool:
     """Whether the folder has the files of a checkpoint; says nothing about their content."""
     folder = Path(folder)
-    return (folder / _CONFIG).is_file() and _weights_file(folder) is not None
+    return is_adapter(folder) or ((folder / _CONFIG).is_file() and _weights_file(folder) is not None)
+
+
+def is_adapter(folder) -> bool:
+    """Whether it has the files of an adapter, and not those of a whole model."""
+    folder = Path(folder)
+    return not (folder / _CONFIG).exists() and (folder / peft.CONFIG).is_file() and (folder / peft.WEIGHTS).is_file()
+
+
+def base_of(folder) -> Path:
+    """The folder of an adapter's base model, where its description says: as it is, or seen from the adapter's folder.
+    CheckpointError: it is not there."""
+    folder = Path(folder)
+    name = peft.read_base(folder)
+    for path in (Path(name), folder / name):
+        if is_checkpoint(path) and not is_adapter(path):
+            return path
+    raise CheckpointError(
+        f"{folder / peft.CONFIG}: its base model {name} is no checkpoint here; --base names another place"
+    )
 
 
 def _weights_file(folder: Path) -> Path | None:
@@ -164,15 +210,8 @@ def verify(folder) -> dict:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
-    if not (folder / _CONFIG).is_file():
-        raise CheckpointError(f"{folder}: is no checkpoint, {_CONFIG} is missing")
-    if _weights_file(folder) is None:
-        pickled = next((name for name in _PICKLES if (folder / name).exists()), None)
-        if pickled:
-            raise CheckpointError(
-                f"{folder / pickled}: is pickled, and reading that could run any program; have it written as {_WEIGHTS}"
-            )
-        raise CheckpointError(f"{folder}: is no checkpoint, {_WEIGHTS} is missing")
+    if not is_adapter(folder):
+        _check_model_files(folder)
     if not (folder / _STATE).exists():
         return {}
     state = _read_json(folder / _STATE)
@@ -182,16 +221,32 @@ def verify(folder) -> dict:
     if state.get("sha256") != digest_of(state):
         raise CheckpointError(f"{folder / _STATE}: was altered after it was written (its checksum differs)")
     for name, want in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is missing")
-        have = digest(path)
-        if not isinstance(want, dict) or have["bytes"] != want.get("bytes"):
-            size = want.get("bytes") if isinstance(want, dict) else want
-            raise CheckpointError(f"{path}: has {have['bytes']} bytes, {size} were written")
-        if have["sha256"] != want.get("sha256"):
-            raise CheckpointError(f"{path}: was altered after it was written (its checksum differs)")
+        _check_file(folder / name, want)
     return state
+
+
+def _check_model_files(folder: Path):
+    if not (folder / _CONFIG).is_file():
+        raise CheckpointError(f"{folder}: is no checkpoint, {_CONFIG} is missing")
+    if _weights_file(folder) is None:
+        pickled = next((name for name in _PICKLES if (folder / name).exists()), None)
+        if pickled:
+            raise CheckpointError(
+                f"{folder / pickled}: is pickled, and reading that could run any program; have it written as {_WEIGHTS}"
+            )
+        raise CheckpointError(f"{folder}: is no checkpoint, {_WEIGHTS} is missing")
+
+
+def _check_file(path: Path, want):
+    """A file against what state.json says of it."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing")
+    have = digest(path)
+    if not isinstance(want, dict) or have["bytes"] != want.get("bytes"):
+        size = want.get("bytes") if isinstance(want, dict) else want
+        raise CheckpointError(f"{path}: has {have['bytes']} bytes, {size} were written")
+    if have["sha256"] != want.get("sha256"):
+        raise CheckpointError(f"{path}: was altered after it was written (its checksum differs)")
 
 
 def _read_json(path: Path) -> dict:
@@ -204,8 +259,10 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def read_config(folder) -> Config:
-    """The Config of a checkpoint folder."""
+def read_config(folder, base=None) -> Config:
+    """The Config of a checkpoint folder; an adapter's is that of its base."""
+    if is_adapter(folder):
+        folder = base or base_of(folder)
     path = Path(folder) / _CONFIG
     try:
         return hf.config_from_hf(_read_json(path))
@@ -215,20 +272,59 @@ def read_config(folder) -> Config:
         raise CheckpointError(f"{path}: {e}") from None
 
 
-def load(cls, folder, precision: str = "fp32", device: str = "cpu") -> Model:
-    """The model of a checkpoint folder, with moments and step if it has them.  CheckpointError names what is wrong."""
-    state, weights = verify(folder), Weights(folder)
-    moments = None
-    if (Path(folder) / _OPTIMIZER).exists():
-        shapes = {kind + name: shape for kind in _MOMENTS for name, shape in weights.shapes.items()}
-        path = Path(folder) / _OPTIMIZER
-        moments = Tensors(match(st.read(path), shapes, lambda name: name, path, _CONFIG))
-    model = cls(weights.config, precision=precision, device=device)
-    weights.fill(model.params)
-    if moments:
-        moments.fill({kind + name: p for kind, m in zip(_MOMENTS, model.moments, strict=True) for name, p in m.items()})
+def load(cls, folder, precision: str = "fp32", device: str = "cpu", weights: str = "fp32", base=None) -> Model:
+    """The model of a checkpoint folder, with moments and step if it has them; of an adapter's folder its base with the
+    adapter on it.
+
+    weights  how they are held: see Model
+    base     folder of an adapter's base model, where it is not the one that its description names
+    CheckpointError names what is wrong.
+    """
+    folder, state = Path(folder), verify(folder)
+    if is_adapter(folder):
+        base = Path(base or base_of(folder))
+        model = load(cls, base, precision, device, weights)
+        adapter = peft.read(folder, model.config)
+        model.adapt(adapter.lora)
+        adapter.tensors.fill(model.adapter_params)
+        _fill_moments(model, folder, adapter.tensors.shapes)
+    else:
+        source = Weights(folder)
+        model = cls.empty(source.config, precision, device, weights)
+        _fill(model, source)
+        if weights == "fp32":
+            _fill_moments(model, folder, source.shapes)
+        model.source = str(folder.resolve())
     model.step = state.get("step", 0)
     return model
+
+
+def _fill(model: Model, source: Source):
+    if model.weights == "fp32":
+        source.fill(model.params)
+        return
+    for name in source.shapes:
+        by_columns = name in model.transposed
+        for where, part in source.parts(name, axis=int(by_columns)):
+            model.put(name, where.start, np.ascontiguousarray(part.T if by_columns else part))
+
+
+def _fill_moments(model: Model, folder: Path, shapes: Mapping[str, tuple[int, ...]]):
+    path = folder / _OPTIMIZER
+    if not path.exists():
+        return
+    named = {kind + name: shape for kind in _MOMENTS for name, shape in shapes.items()}
+    moments = Tensors(match(st.read(path), named, lambda name: name, path, _CONFIG))
+    moments.fill({kind + name: p for kind, m in zip(_MOMENTS, model.moments, strict=True) for name, p in m.items()})
+
+
+def open_weights(folder, base=None) -> Source:
+    """The weights of a checkpoint folder, to be read in parts; an adapter's are merged into its base's."""
+    folder = Path(folder)
+    if not is_adapter(folder):
+        return Weights(folder)
+    whole = Weights(base or base_of(folder))
+    return peft.Merged(folder, whole, peft.read(folder, whole.config), lambda: _tokenizer(folder) or whole.tokenizer)
 
 
 class Weights(Source):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
 
 from . import _core
+from .lora import Lora
 
 _GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
@@ -148,12 +150,16 @@ class Config:
         d["rope_scaling"] = None if self.rope_scaling is None else dict(self.rope_scaling)
         return d
 
-    def memory(self, B: int = 1, T: int = 0, training: bool = True) -> dict[str, int]:
-        """Bytes by purpose for batches of B x T (T = 0: the whole context), before anything is allocated."""
+    def memory(
+        self, B: int = 1, T: int = 0, training: bool = True, weights: str = "fp32", lora: Lora | None = None
+    ) -> dict[str, int]:
+        """Bytes by purpose for batches of B x T (T = 0: the whole context), before anything is allocated.  weights,
+        lora: as Model has them."""
         for letter, value, low in (("B", B, 1), ("T", T, 0)):
             if not _is_int(value) or not low <= value < 2**31:
                 raise ValueError(f"{letter}: is {value!r}, must be an int, at least {low}")
-        return _core.model_memory(self, B, T or self.context, training)
+        rank, modules = (lora.rank, lora.modules(self)) if lora else (0, [])
+        return _core.model_memory(self, B, T or self.context, training, weights, rank, modules)
 
 
 class Model:
@@ -164,6 +170,8 @@ class Model:
     precision  "fp32", or "bf16": operands of matrix products and attention are rounded to bf16, sums, activations and
                weights stay fp32
     device     "cpu"
+    weights    how the matrices lie in memory: "fp32", or "bf16" or "int8" (in groups of 64 values), rounded once.  Then
+               they are not trained: an adapter is, see `adapt`
 
     Arrays go in as C-contiguous NumPy arrays of the dtype named, never converted: a wrong dtype, shape, token id or
     order raises TypeError or ValueError naming argument and axis before any kernel runs.  Calls from several threads
@@ -171,15 +179,29 @@ class Model:
     zero.  MemoryError says how much was needed and how much there was.
     """
 
-    def __init__(self, config: Config, seed: int = 0, precision: str = "fp32", device: str = "cpu"):
+    def __init__(
+        self, config: Config, seed: int = 0, precision: str = "fp32", device: str = "cpu", weights: str = "fp32"
+    ):
+        if not _is_int(seed) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed: is {seed!r}, must be an int in [0, 2^64)")
+        self._make(config, int(seed), precision, device, weights)
+
+    @classmethod
+    def empty(cls, config: Config, precision: str = "fp32", device: str = "cpu", weights: str = "fp32") -> Model:
+        """A model whose weights are zero, to be written: `params`, or `put` row by row."""
+        model = cls.__new__(cls)
+        model._make(config, None, precision, device, weights)
+        return model
+
+    def _make(self, config: Config, seed: int | None, precision: str, device: str, weights: str):
         if not isinstance(config, Config):
             raise TypeError(f"config: is {type(config).__name__}, must be barelm.Config")
         if device != "cpu":
             raise ValueError(f"device: is {device!r}, this build has 'cpu' only")
-        if not _is_int(seed) or not 0 <= seed < 2**64:
-            raise ValueError(f"seed: is {seed!r}, must be an int in [0, 2^64)")
-        self.config, self.precision, self.device = config, precision, device
-        self._core = _core.Model(config, precision, int(seed))
+        self.config, self.precision, self.device, self.weights = config, precision, device, weights
+        self.adapter: Lora | None = None
+        self.source = ""  # the folder that `load` has read
+        self._core = _core.Model(config, precision, seed, weights)
 
     def forward(self, tokens, targets, hidden=False, entropy=False, temperature=1.0, starts=None):
         """Log-probability of each target under the model.
@@ -239,19 +261,57 @@ class Model:
         entries = self._core.trace(np.asarray(tokens), _maybe(starts))
         return {name if layer is None else f"h.{layer}.{name}": a for name, layer, a in entries}
 
+    # ---- an adapter ----
+
+    def adapt(self, lora: Lora, seed: int = 0):
+        """From here on train an adapter alone; the weights stay as they are, and what they had of gradients and moments
+        is given up.  It begins without effect: A is uniform within 1 / sqrt(in), drawn by the seed, B is zero, as in
+        PEFT.
+
+        RuntimeError: there is one already.  ValueError: a target that the model lacks.
+        """
+        if not isinstance(lora, Lora):
+            raise TypeError(f"lora: is {type(lora).__name__}, must be barelm.Lora")
+        if not _is_int(seed) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed: is {seed!r}, must be an int in [0, 2^64)")
+        self._core.adapt(lora.rank, lora.scale, lora.modules(self.config), int(seed))
+        self.adapter = lora
+
+    @property
+    def adapter_params(self) -> Mapping[str, np.ndarray]:
+        """The adapter's values as writable views: "h.0.attn.c_attn.lora_A.weight" (rank, in), "... lora_B.weight"
+        (out, rank), layer by layer.  Empty where there is no adapter."""
+        return MappingProxyType(self._core.added if self.adapter else {})
+
+    # ---- what it holds ----
+
     @property
     def params(self) -> Mapping[str, np.ndarray]:
-        """Weights under Hugging Face's names (without the base model's prefix) and shapes, as writable views."""
-        return MappingProxyType(self._core.params)
+        """Weights under Hugging Face's names (without the base model's prefix) and shapes, as writable views.  Of
+        weights that are not held in fp32 each look-up is a copy that cannot be written; `put` writes them."""
+        return MappingProxyType(self._core.params) if self.weights == "fp32" else _Unfolded(self._core)
+
+    def put(self, name: str, row: int, values):
+        """Write rows of a weight, however it is held.
+
+        row     the first one; rows are outputs of a layer, or tokens: of a matrix that is `transposed` its columns
+        values  (n, columns of a row) float32, or (n) of a vector
+        """
+        self._core.put(name, row, np.asarray(values))
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Names of the weights that `params` shows as (in, out): GPT-2's linear layers."""
+        return frozenset(name for name, (_, transposed) in self._core.shapes.items() if transposed)
 
     @property
     def grads(self) -> Mapping[str, np.ndarray]:
-        """Gradients, as `params`; zero after `update`."""
+        """Gradients, as `params`, or with an adapter as `adapter_params`; zero after `update`."""
         return MappingProxyType(self._core.grads)
 
     @property
     def moments(self) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
-        """AdamW's first and second moments, as `params`; allocated here if there was no update yet."""
+        """AdamW's first and second moments, as `grads`; allocated here if there was no update yet."""
         first, second = self._core.moments
         return MappingProxyType(first), MappingProxyType(second)
 
@@ -278,12 +338,12 @@ class Model:
 
     @property
     def n_params(self) -> int:
-        """Number of parameters; the vocabulary's padding is not counted."""
-        return sum(p.size for p in self.params.values())
+        """Number of parameters, an adapter's not counted, nor the vocabulary's padding."""
+        return sum(math.prod(shape) for shape, _ in self._core.shapes.values())
 
     def memory(self, B: int = 1, T: int = 0, training: bool = True) -> dict[str, int]:
         """Bytes by purpose for batches of B x T; see Config.memory."""
-        return self.config.memory(B, T, training)
+        return self.config.memory(B, T, training, self.weights, self.adapter)
 
     def save(self, folder, optimizer: bool = True):
         """Write a checkpoint that transformers opens as it is; see barelm.checkpoint.save."""
@@ -292,11 +352,11 @@ class Model:
         checkpoint.save(self, folder, optimizer=optimizer)
 
     @classmethod
-    def load(cls, folder, precision: str = "fp32", device: str = "cpu") -> Model:
-        """Read a checkpoint written by `save`, or by transformers; see barelm.checkpoint.load."""
+    def load(cls, folder, precision: str = "fp32", device: str = "cpu", weights: str = "fp32") -> Model:
+        """Read a checkpoint written by `save`, or by transformers or PEFT; see barelm.checkpoint.load."""
         from . import checkpoint
 
-        return checkpoint.load(cls, folder, precision=precision, device=device)
+        return checkpoint.load(cls, folder, precision=precision, device=device, weights=weights)
 
     def __repr__(self):
         c = self.config
@@ -304,6 +364,25 @@ class Model:
             f"Model({self.n_params / 1e6:.1f}M parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
             f"{c.vocab_size} tokens, context {c.context}; {self.precision} on {self.device}, step {self.step})"
         )
+
+
+class _Unfolded(Mapping):
+    """Weights that are not held in fp32: each is read as float32 when it is asked for."""
+
+    def __init__(self, core):
+        self._core, self._shapes = core, core.shapes
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        shape, transposed = self._shapes[name]
+        whole = self._core.get(name, 0, shape[transposed])
+        whole.flags.writeable = False
+        return whole.T if transposed else whole
+
+    def __iter__(self):
+        return iter(self._shapes)
+
+    def __len__(self):
+        return len(self._shapes)
 
 
 def _maybe(a):

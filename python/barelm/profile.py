@@ -93,7 +93,7 @@ class Profile:
 
 
 _HEADER = ("operator", "size", "calls", "ms", "%", "GFLOP/s", "% of peak", "GB/s")
-_NO_SIZES = ("fn", "prec", "accumulate")
+_NO_SIZES = ("fn", "prec", "held", "accumulate")
 
 
 def _row(line: Line, peak: float) -> tuple[str, ...]:
@@ -130,11 +130,13 @@ _FLOPS = {
     "attention_backward": lambda **s: 5 * _scores(**s),  # q.k again, dP, dQ, dK, dV
 }
 _BYTES = {
-    "embedding_forward": lambda B, T, C: 8.0 * B * T * C,
+    "embedding_forward": lambda B, T, C, **_: 8.0 * B * T * C,
     "layernorm_forward": lambda N, C: 8.0 * N * C,
     "layernorm_backward": lambda N, C: 16.0 * N * C,
     "rmsnorm_forward": lambda N, C: 8.0 * N * C,
     "rmsnorm_backward": lambda N, C: 16.0 * N * C,
+    "gelu_forward": lambda N, F, **_: 8.0 * N * F,
+    "gelu_backward": lambda N, F, **_: 12.0 * N * F,
     "swiglu_forward": lambda N, F: 12.0 * N * F,
     "swiglu_backward": lambda N, F: 20.0 * N * F,
     "logprob_forward": lambda N, V, Vp: 4.0 * N * V,

@@ -44,7 +44,7 @@ class Session:
         from . import checkpoint  # as Model.load does
 
         checkpoint.verify(folder)
-        source = checkpoint.Weights(folder)
+        source = checkpoint.open_weights(folder)
         session = cls.__new__(cls)
         session.config = source.config
         session._core = _core.Session(config=source.config, max_tokens=max_tokens, weights=weights)

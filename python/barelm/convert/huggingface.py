@@ -25,6 +25,11 @@ def prefix(config: Config) -> str:
     return "transformer." if config.norm == "layernorm" else "model."
 
 
+def is_transposed(config: Config) -> bool:
+    """Whether the family's linear layers are stored as (in, out): GPT-2's Conv1D."""
+    return config.norm == "layernorm"
+
+
 def to_file_name(config: Config, name: str) -> str:
     """The name of a parameter in model.safetensors."""
     return name if name == "lm_head.weight" else prefix(config) + name

@@ -22,7 +22,7 @@ def open_source(path) -> Source:
     path = Path(path)
     if path.is_dir():
         checkpoint.verify(path)
-        return checkpoint.Weights(path)
+        return checkpoint.open_weights(path)
     with Binary(path) as file:
         head = file.take(min(16, file.left), "header")
     if gguf.is_gguf(path):

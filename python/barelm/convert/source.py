@@ -162,7 +162,9 @@ class Source(Tensors):
 
     @classmethod
     def of_model(cls, model: Model, tokenizer=None) -> Source:
-        """A model in memory."""
+        """A model in memory.  ValueError: it has an adapter, which a saved one's folder is read with."""
+        if model.adapter:
+            raise ValueError("model: has an adapter; save it, and its folder can be read as one model")
         stored = {name: _Held(p) for name, p in model.params.items()}
         return cls(Path(), "a model in memory", model.config, stored, lambda: tokenizer)
 

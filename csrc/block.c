@@ -1,0 +1,129 @@
+/* block.c -- parameters in one block, with their gradients and moments: memory, norm, update. */
+#include "block.h"
+#include <math.h>
+#include <stdlib.h>
+#include "status.h"
+
+/* Each tensor of each layer is one range of the gradient norm, so that a bad one can be named. */
+static Status tensor_ranges(Block *b, char *error) {
+    size_t room = (size_t)b->layout.n * (size_t)b->n_layer + 1;
+    b->ranges = malloc(room * sizeof *b->ranges);
+    b->decays = malloc(room);
+    if (!b->ranges || !b->decays) return failed(error, NO_MEMORY, "table of tensors: no memory");
+    int n = 0;
+    for (int where = BEFORE; where <= BEHIND; where++)
+        for (int l = 0; l < (where == LAYERED ? b->n_layer : 1); l++)
+            for (int i = 0; i < b->layout.n; i++) {
+                const Param *p = &b->layout.p[i];
+                if (p->where != where || !p->floats) continue;
+                b->decays[n] = (char)p->decay;
+                b->ranges[n++] = layout_at(&b->layout, b->weights, i, l) - b->weights;
+            }
+    b->ranges[n] = b->layout.floats;
+    b->n_ranges = n;
+    size_t bytes = ((size_t)n + 1) * sizeof *b->ranges;
+    Status s = allocate(b->ops, error, (void **)&b->device_ranges, (int64_t)bytes, "table of tensors");
+    if (!s) b->ops->copy_in(b->device_ranges, b->ranges, bytes);
+    return s;
+}
+
+static size_t bytes_of(const Block *b) { return (size_t)b->layout.floats * sizeof(float); }
+
+Status block_create(Block *b, const Ops *ops, const Layout *layout, int n_layer, char *error) {
+    *b = (Block){.ops = ops, .layout = *layout, .n_layer = n_layer};
+    Status s = allocate(ops, error, (void **)&b->weights, (int64_t)bytes_of(b), "weights");
+    if (!s) s = tensor_ranges(b, error);
+    if (!s) s = allocate(ops, error, (void **)&b->sums, (b->n_ranges + 1) * (int64_t)sizeof(double), "gradient norm");
+    if (!s) s = allocate(ops, error, (void **)&b->hyper, HYPER_COUNT * sizeof(float), "step sizes");
+    return s;
+}
+
+void block_free(Block *b) {
+    if (b->weights) b->ops->free(b->weights, bytes_of(b));
+    if (b->grads) b->ops->free(b->grads, bytes_of(b));
+    if (b->m) b->ops->free(b->m, 2 * bytes_of(b));
+    if (b->sums) b->ops->free(b->sums, (size_t)(b->n_ranges + 1) * sizeof(double));
+    if (b->hyper) b->ops->free(b->hyper, HYPER_COUNT * sizeof(float));
+    if (b->device_ranges) b->ops->free(b->device_ranges, (size_t)(b->n_ranges + 1) * sizeof *b->ranges);
+    free(b->ranges);
+    free(b->decays);
+    *b = (Block){0};
+}
+
+/* ---- gradients and moments --------------------------------------------------------------------------------------- */
+
+Status block_begin_grads(Block *b, int written, char *error) {
+    if (!b->grads) {
+        Status s = allocate(b->ops, error, (void **)&b->grads, (int64_t)bytes_of(b), "gradients");
+        if (s) return s;
+    }
+    const Param *p = b->layout.p;
+    for (int i = 0; i < b->layout.n && !b->live; i++) {
+        if (!p[i].floats || (p[i].where == LAYERED && p[i].columns) || i == written) continue;
+        for (int l = 0; l < (p[i].where == LAYERED ? b->n_layer : 1); l++)
+            b->ops->zero(layout_at(&b->layout, b->grads, i, l), (size_t)p[i].floats * sizeof(float));
+    }
+    return OK;
+}
+
+Status block_grads(Block *b, char *error) {
+    Status s = block_begin_grads(b, -1, error);
+    if (!s && !b->live) b->ops->zero(b->grads, bytes_of(b)), b->live = 1;
+    return s;
+}
+
+Status block_moments(Block *b, char *error) {
+    Status s = OK;
+    if (!b->m) s = allocate(b->ops, error, (void **)&b->m, 2 * (int64_t)bytes_of(b), "moments");
+    if (!s) b->v = b->m + b->layout.floats;
+    return s;
+}
+
+/* ---- update ------------------------------------------------------------------------------------------------------ */
+
+/* Neighbours that decay alike are updated as one range. */
+static void adamw_all(Block *b, float weight_decay) {
+    for (int i = 0, j; i < b->n_ranges; i = j) {
+        for (j = i; j < b->n_ranges && b->decays[j] == b->decays[i];) j++;
+        int64_t at = b->ranges[i], n = b->ranges[j] - at;
+        b->ops->adamw(b->weights + at, b->m + at, b->v + at, b->grads + at, b->hyper, b->decays[i] ? weight_decay : 0,
+                      n);
+    }
+}
+
+int block_update(Block *b, double *norm, const float *hyper, float weight_decay, float clip, double skip_above) {
+    double *device_norm = b->sums + b->n_ranges;
+    b->ops->copy_in(b->hyper, hyper, HYPER_COUNT * sizeof *hyper);
+    b->ops->square_sums(b->sums, b->grads, b->device_ranges, b->n_ranges);
+    b->ops->clip_scale(b->hyper, device_norm, b->sums, clip, b->n_ranges);
+    b->ops->copy_out(norm, device_norm, sizeof *norm);
+    b->live = 0;
+    if (!isfinite(*norm) || *norm > skip_above) return 0;
+    adamw_all(b, weight_decay);
+    return 1;
+}
+
+/* ---- what is not finite ------------------------------------------------------------------------------------------ */
+
+/* Where the first value that is not finite lies between two offsets; -1 where all are finite. */
+static int64_t first_not_finite(const Block *b, const float *values, int64_t begin, int64_t end) {
+    float x[1024];
+    for (int64_t at = begin; at < end; at += 1024) {
+        int n = end - at < 1024 ? (int)(end - at) : 1024;
+        b->ops->copy_out(x, values + at, (size_t)n * sizeof(float));
+        for (int i = 0; i < n; i++)
+            if (!isfinite(x[i])) return at + i;
+    }
+    return -1;
+}
+
+int64_t block_not_finite(Block *b, const float *values) {
+    b->ops->square_sums(b->sums, values, b->device_ranges, b->n_ranges);
+    for (int i = 0; i < b->n_ranges; i++) {
+        double sum;
+        b->ops->copy_out(&sum, b->sums + i, sizeof sum);
+        int64_t at = isfinite(sum) ? -1 : first_not_finite(b, values, b->ranges[i], b->ranges[i + 1]);
+        if (at >= 0) return at;
+    }
+    return -1;
+}

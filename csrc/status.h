@@ -1,0 +1,17 @@
+/* status.h -- a backend's memory, and sentences about what failed, for model.c and session.c. */
+#pragma once
+#include "barelm.h"
+
+enum { ERROR_ROOM = 512 };
+
+/* Writes the sentence to `error` (ERROR_ROOM bytes), returns the status. */
+__attribute__((format(printf, 3, 4))) Status failed(char *error, Status status, const char *format, ...);
+
+/* *p = that many bytes of the backend, zero; NULL and NO_MEMORY where they are not free.  `purpose` is for the
+ * sentence. */
+Status allocate(const Ops *ops, char *error, void **p, int64_t bytes, const char *purpose);
+
+/* Angles of every position (layout.h) in the backend's memory: cos and sin (context, HS / 2), one allocation of
+ * rope_bytes() at cos. */
+int64_t rope_bytes(const Config *c);
+Status rope_tables(const Config *c, const Ops *ops, char *error, float **cos, float **sin);
