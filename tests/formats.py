@@ -15,12 +15,12 @@ LLAMA = dict(norm="rmsnorm", act="swiglu", pos="rope", bias=False, n_layer=1, n_
 LLAMA |= dict(n_inner=12, vocab_size=270, context=8)
 
 
-def small_pieces():
+def small_pieces(**options):
     """A SentencePiece vocabulary of a few words."""
     rows = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *((f"<0x{b:02X}>", BYTE) for b in range(256))]
     rows += [(piece, NORMAL) for piece in ["▁", "a", "b", "é", "ab", "▁a", "▁ab"]]
     pieces, kinds = map(list, zip(*rows, strict=True))
-    return SentencePiece(pieces, [-float(i) for i in range(len(rows))], kinds)
+    return SentencePiece(pieces, [-float(i) for i in range(len(rows))], kinds, **options)
 
 
 def write_llama2c(model, path):

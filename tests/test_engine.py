@@ -15,6 +15,7 @@ from test_sampling import exact_logprob, near
 
 TOK = Tokenizer.bytes()
 V = TOK.n_vocab
+BEGINS = Tokenizer({bytes([b]): b for b in range(256)}, [], {"<|endoftext|>": 256, "<|begin|>": 257}, bos=257)
 CONTEXT = 40
 ENDS = tuple(range(0, 256, 20))  # stop ids: one token in twenty ends a text of random bytes
 
@@ -658,6 +659,44 @@ def test_the_end_of_text_ends_unless_it_is_ignored():
     assert (ends.finish, ends.text(), len(ends.tokens)) == ("stop", "", 1)
     assert (on.finish, on.text()) == ("length", "<|endoftext|>" * 2)
     assert (by_id.finish, len(by_id.tokens)) == ("stop", 1)
+
+
+class AlwaysSays(Remembering):
+    """A model that draws one token, whatever it has read."""
+
+    def __init__(self, id):
+        super().__init__(SMALL.model)
+        self.id = id
+
+    def logits(self, tokens, last=True):
+        return np.where(np.arange(V + 3) == self.id, 9.0, 0.0).astype(np.float32)[None]
+
+
+@pytest.mark.parametrize("id", [BEGINS.bos, BEGINS.eot])
+def test_a_text_ends_where_the_next_one_would_begin(id):
+    engine = Engine(PlainSession(AlwaysSays(id)), BEGINS)
+    ends, on = (engine.add("x", Sampling(max_tokens=2, temperature=0, ignore_eot=ignore)) for ignore in (False, True))
+    engine.run()
+    assert (ends.finish, ends.text(), [token.id for token in ends.tokens]) == ("stop", "", [id])
+    assert (on.finish, len(on.tokens)) == ("length", 2)
+
+
+def test_a_text_begins_with_bos_where_the_tokenizer_adds_it_and_ids_are_as_they_are():
+    engine = Engine(PlainSession(SMALL), BEGINS)
+    none = Sampling(max_tokens=0)
+    for prompt in ("ab", b"ab"):
+        assert engine.add(prompt, none).prompt == [257, 97, 98]
+    for prompt in ("", b"", []):
+        assert engine.add(prompt, none).prompt == [257]
+    assert engine.add([97, 98], none).prompt == [97, 98]
+    assert Engine(PlainSession(SMALL), TOK).add("ab", none).prompt == [97, 98]
+    row = engine.add([97], Sampling(max_tokens=3))
+    row.force("xyz")  # goes on
+    engine.run()
+    assert [token.id for token in row.tokens] == [*b"xyz"]
+    same = dict(max_tokens=8, temperature=0)
+    texts = ["".join(generate(SMALL.model, BEGINS, prompt, **same)) for prompt in ("ab", [257, 97, 98], [97, 98])]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_generate_is_an_engine_of_one_row_and_leaves_nothing(monkeypatch):

@@ -1,6 +1,7 @@
 """Models of other projects, in and out: the published text of a real one, equal bits through every form, errors that
 name the file and the thing."""
 
+import json
 import os
 import re
 import struct
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from barelm import Config, Model, Session, Tokenizer, _core, checkpoint, generate
+from barelm import __main__ as command
 from barelm.convert import gguf, gguf_file, llama2c, llmc
 from barelm.convert.numbers import from_float32, to_float32
 from barelm.convert.output import whole_file
@@ -56,10 +58,10 @@ def published(test_data):
 
 def greedy(folder, tok, steps=257):
     session = Session.load(folder, steps)
-    row, ids = session.add(), [tok.eot]
+    row, ids = session.add(), [tok.bos]
     while len(ids) < steps:
         ids.append(int(session.step([row], [ids[-1:]])[0].argmax()))
-        if ids[-1] == tok.eot:
+        if ids[-1] in tok.ends:
             return ids[:-1]
     return ids
 
@@ -70,7 +72,21 @@ def test_stories260k_writes_its_published_text(stories, test_data, tmp_path):
     want = published(test_data)
     assert len(want) > 500 and text == want
     model = Model.load(tmp_path / "a")
-    assert "".join(generate(model, stories.tokenizer, temperature=0, max_tokens=256)) == " " + want
+    assert "".join(generate(model, stories.tokenizer, temperature=0, max_tokens=256)) == want
+
+
+def test_sample_begins_and_ends_a_text_with_bos(stories, test_data, tmp_path, capsys):
+    """As llama2.c does; the token that ended it is no part of it."""
+    checkpoint.write(stories, tmp_path / "a", files={"tokenizer.json": stories.tokenizer.to_json().encode()})
+    words = ["sample", "--checkpoint", str(tmp_path / "a"), "--temperature", "0", "--max-tokens"]
+    assert command.main([*words, "256"]) == 0
+    assert capsys.readouterr().out == published(test_data) + "\n"
+    assert command.main([*words, "400", "--json"]) == 0
+    said, tok = json.loads(capsys.readouterr().out), stories.tokenizer
+    ids = greedy(tmp_path / "a", tok, 400)
+    assert (said["finish"], said["ids"], len(ids)) == ("stop", ids[1:], 346)
+    assert said["text"] == tok.decode(said["ids"]) and said["text"].startswith(published(test_data))
+    assert len(said["logprobs"]) == len(said["ids"])
 
 
 def test_stories260k_has_its_loss_on_forty_stories(stories, test_data, tmp_path):
@@ -78,7 +94,7 @@ def test_stories260k_has_its_loss_on_forty_stories(stories, test_data, tmp_path)
     model, tok, nats, n = Model.load(tmp_path / "a"), stories.tokenizer, 0.0, 0
     text = (test_data / "text" / "tinystories_2MB.txt").read_text(encoding="utf-8")
     for story in text.split("<|endoftext|>")[1:41]:
-        ids = np.array([[tok.eot, *tok.encode(story.strip())]], np.int32)[:, :512]
+        ids = np.array([tok.encode_prompt(story.strip())], np.int32)[:, :512]
         logprobs = model.forward(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]))
         nats, n = nats - logprobs.sum(dtype=np.float64), n + logprobs.size
     assert n == 12_532
@@ -319,14 +335,16 @@ def test_llama3s_vocabulary_through_gguf(test_data, tmp_path):
     again = written(model, tmp_path / "a.gguf", tok=tok).tokenizer
     texts, want = vectors(test_data, "ggml-vocab-llama-bpe")
     assert len(texts) == 47 and [again.encode(text) for text in texts] == want
-    assert again.hash() == tok.hash()
+    assert again.hash() == tok.hash() and again.bos == 128_000 and again.adds_bos
 
 
 TOKENIZERS = {
     "bytes": Tokenizer.bytes(),
     "trained: gpt2": Tokenizer.train(["hello low lower lowest " * 20], 280, "gpt2"),
     "trained: gpt4": Tokenizer.train(["hello low lower lowest " * 20], 280, "gpt4", ["<|endoftext|>", "<|a|>"]),
+    "with bos": Tokenizer({bytes([b]): b for b in range(256)}, [], {"<|endoftext|>": 256, "<|a|>": 257}, bos=257),
     "SentencePiece": small_pieces(),
+    "SentencePiece, no bos": small_pieces(adds_bos=False),
 }
 
 
@@ -338,8 +356,32 @@ def test_a_vocabulary_comes_back_from_gguf(name, more, tmp_path):
     model = Model(Config(**GPT2 | dict(vocab_size=tok.n_vocab + more)))
     again = written(model, tmp_path / "a.gguf", tok=tok).tokenizer
     assert again.hash() == tok.hash() and again.eot == tok.eot and type(again) is type(tok)
+    assert (again.bos, again.adds_bos) == (tok.bos, tok.adds_bos)
     text = "hello lowest ab é \n 東"
-    assert again.encode(text) == tok.encode(text)
+    assert again.encode_prompt(text) == tok.encode_prompt(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "bos"),
+    [
+        ("bytes", {"add_bos_token": None}, None),
+        ("bytes", {"add_bos_token": True}, 256),
+        ("with bos", {"add_bos_token": None}, None),
+        ("with bos", {"add_bos_token": None, "pre": "llama-bpe"}, 257),  # what llama.cpp does with Llama-3's pattern
+        ("with bos", {"bos_token_id": 256}, 256),
+        ("SentencePiece", {"add_bos_token": None}, 1),
+        ("SentencePiece", {"add_bos_token": None, "bos_token_id": None}, 1),
+        ("SentencePiece", {"bos_token_id": 2}, 2),
+        ("SentencePiece", {"add_bos_token": False}, None),
+    ],
+)
+def test_what_a_gguf_file_says_of_bos(name, values, bos, tmp_path):
+    tok = TOKENIZERS[name]
+    written(Model(Config(**GPT2 | dict(vocab_size=tok.n_vocab))), tmp_path / "a.gguf", tok=tok)
+    values = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    (tmp_path / "b.gguf").write_bytes(rewritten_gguf(tmp_path / "a.gguf", values))
+    got = Tokenizer.load(tmp_path / "b.gguf")
+    assert (got.adds_bos, got.bos) == ((True, bos) if bos else (False, 1 if "Piece" in name else tok.eot))
 
 
 def test_a_vocabulary_that_does_not_fit(tmp_path):
@@ -450,6 +492,8 @@ VALUES = [
     ({"tokenizer.ggml.tokens": np.zeros(300, np.int32)}, "tokens: strings are expected"),
     ({"tokenizer.ggml.token_type": np.full(300, 7, np.int32)}, "7 is no kind of piece|the byte"),
     ({"tokenizer.ggml.bos_token_id": 299}, "no token that begins a text"),
+    ({"tokenizer.ggml.bos_token_id": "1"}, "tokenizer.ggml.bos_token_id: is '1', must be a int"),
+    ({"tokenizer.ggml.add_bos_token": 1}, "tokenizer.ggml.add_bos_token: is 1, must be a bool"),
 ]
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from barelm import Config, Model, Tokenizer, checkpoint
+from barelm import Config, Model, Tokenizer, checkpoint, generate
 from barelm.convert import gguf, llama2c
 from barelm.convert.numbers import from_float32, to_float32
 from barelm.convert.recognise import open_source
 from barelm.convert.source import Source
+from barelm.sentencepiece import SentencePiece
 from conftest import GPT2, LLAMA
 from formats import small_pieces
 from models import assert_all_same_bits, assert_same_bits, copies, random_model
@@ -96,7 +97,7 @@ def test_llama_cpp_computes_the_same_logits(model, kind, tmp_path):
 def test_llama_cpp_writes_stories260ks_published_text(stories, kind, test_data, tmp_path):
     folder, tok = stories
     gguf.write(open_source(folder), tmp_path / "a.gguf", kind)
-    peer, ids = LlamaCpp(tmp_path / "a.gguf", tok.n_vocab, 1), [tok.eot]
+    peer, ids = LlamaCpp(tmp_path / "a.gguf", tok.n_vocab, 1), [tok.bos]
     while len(ids) < 257:
         ids.append(int(peer.step(ids[-1:]).argmax()))
     assert tok.decode(ids[1:]) == published(test_data)
@@ -120,10 +121,11 @@ class Vocabulary:
         assert self.model, "llama.cpp does not load the file"
         self.vocab = self.lib.llama_model_get_vocab(self.model)
 
-    def encode(self, text, special=False):
+    def encode(self, text, special=False, begins=False):
+        """special: special tokens in the text are no text; begins: bos is put in front where the file says so."""
         data = text.encode()
         ids = np.zeros(2 * len(data) + 8, np.int32)
-        n = self.lib.llama_tokenize(self.vocab, data, len(data), ids.ctypes.data, len(ids), False, special)
+        n = self.lib.llama_tokenize(self.vocab, data, len(data), ids.ctypes.data, len(ids), begins, special)
         assert n >= 0
         return ids[:n].tolist()
 
@@ -152,16 +154,19 @@ def test_llama_cpp_reads_our_vocabularies(test_data, tmp_path):
         "small pieces": small_pieces(),
         "trained gpt2": Tokenizer.train([story], 600, "gpt2"),
         "trained gpt4": Tokenizer.train([story], 600, "gpt4"),
+        "with bos": Tokenizer({bytes([b]): b for b in range(256)}, [], {"<|endoftext|>": 256, "<|a|>": 257}, bos=257),
+        "no bos": small_pieces(adds_bos=False),
         "gpt2": load_gpt2(test_data / "tok" / "gpt2_vocab.bpe", test_data / "tok" / "gpt2_encoder.json"),
     }.items():
         vocab = tiny_with(tok, tmp_path / "a.gguf")
         for text in [*TEXTS, story]:
             assert vocab.encode(text) == tok.encode(text), (name, text[:80])
+            assert not text or vocab.encode(text, begins=True) == tok.encode_prompt(text), (name, text[:80])
         eot = next(text for text, id in tok.special.items() if id == tok.eot)
-        if name not in ("sentencepiece", "small pieces"):
+        if not isinstance(tok, SentencePiece):
             assert vocab.encode(f"a{eot}b", special=True) == tok.encode(f"a{eot}b", special=True)
-            assert vocab.lib.llama_vocab_eos(vocab.vocab) == tok.eot
-        assert vocab.lib.llama_vocab_bos(vocab.vocab) == tok.eot
+        assert vocab.lib.llama_vocab_eos(vocab.vocab) == tok.eot
+        assert vocab.lib.llama_vocab_bos(vocab.vocab) == tok.bos
 
 
 # ---- the gguf package
@@ -202,7 +207,7 @@ def test_we_read_a_file_of_the_gguf_package(tmp_path):
 
 def test_transformers_has_stories260ks_logits(stories):
     folder, tok = stories
-    tokens = np.array([[tok.eot, *tok.encode("Once upon a time, there was a little girl")]], np.int32)
+    tokens = np.array([tok.encode_prompt("Once upon a time, there was a little girl")], np.int32)
     assert_close(Model.load(folder).logits(tokens, last=False), theirs(folder, tokens), CLOSE)
 
 
@@ -210,10 +215,14 @@ def test_transformers_opens_the_imported_folder_as_it_is(stories):
     """Model and tokenizer by their Auto classes, with no further file."""
     folder, tok = stories
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert theirs("Lily's é\n").input_ids == [tok.eot, *tok.encode("Lily's é\n")]
+    assert theirs("Lily's é\n").input_ids == [tok.bos, *tok.encode("Lily's é\n")] == tok.encode_prompt("Lily's é\n")
     twin = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = twin.generate(theirs("Once upon", return_tensors="pt").input_ids, do_sample=False, max_new_tokens=20)
     assert theirs.decode(ids[0]) == "<s> Once upon a time, there was a little girl named Lily. She loved to play out"
+    for prompt in ("Once upon", "Lily was", "the dog"):
+        ids = twin.generate(theirs(prompt, return_tensors="pt").input_ids, do_sample=False, max_new_tokens=40)
+        text = "".join(generate(Model.load(folder), tok, prompt, temperature=0, max_tokens=40))
+        assert theirs.decode(ids[0], skip_special_tokens=True) == prompt + text
 
 
 def test_transformers_opens_shards_and_bf16(model, tmp_path):
@@ -241,12 +250,12 @@ def test_we_open_shards_of_transformers(dtype, tmp_path):
 def test_tokenizers_opens_a_vocabulary_of_pieces(test_data, tmp_path):
     story = (test_data / "text" / "tinystories_2MB.txt").read_text()[:30_000]
     rights = (test_data / "web" / "udhr.json").read_text(encoding="utf-8")[:30_000]
-    for tok in (Tokenizer.load(test_data / "ckpt" / "tok512.bin"), small_pieces()):
+    for tok in (Tokenizer.load(test_data / "ckpt" / "tok512.bin"), small_pieces(), small_pieces(adds_bos=False)):
         peer = tokenizers.Tokenizer.from_file(str(tok.save(tmp_path)))
         for text in [*TEXTS[:-1], story, rights, *story.split(".")]:
             ids = tok.encode(text)
             assert peer.encode(text, add_special_tokens=False).ids == ids, text[:80]
             assert peer.decode(ids) == tok.decode(ids) == text
-        assert peer.encode("a").ids == [tok.eot, *tok.encode("a")]
+        assert peer.encode("a").ids == tok.encode_prompt("a")
         text = "one<s>two </s> three"
         assert peer.encode(text, add_special_tokens=False).ids == tok.encode(text, special=True)

@@ -141,7 +141,46 @@ def test_the_sign_of_a_space_is_a_space(tok):
 def test_special_tokens_are_text_unless_asked(tok):
     assert not set(tok.encode("<s>a</s>")) & {1, 2}
     assert tok.encode("a<s></s>", special=True) == [*tok.encode("a"), 1, 2]
-    assert (tok.eot, tok.n_vocab, tok.token_bytes(1)) == (1, len(tok.pieces), b"<s>")
+    assert (tok.bos, tok.eot, tok.n_vocab, tok.token_bytes(1)) == (1, 2, len(tok.pieces), b"<s>")
+
+
+def test_a_text_to_be_continued_begins_with_bos(tok):
+    assert (tok.adds_bos, tok.ends) == (True, {1, 2})
+    assert tok.encode_prompt("low") == [1, *tok.encode("low")] and tok.encode_prompt("") == [1]
+
+
+def test_where_the_file_says_so_it_does_not(tmp_path):
+    tok = make(WORDS, adds_bos=False)
+    again = Tokenizer.load(tok.save(tmp_path))
+    for known in (tok, again):
+        assert (known.bos, known.adds_bos, known.ends) == (1, False, {1, 2})
+        assert known.encode_prompt("low") == tok.encode("low") and known.encode_prompt("") == [1]
+    assert again.hash() == tok.hash() != make(WORDS).hash()
+
+
+@pytest.mark.parametrize(("post", "adds"), [(None, True), ({"type": "ByteLevel"}, False), (7, False)])
+def test_a_file_that_says_nothing_is_as_others_of_its_kind(post, adds, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(make(WORDS).to_json()) | {"post_processor": post}))
+    tok = Tokenizer.load(tmp_path)
+    assert (tok.bos, tok.adds_bos) == (1, adds)
+
+
+def test_a_vocabulary_without_an_end_ends_where_the_next_text_begins():
+    rows = [*BASE[:2], *BYTES, *((word, -1.0, NORMAL) for word in WORDS)]
+    tok = SentencePiece(*map(list, zip(*rows, strict=True)))
+    assert (tok.bos, tok.eot, tok.ends) == (1, 1, {1})
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None, max_examples=100, database=None)
+@given(ids=st.lists(st.integers(0, 40) | st.integers(259, 259 + len(WORDS) - 1), max_size=8))
+def test_a_text_token_by_token_is_the_text(name, ids):
+    """Behind a special token the space in front of a text is none of it."""
+    tok = TOKENIZERS[name]
+    whole, before = b"", tok.bos
+    for id in ids:
+        whole, before = whole + tok.bytes_after(before, id), id
+    assert whole == tok.decode_bytes(ids)
 
 
 def test_lengths_count_the_space_in_front_and_no_special_token(tok):
@@ -206,6 +245,7 @@ CHANGES = [
     (lambda f: f.update(normalizer=None), "normalizer: "),
     (lambda f: f.update(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer: none is expected"),
     (lambda f: f["added_tokens"].append({"content": "<x>"}), "an id is no whole number in its range"),
+    (lambda f: f["post_processor"]["single"][0]["SpecialToken"].update(id="low"), "a text would begin with 'low'"),
 ]
 
 
@@ -233,7 +273,7 @@ def test_ids_may_have_holes():
 
 def test_llama2cs_tokenizer(test_data):
     tok = Tokenizer.load(test_data / "ckpt" / "tok512.bin")
-    assert (tok.n_vocab, tok.eot, tok.special) == (512, 1, {"<unk>": 0, "<s>": 1, "</s>": 2})
+    assert (tok.n_vocab, tok.bos, tok.eot, tok.special) == (512, 1, 2, {"<unk>": 0, "<s>": 1, "</s>": 2})
     assert tok.encode("Once upon a time, Lily\n") == [403, 407, 261, 378, 432, 317, 13]
     for text in (test_data / "text" / "tinystories_2MB.txt").read_text()[:6000].split("\n"):
         assert tok.encode(text) == plain(tok, text)

@@ -338,6 +338,7 @@ def test_known_vocabularies_give_the_known_ids(name, file, request, test_data, t
 
 def test_llama3_has_its_sizes_and_special_tokens(llama3):
     assert (llama3.n_vocab, llama3.eot, len(llama3.special)) == (128_256, 128_001, 256)
+    assert (llama3.bos, llama3.adds_bos) == (128_000, True)
     for name, id in {
         "begin_of_text": 128_000,
         "reserved_special_token_3": 128_005,
@@ -357,12 +358,12 @@ def test_llama3_is_found_in_a_folder_and_by_every_way_to_its_tokens(llama3, test
     assert Tokenizer.load(tmp_path).hash() == llama3.hash()
     every = [pair for token in llama3._vocab for pair in ways(token, llama3._vocab)]
     assert len(every) == 280_147
-    again = Tokenizer(llama3._vocab, every, llama3.special, llama3.pattern, ignore_merges=True)
+    again = Tokenizer(llama3._vocab, every, llama3.special, llama3.pattern, ignore_merges=True, bos=llama3.bos)
     assert again.hash() == llama3.hash()
 
 
 def test_gpt2_has_its_sizes_and_survives_the_file(gpt2, tmp_path):
-    assert (gpt2.n_vocab, gpt2.eot) == (50257, 50256)
+    assert (gpt2.n_vocab, gpt2.eot, gpt2.bos, gpt2.adds_bos) == (50257, 50256, 50256, False)
     gpt2.save(tmp_path)
     assert Tokenizer.load(tmp_path).hash() == gpt2.hash()
 
@@ -388,6 +389,75 @@ def test_tokenizers_reads_what_we_write(gpt2, tmp_path):
         assert theirs.decode(tok.encode(text)) == text
 
 
+# ---- the token that begins a document -------------------------------------------------------------------------------
+
+BEGIN = "<|begin|>"
+
+
+def with_bos(bos=BEGIN):
+    """A small vocabulary that puts a special token in front of every text."""
+    tok = small_bpe()
+    special = tok.special | {BEGIN: tok.n_vocab}
+    return Tokenizer(tok._vocab, tok._merges, special, bos=special[bos])
+
+
+def test_a_vocabulary_that_has_no_bos_begins_documents_with_the_end_of_text(tok):
+    assert (tok.bos, tok.adds_bos, tok.ends) == (tok.eot, False, {tok.eot})
+    assert tok.encode_prompt("hello") == tok.encode("hello") and tok.encode_prompt("") == [tok.eot]
+
+
+@pytest.mark.parametrize("name", [BEGIN, EOT])
+def test_bos_stands_before_a_prompt_and_survives_the_file(name, tmp_path):
+    tok = with_bos(name)
+    again = Tokenizer.load(tok.save(tmp_path))
+    for known in (tok, again):
+        assert (known.bos, known.adds_bos, known.ends) == (tok.special[name], True, {tok.eot, tok.special[name]})
+        assert known.encode_prompt(b"hello") == [tok.bos, *tok.encode("hello")] and known.encode_prompt("") == [tok.bos]
+        assert known.bytes_after(tok.bos, tok.encode(" ")[0]) == b" "
+    assert again.hash() == tok.hash() != small_bpe().hash()
+
+
+def test_bos_is_a_special_token():
+    tok = small_bpe()
+    for bos in (11, 10**6):
+        with pytest.raises(ValueError, match=f"bos: {bos} is no special token"):
+            Tokenizer(tok._vocab, tok._merges, tok.special, bos=bos)
+
+
+POST_PROCESSORS = [  # (what a tokenizer.json may say, whether a text begins with <|begin|>)
+    (lambda sequence: sequence, True),
+    (lambda sequence: sequence["processors"][1], True),
+    (lambda sequence: sequence["processors"][0], False),
+    (lambda sequence: None, False),
+    (lambda sequence: sequence["processors"][1] | {"single": sequence["processors"][1]["single"][1:]}, False),
+    (lambda sequence: sequence["processors"][1] | {"single": sequence["processors"][1]["single"][::-1]}, False),
+    (lambda sequence: sequence["processors"][1] | {"single": [7]}, False),
+    (lambda sequence: {"type": "Sequence", "processors": 7}, False),
+    (lambda sequence: {"type": "Sequence", "processors": [7, None, sequence["processors"][1]]}, True),
+]
+
+
+@pytest.mark.parametrize("number", range(len(POST_PROCESSORS)))
+def test_the_template_of_a_file_says_what_begins_a_text(number, tmp_path):
+    change, begins = POST_PROCESSORS[number]
+    file = json.loads(with_bos().to_json())
+    file["post_processor"] = change(file["post_processor"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    tok = Tokenizer.load(tmp_path)
+    assert (tok.bos, tok.adds_bos) == (tok.special[BEGIN if begins else EOT], begins)
+
+
+@pytest.mark.peers
+def test_tokenizers_puts_the_same_token_in_front(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    for tok in (*TOKENIZERS.values(), with_bos(), with_bos(EOT)):
+        theirs = tokenizers.Tokenizer.from_file(str(tok.save(tmp_path)))
+        for text in ("hello wé", " ", "<|begin|>x"):
+            assert theirs.encode(text, add_special_tokens=False).ids == tok.encode(text, special=True)
+        for text in ("hello wé", " "):
+            assert theirs.encode(text, add_special_tokens=True).ids == tok.encode_prompt(text)
+
+
 def broken(change):
     file = json.loads(small_bpe().to_json())
     change(file)
@@ -399,6 +469,10 @@ def unreachable(model):
     model["ignore_merges"] = True
     model["vocab"] |= {"el": 900, "hel": 901}
     model["merges"] += ["e l", "h el"]
+
+
+def begins_with(token):
+    return {"type": "TemplateProcessing", "single": [{"SpecialToken": token}, {"Sequence": {"id": "A", "type_id": 0}}]}
 
 
 HOSTILE = {
@@ -428,6 +502,15 @@ HOSTILE = {
     "added tokens of numbers": (broken(lambda f: f.update(added_tokens=[1])), "added_tokens"),
     "normalizer": (broken(lambda f: f.update(normalizer={"type": "NFC"})), "normalizer"),
     "prefix space": (broken(lambda f: f["pre_tokenizer"].update(add_prefix_space=True)), "pre_tokenizer"),
+    "a text begins with a word": (
+        broken(lambda f: f.update(post_processor=begins_with({"id": "he", "type_id": 0}))),
+        "post_processor: a text would begin with 'he', which is no special token",
+    ),
+    "a text begins with a number": (broken(lambda f: f.update(post_processor=begins_with(7))), "would begin with None"),
+    "a text begins with a list": (
+        broken(lambda f: f.update(post_processor=begins_with({"id": []}))),
+        "would begin with",
+    ),
     "no split": (broken(lambda f: f.update(pre_tokenizer=None)), "pre_tokenizer"),
 }
 

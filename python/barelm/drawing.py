@@ -29,7 +29,7 @@ class Sampling:
     stop                strings before which the text ends; one alone may be given as it is
     stop_ids            tokens that end the text, as the end-of-text token always does
     alternatives        so many of the likeliest tokens are kept beside each one that is drawn
-    ignore_eot          the end-of-text token is a token like others
+    ignore_eot          the end-of-text token, and bos, are tokens like others
 
     ValueError, TypeError: names the field.
     """

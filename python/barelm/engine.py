@@ -23,19 +23,21 @@ __all__ = ["Drawn", "Engine", "Row", "Sampling", "generate"]
 def generate(model, tok, prompt: "str | bytes | Sequence[int]" = "", *, row: int = 0, **sampling) -> Iterator[str]:
     """Continue a prompt; yields pieces of valid text as they come, without the prompt.
 
-    prompt    text, or ids; an empty one begins a new document
+    prompt    text, or ids; an empty one begins a new document.  A text begins with bos where the tokenizer adds it
+              (Tokenizer.encode_prompt), ids are taken as they are
     row       samples of one seed with other rows are independent, and each is the same whatever runs beside it
     sampling  the fields of Sampling: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop ...
 
-    Ends after max_tokens, at the end-of-text token or one of stop_ids, or before the first of the `stop` strings.  Of a
-    prompt longer than the context its last `context` tokens are read.  Where the context is full the text goes on from
-    its last context // 2 tokens, read anew as a prompt: one reading every context / 2 tokens, instead of one a token.
+    Ends after max_tokens, at the end-of-text token, bos or one of stop_ids, or before the first of the `stop` strings.
+    Of a prompt longer than the context its last `context` tokens are read.  Where the context is full the text goes on
+    from its last context // 2 tokens, read anew as a prompt: one reading every context / 2 tokens, instead of one a
+    token.
 
     ValueError, TypeError, before anything runs: an argument out of its range, or a prompt with an id that the model
     lacks.
     """
     wanted = Sampling(**sampling)
-    ids = _ids("prompt", prompt, tok)
+    ids = _prompt_ids(prompt, tok)
     session = Session(model, max_tokens=row_tokens(model.config.context, len(ids), wanted.max_tokens))
     engine = Engine(session, tok)
     return _pieces(engine, engine.add(ids, wanted, row=row))
@@ -59,10 +61,10 @@ def row_tokens(context: int, prompt: int, max_tokens: int) -> int:
 class Row:
     """One text that is being written.  Engine.add makes it.
 
-    prompt    its ids
+    prompt    its ids, bos with them
     tokens    list of Drawn: what was written, with the token that ended it, if one did
-    finish    None while it is written; "stop" (the end-of-text token, a stop id, a stop string), "length" (max_tokens)
-              or "cancelled"
+    finish    None while it is written; "stop" (the end-of-text token, bos, a stop id, a stop string), "length"
+              (max_tokens) or "cancelled"
     key       the row of its random numbers
     sampling  its Sampling
     """
@@ -134,15 +136,16 @@ class Row:
     def _append(self, drawn: Drawn) -> None:
         if drawn.forced:
             self._forced.popleft()
+        tok, sampling = self._engine.tok, self.sampling
+        data = _bytes_after(tok, self._ids[-1], drawn.id)
         self.tokens.append(drawn)
         self._ids.append(drawn.id)
-        tok, sampling = self._engine.tok, self.sampling
-        ends = drawn.id in sampling.stop_ids or (drawn.id == tok.eot and not sampling.ignore_eot)
-        if not drawn.forced and (ends or self._text.feed(_token_bytes(tok, drawn.id))):
+        ends = drawn.id in sampling.stop_ids or (drawn.id in tok.ends and not sampling.ignore_eot)
+        if not drawn.forced and (ends or self._text.feed(data)):
             self._end("stop")
             return
         if drawn.forced:
-            self._text.pass_by(_token_bytes(tok, drawn.id))
+            self._text.pass_by(data)
         if len(self.tokens) == sampling.max_tokens:
             self._end("length")
         elif len(self._ids) - self._start > self._engine.session.config.context:
@@ -210,7 +213,7 @@ class Engine:
         row: int = 0,
         n: int | None = None,
     ) -> "Row | list[Row]":
-        """A text to write.  An empty prompt begins a new document.
+        """A text to write.  An empty prompt begins a new document, a text with bos where the tokenizer adds it.
 
         With `n` a list of n rows with the keys row .. row + n - 1, which share the pages of the prompt.  It is read
         once, or once more for those for which there is no page at first.
@@ -218,7 +221,7 @@ class Engine:
         ValueError: a bad prompt, key, n, or stop id.  CacheFull: the whole cache has no room for such a row.
         """
         sampling = sampling or Sampling()
-        ids = _ids("prompt", prompt, self.tok) or [self.tok.eot]
+        ids = _prompt_ids(prompt, self.tok)
         _check_ids("prompt", ids, self.session.config.vocab_size)
         _check_ids("stop_ids", sampling.stop_ids, self.tok.n_vocab)
         if n is not None and n < 1:
@@ -504,6 +507,13 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
     return 0
 
 
+def _prompt_ids(prompt: "str | bytes | Sequence[int]", tok) -> list[int]:
+    """The ids of a prompt; ids themselves are taken as they are, but none at all begin a document."""
+    if isinstance(prompt, str | bytes):
+        return tok.encode_prompt(prompt)
+    return _ids("prompt", prompt, tok) or [tok.bos]
+
+
 def _ids(name: str, text: "str | bytes | Sequence[int]", tok) -> list[int]:
     try:
         return tok.encode(text) if isinstance(text, str | bytes) else [operator.index(id) for id in text]
@@ -517,9 +527,9 @@ def _check_ids(name: str, ids: Sequence[int], V: int) -> None:
         raise ValueError(f"{name}: the id {bad} is not in [0, {V})")
 
 
-def _token_bytes(tok, id: int) -> bytes:
-    """A token's bytes; none for an id that the vocabulary leaves out but the model may draw."""
+def _bytes_after(tok, before: int, id: int) -> bytes:
+    """What a token adds to a text; nothing for an id that the vocabulary leaves out but the model may draw."""
     try:
-        return tok.token_bytes(id)
+        return tok.bytes_after(before, id)
     except ValueError:
         return b""

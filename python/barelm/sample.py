@@ -49,7 +49,7 @@ def main(config: SampleConfig) -> int:
         _core.threads_set(config.threads)
     folder = newest_checkpoint(config.checkpoint)
     context, tok = checkpoint.read_config(folder).context, Tokenizer.load(folder)
-    prompt = tok.encode(config.prompt)
+    prompt = tok.encode_prompt(config.prompt)
     room = row_tokens(context, len(prompt), config.max_tokens) + PAGE  # a row's last page is partly empty
     session = Session.load(folder, max_tokens=min(config.n, AT_ONCE) * room, weights=config.weights)
     engine = Engine(session, tok)
@@ -113,7 +113,7 @@ def _print(config: SampleConfig, row: Row, tok: Tokenizer) -> None:
 
 def _record(config: SampleConfig, row: Row, tok: Tokenizer) -> dict:
     """What --json says of a text; the token that ended it, which is no text, is left out."""
-    ends = row.finish == "stop" and row.tokens[-1].id == tok.eot
+    ends = row.finish == "stop" and row.tokens[-1].id in tok.ends
     tokens = row.tokens[:-1] if ends else row.tokens
     return {
         "prompt": config.prompt,

@@ -18,7 +18,7 @@ from itertools import groupby
 import numpy as np
 
 from .merges import ways
-from .tokenizer import MAX_ID, PART, Tokenizer, added_token, check_close
+from .tokenizer import EOT_NAMES, MAX_ID, PART, Tokenizer, added_token, check_close, template, template_begin
 
 __all__ = ["BYTE", "CONTROL", "NORMAL", "SPACE", "UNKNOWN", "UNUSED", "SentencePiece", "from_huggingface"]
 
@@ -33,7 +33,8 @@ END = "\0"  # behind each text that tiktoken gets: it takes a text that is a tok
 class SentencePiece(Tokenizer):
     """A SentencePiece BPE vocabulary with byte fallback.  The interface is Tokenizer's; Tokenizer.load reads it.
 
-    eot        the token that begins every document, <s>: models of this kind see nothing else between two of them
+    eot        </s>, or bos where there is none
+    bos        the token that begins every document, <s>: many models of this kind see nothing else between two of them
     pattern    None: merges know no borders but those that the pieces have
 
     What comes back exactly: any bytes that do not hold U+2581, which is read as a space.
@@ -46,9 +47,10 @@ class SentencePiece(Tokenizer):
         kinds: Sequence[int],
         begin: int | None = None,
         prefix: bool = True,
+        adds_bos: bool = True,
     ):
         """pieces, scores, kinds: of each id; the best score merges first, of equal ones the lower id; begin: the id of
-        <s>, None: by its name; prefix: a space is put in front of a text.
+        <s>, None: by its name; prefix: a space is put in front of a text; adds_bos: and <s> before it.
 
         ValueError: a byte or the space has no piece, two are the same, or there is no <s>.
         """
@@ -64,10 +66,12 @@ class SentencePiece(Tokenizer):
         self._normal = {self.pieces[i]: i for i in self._of(NORMAL)}
         self._byte_ids = _byte_ids({self.pieces[i]: i for i in self._of(BYTE)})
         self._check()
-        self.eot = next((self.special[name] for name in BEGIN_NAMES if name in self.special), -1)
-        self.eot = self.eot if begin is None else begin
-        if self.eot not in self.special.values():
+        by_name = next((self.special[name] for name in BEGIN_NAMES if name in self.special), -1)
+        begin = by_name if begin is None else begin
+        if begin not in self.special.values():
             raise ValueError(f"no token that begins a text (one of {', '.join(BEGIN_NAMES)})")
+        self.eot = next((self.special[name] for name in EOT_NAMES if name in self.special), begin)
+        self._set_bos(begin, adds_bos)
         self._special_ids = frozenset(self.special.values())
         self._bytes = [self._bytes_of(i) for i in range(self.n_vocab)]
         longest_first = sorted(self.special, key=len, reverse=True)
@@ -85,6 +89,10 @@ class SentencePiece(Tokenizer):
             out.append(token[1:] if first and token.startswith(b" ") else token)
             first = self.prefix and id in self._special_ids
         return b"".join(out)
+
+    def bytes_after(self, before: int, id: int) -> bytes:
+        token = self.token_bytes(id)
+        return token[1:] if self.prefix and before in self._special_ids and token.startswith(b" ") else token
 
     def __repr__(self) -> str:
         return f"<SentencePiece n_vocab={self.n_vocab}>"
@@ -170,7 +178,6 @@ class SentencePiece(Tokenizer):
 
     def _to_huggingface(self) -> dict:
         """The form that Llama's own tokenizer.json has."""
-        begin = self.pieces[self.eot]
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         prepend = {"type": "Prepend", "prepend": SPACE}
         decoders = [
@@ -188,17 +195,7 @@ class SentencePiece(Tokenizer):
             "added_tokens": [added_token(text, id) for text, id in sorted(self.special.items(), key=lambda t: t[1])],
             "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]} if self.prefix else replace,
             "pre_tokenizer": None,
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                "pair": [
-                    {"SpecialToken": {"id": begin, "type_id": 0}},
-                    {"Sequence": {"id": "A", "type_id": 0}},
-                    {"SpecialToken": {"id": begin, "type_id": 1}},
-                    {"Sequence": {"id": "B", "type_id": 1}},
-                ],
-                "special_tokens": {begin: {"id": begin, "ids": [self.eot], "tokens": [begin]}},
-            },
+            "post_processor": template(self),
             "decoder": {"type": "Sequence", "decoders": decoders if self.prefix else decoders[:3]},
             "model": {
                 "type": "BPE",
@@ -268,8 +265,10 @@ def from_huggingface(file: dict) -> SentencePiece:
     normal = {pieces[id]: id for id in range(n) if kinds[id] == NORMAL}
     for rank, piece in enumerate(_merged(merges, normal)):
         scores[normal[piece]] = -rank
-    begin = _begin(file.get("post_processor"), special)
-    return SentencePiece(pieces, scores, kinds, begin, _prefix(file))
+    post = file.get("post_processor")
+    begin = template_begin(post, special)
+    adds = begin is not None or post is None  # where nothing is said: every family of this kind does
+    return SentencePiece(pieces, scores, kinds, begin, _prefix(file), adds)
 
 
 def _merged(merges: list, vocab: dict[str, int]) -> list[str]:
@@ -293,14 +292,6 @@ def _merged(merges: list, vocab: dict[str, int]) -> list[str]:
     if lost is not None:
         raise ValueError(f"no merge makes the piece {lost!r:.80}")
     return made
-
-
-def _begin(post: object, special: dict[str, int]) -> int | None:
-    """The id of what a template puts before a text."""
-    single = post.get("single") if isinstance(post, dict) and post.get("type") == "TemplateProcessing" else None
-    first = single[0] if isinstance(single, list) and single and isinstance(single[0], dict) else {}
-    token = first.get("SpecialToken")
-    return special.get(token.get("id")) if isinstance(token, dict) and isinstance(token.get("id"), str) else None
 
 
 def _prefix(file: dict) -> bool:

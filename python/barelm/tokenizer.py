@@ -66,7 +66,11 @@ class Tokenizer:
     Tokenizer(vocab, merges, special, ...)  from its parts
 
     n_vocab    the largest id + 1
-    eot        the id of the end-of-text token, which begins every document
+    eot        the id of the end-of-text token
+    bos        the id that begins every document of training text: eot, or a token that the vocabulary has for it
+    adds_bos   whether a text to be continued begins with it too: as the vocabulary's file says, for GPT-2 and for what
+               is trained here not
+    ends       the ids at which a text ends, eot and bos
     special    {text: id} of the special tokens
     pattern    the regular expression that cuts text into pieces
     """
@@ -78,11 +82,14 @@ class Tokenizer:
         special: dict[str, int],
         pattern: str = GPT2_PATTERN,
         ignore_merges: bool = False,
+        bos: int | None = None,
     ):
         """vocab: the bytes of each ordinary token and its id; merges: pairs, the first merges first; ignore_merges: a
-        piece of the split that is a token as a whole is that token, even where the merges lead elsewhere (Llama-3).
+        piece of the split that is a token as a whole is that token, even where the merges lead elsewhere (Llama-3);
+        bos: the special token that every text begins with, None: there is none.
 
-        ValueError: a byte has no id, an id is used twice, a merge is not in the vocabulary, or there is no end-of-text.
+        ValueError: a byte has no id, an id is used twice, a merge is not in the vocabulary, there is no end-of-text, or
+        bos is no special token.
         """
         self.pattern, self.special, self._vocab = pattern, dict(special), vocab
         self._check_ids()
@@ -90,6 +97,7 @@ class Tokenizer:
         self.eot = next((special[name] for name in EOT_NAMES if name in special), -1)
         if self.eot < 0:
             raise ValueError(f"no end-of-text token among the special tokens (one of {', '.join(EOT_NAMES)})")
+        self._set_bos(self.eot if bos is None else bos, bos is not None)
         self._bytes: list[bytes | None] = [None] * self.n_vocab
         for token, id in vocab.items():
             self._bytes[id] = token
@@ -173,7 +181,7 @@ class Tokenizer:
         ranks = _read_ranks(path)
         if len(ranks) != LLAMA3_RANKS:
             raise ValueError(f"{path}: {len(ranks)} ranks, where Llama-3 has {LLAMA3_RANKS}; others are not known")
-        return _from_ranks(ranks, _llama3_special(), GPT4_PATTERN)
+        return _from_ranks(ranks, _llama3_special(), GPT4_PATTERN, bos=LLAMA3_RANKS)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
@@ -231,6 +239,16 @@ class Tokenizer:
         """
         return self.encode_to_array(text, special).tolist()
 
+    def encode_prompt(self, text: "str | bytes") -> list[int]:
+        """Ids of a text that a model is to continue, as `tokenizers` and llama.cpp make them: with bos in front, where
+        the vocabulary adds one.  No text at all is the beginning of a document: bos alone.
+
+        Where it adds none (GPT-2, and what is trained here), models learn from windows that begin anywhere, and others
+        give them nothing in front either: so the same prompt has the same ids everywhere.
+        """
+        ids = self.encode(text)
+        return [self.bos, *ids] if self.adds_bos or not ids else ids
+
     def encode_to_array(self, text: "str | bytes", special: bool = False) -> np.ndarray:
         """As encode, an int32 array (n).  A long text is encoded by several threads."""
         return self.encode_batch([text], special)[0]
@@ -263,6 +281,10 @@ class Tokenizer:
             raise ValueError(f"ids: no token has the id {id} (n_vocab is {self.n_vocab})")
         return token
 
+    def bytes_after(self, before: int, id: int) -> "bytes":
+        """What a token adds to a text whose last token is `before`.  ValueError: no token has the id."""
+        return self.token_bytes(id)
+
     def has(self, id: int) -> bool:
         """Whether the id has a token: a vocabulary may leave some out."""
         return 0 <= id < self.n_vocab and self._bytes[id] is not None
@@ -293,6 +315,11 @@ class Tokenizer:
 
     def _to_huggingface(self) -> dict:
         return _to_huggingface(self)
+
+    def _set_bos(self, bos: int, adds: bool) -> None:
+        if bos not in self.special.values():
+            raise ValueError(f"bos: {bos!r:.40} is no special token")
+        self.bos, self.adds_bos, self.ends = bos, adds, frozenset((self.eot, bos))
 
     def _check_ids(self) -> None:
         missing = [b for b in range(256) if bytes([b]) not in self._vocab]
@@ -497,11 +524,11 @@ def _read_rank(line: str) -> tuple[int, "bytes"]:
         raise ValueError(f"{word[:40]!r} is not base64 ({error})") from None
 
 
-def _from_ranks(ranks: dict["bytes", int], special: Sequence[str], pattern: str) -> Tokenizer:
+def _from_ranks(ranks: dict["bytes", int], special: Sequence[str], pattern: str, bos: int | None = None) -> Tokenizer:
     """Every merge of two tokens to a token, in the order of the ranks; special tokens follow the last rank."""
     merges = [pair for token in ranks for pair in ways(token, ranks)]
     ids = {text: len(ranks) + i for i, text in enumerate(special)}
-    return Tokenizer(ranks, merges, ids, pattern, ignore_merges=True)
+    return Tokenizer(ranks, merges, ids, pattern, ignore_merges=True, bos=bos)
 
 
 def _llama3_special() -> list[str]:
@@ -533,7 +560,9 @@ def _to_chars(token: "bytes") -> str:
     return "".join([BYTE_TO_CHAR[b] for b in token])
 
 
-def build(vocab: dict, merges: list, special: dict, pattern: str, ignore_merges: bool = False) -> Tokenizer:
+def build(
+    vocab: dict, merges: list, special: dict, pattern: str, ignore_merges: bool = False, bos: int | None = None
+) -> Tokenizer:
     """A Tokenizer from the characters of a file; merges are "a b" or ["a", "b"]."""
     pairs = []
     for merge in merges:
@@ -541,7 +570,8 @@ def build(vocab: dict, merges: list, special: dict, pattern: str, ignore_merges:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise ValueError(f"{merge!r} is not a merge of two tokens")
         pairs.append((_from_chars(pair[0]), _from_chars(pair[1])))
-    return Tokenizer({_from_chars(token): id for token, id in vocab.items()}, pairs, special, pattern, ignore_merges)
+    vocab = {_from_chars(token): id for token, id in vocab.items()}
+    return Tokenizer(vocab, pairs, special, pattern, ignore_merges, bos)
 
 
 def _from_huggingface(file: dict) -> Tokenizer:
@@ -568,9 +598,8 @@ def _from_huggingface(file: dict) -> Tokenizer:
         raise ValueError("normalizer: not supported, text is taken as it is")
     special = {a["content"]: a.get("id") for a in added}
     vocab = {token: id for token, id in vocab.items() if token not in special}
-    return build(
-        vocab, merges, special, _read_pattern(file.get("pre_tokenizer")), bool(model.get("ignore_merges", False))
-    )
+    pattern, bos = _read_pattern(file.get("pre_tokenizer")), template_begin(file.get("post_processor"), special)
+    return build(vocab, merges, special, pattern, bool(model.get("ignore_merges", False)), bos)
 
 
 def _read_pattern(pre: object) -> str:
@@ -589,6 +618,41 @@ def _read_pattern(pre: object) -> str:
     if len(steps) != 2 or split.get("type") != "Split" or not isinstance(regex, str) or not plain:
         raise ValueError("pre_tokenizer: this sequence of steps is not supported")
     return regex
+
+
+def template_begin(post: object, special: dict[str, int]) -> int | None:
+    """The id that a post_processor puts in front of a text; None: it puts none there.
+
+    This is what `tokenizers` does where it adds special tokens.  tokenizer_config.json is not asked: bos_token there is
+    a name that says nothing of where it stands, and a tokenizer.json goes alone into datasets and runs.
+    """
+    steps = post.get("processors") if isinstance(post, dict) and post.get("type") == "Sequence" else [post]
+    steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    single = next((step.get("single") for step in steps if step.get("type") == "TemplateProcessing"), None)
+    first = single[0] if isinstance(single, list) and single and isinstance(single[0], dict) else {}
+    token = first.get("SpecialToken")
+    if token is None:
+        return None
+    name = token.get("id") if isinstance(token, dict) else None
+    if not isinstance(name, str) or name not in special:
+        raise ValueError(f"post_processor: a text would begin with {name!r:.80}, which is no special token")
+    return special[name]
+
+
+def template(tok: Tokenizer) -> dict:
+    """The post_processor that puts bos in front of a text, or that says that nothing is put there."""
+    name = tok.token_bytes(tok.bos).decode()
+
+    def text(letter: str, number: int) -> list[dict]:
+        bos = {"SpecialToken": {"id": name, "type_id": number}}
+        return [bos] * tok.adds_bos + [{"Sequence": {"id": letter, "type_id": number}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": text("A", 0) + text("B", 1),
+        "special_tokens": {name: {"id": name, "ids": [tok.bos], "tokens": [name]}} if tok.adds_bos else {},
+    }
 
 
 def added_token(text: str, id: int) -> dict:
@@ -624,7 +688,9 @@ def _to_huggingface(tok: Tokenizer) -> dict:
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": pre,
-        "post_processor": byte_level,
+        "post_processor": {"type": "Sequence", "processors": [byte_level, template(tok)]}
+        if tok.adds_bos
+        else byte_level,
         "decoder": byte_level,
         "model": model,
     }

@@ -270,7 +270,7 @@ def _tokenizer(header: Header) -> Tokenizer | None:
         scores = _per_token(values, "scores", len(tokens))
         begin = values.get("tokenizer.ggml.bos_token_id", int, 1)
         prefix = values.get("tokenizer.ggml.add_space_prefix", bool, True)
-        return SentencePiece(tokens, scores, kinds, begin, prefix)
+        return SentencePiece(tokens, scores, kinds, begin, prefix, _adds_bos(values, True))
     except CheckpointError:
         raise
     except (ValueError, TypeError) as error:
@@ -300,7 +300,14 @@ def _byte_level(values: _Values, tokens: list[str], kinds: list[int]) -> Tokeniz
         raise ValueError("two tokens are the same")
     normal = {token: id for id, token in enumerate(tokens) if kinds[id] == 1}
     special = {token: id for id, token in enumerate(tokens) if kinds[id] in (2, 3, 4)}
-    return build(normal, merges, special, PATTERNS[pre], ignore_merges=PATTERNS[pre] == GPT4_PATTERN)
+    is_llama3 = PATTERNS[pre] == GPT4_PATTERN
+    bos = values.get("tokenizer.ggml.bos_token_id", int) if _adds_bos(values, is_llama3) else None
+    return build(normal, merges, special, PATTERNS[pre], ignore_merges=is_llama3, bos=bos)
+
+
+def _adds_bos(values: _Values, unsaid: bool) -> bool:
+    """Whether a text begins with bos; `unsaid`: what llama.cpp does where the file does not say it."""
+    return values.get("tokenizer.ggml.add_bos_token", bool, unsaid)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -410,15 +417,13 @@ def _vocabulary(tok: Tokenizer | None, config: Config) -> dict[str, object]:
         for id, (piece, kind) in enumerate(zip(tok.pieces, tok.kinds, strict=True)):
             if kind != UNUSED:
                 tokens[id], kinds[id], scores[id] = piece, kind, tok.scores[id]
-        end = tok.special.get("</s>", tok.eot)
-        more = {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": tok.prefix}
-        ids = {"bos_token_id": tok.eot, "eos_token_id": end, "add_bos_token": True, "add_eos_token": False}
+        more = {"model": "llama", "pre": "default", "scores": scores}
+        more |= {"add_space_prefix": tok.prefix, "add_eos_token": False}
         unknown = [id for id, kind in enumerate(tok.kinds) if kind == 2]
-        ids |= {"unknown_token_id": unknown[0]} if unknown else {}
+        more |= {"unknown_token_id": unknown[0]} if unknown else {}
     else:
         more = _byte_level_values(tok, tokens, kinds)
-        begin = tok.special.get("<|begin_of_text|>", tok.eot)
-        ids = {"bos_token_id": begin, "eos_token_id": tok.eot, "add_bos_token": begin != tok.eot}
+    ids = {"bos_token_id": tok.bos, "eos_token_id": tok.eot, "add_bos_token": tok.adds_bos}
     return {f"tokenizer.ggml.{name}": v for name, v in ({"tokens": tokens, "token_type": kinds} | more | ids).items()}
 
 
