@@ -170,9 +170,20 @@ def test_borders_of_shards_cannot_be_seen(monkeypatch, draw, most, sizes):
     assert data.read(start, stop).tolist() == all_of(data.cut(start, stop)) == list(range(start, stop))
 
 
+def test_documents_begin_with_a_token_of_their_own_where_there_is_one(tmp_path):
+    tok = Tokenizer({bytes([b]): b for b in range(256)}, [], {"<|endoftext|>": 256, "<|begin|>": 257}, bos=257)
+    assert all_of(Tokens.encode([("a", "ab"), ("b", "c")], tok)) == [257, 97, 98, 257, 99]
+    own = write_dataset(corpus(tmp_path / "texts", b"ab", b"c", b"d"), tok, tmp_path / "own")
+    assert sorted(all_of(own.train) + all_of(own.validation)) == [97, 98, 99, 100, 257, 257, 257]
+    with pytest.raises(ValueError, match="was made with another vocabulary"):
+        Dataset.open(tmp_path / "own", BYTES)
+    (tmp_path / "a.bin").write_bytes(shard_bytes([257, 97, 256, 257, 98], 1))
+    assert Dataset.open(tmp_path / "a.bin", tok).summary["documents"] == 2
+
+
 def test_where_documents_begin(rng):
     rows = rng.integers(0, 4, (5, 50)).astype(np.int32)
-    starts = document_starts(rows, eot=3)
+    starts = document_starts(rows, bos=3)
     assert starts.dtype == np.int32 and starts.flags.c_contiguous
     for row, got in zip(rows, starts, strict=True):
         assert got.tolist() == [max([i for i in range(t + 1) if row[i] == 3], default=0) for t in range(50)]

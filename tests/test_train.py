@@ -115,7 +115,10 @@ def test_every_step_and_micro_batch_draws_its_own_windows(text, tmp_path, monkey
     assert drawn == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
-def test_windows_may_follow_the_text_and_attention_stay_within_documents(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bos", [256, 257])
+def test_windows_may_follow_the_text_and_attention_stay_within_documents(tmp_path, monkeypatch, bos):
+    special = {"<|endoftext|>": 256, "<|begin|>": 257}
+    Tokenizer({bytes([b]): b for b in range(256)}, [], special, bos=bos).save(tmp_path / "tok")
     (tmp_path / "many.txt").write_text("".join(f"{i} is a number|" for i in range(400)))
     drawn, real = [], training.step
 
@@ -124,13 +127,13 @@ def test_windows_may_follow_the_text_and_attention_stay_within_documents(tmp_pat
         return real(model, batches, *args, **options)
 
     monkeypatch.setattr(training, "step", record)
-    flags = dict(split_at="|", order="sequential", steps=3)
+    flags = dict(split_at="|", order="sequential", steps=3, tokenizer=tmp_path / "tok")
     assert run(tmp_path / "many.txt", tmp_path / "run", "--within", **flags) == 0
     text = np.concatenate([tokens.ravel() for tokens, _, _ in drawn])
     train = Dataset.open(tmp_path / "run" / "data").train
     np.testing.assert_array_equal(text, train.read(0, len(text)))
     for tokens, _, starts in drawn:
-        np.testing.assert_array_equal(starts, document_starts(tokens, 256))
+        np.testing.assert_array_equal(starts, document_starts(tokens, bos))
         assert starts.max() > 0
 
 

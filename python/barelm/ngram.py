@@ -19,7 +19,7 @@ __all__ = ["NGram"]
 class NGram:
     """A model of order n over ids below n_vocab, from one row of tokens.
 
-    tokens    (N) integers; documents follow each other, each beginning with its end-of-text token
+    tokens    (N) integers; documents follow each other, each beginning with the token for that
     """
 
     def __init__(self, tokens: np.ndarray, n_vocab: int, order: int = 5):

@@ -311,7 +311,7 @@ def _micro_batch(run: Run, micro: int):
     tokens, targets = run.dataset.train.batch(
         run.step, micro, config.batch, config.context, config.seed, config.order, run.micro_batches
     )
-    return (tokens, targets, document_starts(tokens, run.tok.eot)) if config.within else (tokens, targets)
+    return (tokens, targets, document_starts(tokens, run.tok.bos)) if config.within else (tokens, targets)
 
 
 def _record(run: Run, progress: Progress, result: StepResult, lr: float, seconds: float) -> None:

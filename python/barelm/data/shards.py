@@ -1,7 +1,7 @@
 """Datasets: documents encoded once, split into what is learnt from and what is held out, and written as token shards.
 
 A dataset is a folder:
-  train_000000.bin ... val_000000.bin ...     shards in llm.c's form (tokens.py); each document begins with end-of-text
+  train_000000.bin ... val_000000.bin ...     shards in llm.c's form (tokens.py); each document begins with bos
   tokenizer.json      the vocabulary of the ids
   dataset.json        what was read, how it was split, size and SHA-256 of every shard, SHA-256 of itself
 """
@@ -360,6 +360,6 @@ def _look_at(path: Path, tok: Tokenizer) -> _Seen:
             place, id = start + int(bad[0]), int(ids[bad[0]]) % 2**32
             raise ValueError(f"{path}: token {place:,} is {id}, the vocabulary has ids below {tok.n_vocab:,}")
         hash.update(ids.data)
-        documents += int(np.count_nonzero(ids == tok.eot))
+        documents += int(np.count_nonzero(ids == tok.bos))
         n_bytes += int(lengths[ids].sum())
     return _Seen(shard, hash.hexdigest(), documents, n_bytes)

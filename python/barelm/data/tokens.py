@@ -106,7 +106,7 @@ def _stamp(status: os.stat_result) -> tuple:
 
 
 class Tokens:
-    """One row of tokens, in memory or in shards; each document in it begins with the end-of-text token.
+    """One row of tokens, in memory or in shards; each document in it begins with the tokenizer's bos.
 
     lengths   (n_vocab) int64: bytes of text that each id stands for, so that bits per byte is exact
     Reading raises OSError where a shard has been changed since it was opened.
@@ -209,10 +209,10 @@ class Tokens:
             yield tokens.reshape(B_here, T), targets.reshape(B_here, T), int(self.lengths[here[1:]].sum())
 
 
-def document_starts(tokens: np.ndarray, eot: int) -> np.ndarray:
+def document_starts(tokens: np.ndarray, bos: int) -> np.ndarray:
     """For Model.forward(starts=), (B, T) int32: where the document of each token begins in its row, which is the last
-    end-of-text token at or before it, or 0.  Attention then stays within documents."""
-    places = np.where(tokens == eot, np.arange(tokens.shape[1], dtype=np.int32), np.int32(0))
+    bos at or before it, or 0.  Attention then stays within documents."""
+    places = np.where(tokens == bos, np.arange(tokens.shape[1], dtype=np.int32), np.int32(0))
     return np.maximum.accumulate(places, axis=1)
 
 
@@ -221,7 +221,7 @@ def document_starts(tokens: np.ndarray, eot: int) -> np.ndarray:
 
 class Piece(NamedTuple):
     text: bytes | str
-    begins: bool = True  # with the end-of-text token in front
+    begins: bool = True  # with bos in front
     held_out: bool = False
 
 
@@ -230,12 +230,12 @@ def encode(pieces: Iterable[Piece], tok: Tokenizer) -> Iterator[tuple[bool, np.n
 
     Several threads encode (tiktoken lets others run meanwhile), and only so far ahead that memory is bounded.
     """
-    eot = np.array([tok.eot], np.int32)
+    bos = np.array([tok.bos], np.int32)
 
     def ids_of(group: list[Piece]) -> list[tuple[bool, np.ndarray]]:
         found = []
         for held_out, run in groupby(group, key=lambda piece: piece.held_out):
-            parts = [part for piece in run for part in (eot[: piece.begins], tok.encode_to_array(piece.text))]
+            parts = [part for piece in run for part in (bos[: piece.begins], tok.encode_to_array(piece.text))]
             found.append((held_out, np.concatenate(parts)))
         return found
 
