@@ -2,16 +2,14 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from . import checkpoint
 from .convert import gguf, llmc
-from .convert.recognise import open_source
 from .convert.source import Source
 from .importing import Written, check_elsewhere, found, tokenizer_files, with_tokenizer, written
 from .report import console
-from .runs import newest_checkpoint
+from .runs import open_model
 
 __all__ = ["ExportConfig", "main"]
 
@@ -42,7 +40,7 @@ class ExportConfig:
 def main(config: ExportConfig) -> int:
     began = time.perf_counter()
     _check(config)
-    source = with_tokenizer(_open(config.folder), config.tokenizer)
+    source = with_tokenizer(open_model(config.folder), config.tokenizer)
     check_elsewhere(source, config.target)
     result = found(source, config.json)
     with Written(source, console(stderr=True)) as progress:
@@ -58,12 +56,6 @@ def _check(config: ExportConfig) -> None:
         raise ValueError(f"--dtype: {config.format} has no {config.dtype}, but {', '.join(known)}")
     if not 0 < config.shard_size <= 1e6:
         raise ValueError(f"--shard-size: must be above 0 and at most a million, got {config.shard_size}")
-
-
-def _open(name: str) -> Source:
-    """A checkpoint, the newest of a run, or anything else that can be read."""
-    path = Path(name)
-    return open_source(newest_checkpoint(path) if path.is_dir() and any(path.glob("step_*")) else path)
 
 
 def _write(config: ExportConfig, source: Source, progress: Written) -> None:

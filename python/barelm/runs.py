@@ -12,12 +12,23 @@ import shutil
 from pathlib import Path
 
 from . import checkpoint
+from .convert.recognise import open_source
+from .convert.source import Source
 from .files import digest_of
 from .model import Model
 from .report import Log, write_file
 from .tokenizer import Tokenizer
 
-__all__ = ["checkpoints", "load_newest", "newest_checkpoint", "prune", "read_description", "save", "write_description"]
+__all__ = [
+    "checkpoints",
+    "load_newest",
+    "newest_checkpoint",
+    "open_model",
+    "prune",
+    "read_description",
+    "save",
+    "write_description",
+]
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -37,6 +48,12 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path:
     if not found:
         raise FileNotFoundError(f"{folder}: neither a checkpoint (no config.json) nor a run (no step_N)")
     return found[0][1]
+
+
+def open_model(name: str | os.PathLike) -> Source:
+    """The newest checkpoint of a run's folder, or anything else that open_source reads."""
+    path = Path(name)
+    return open_source(newest_checkpoint(path) if path.is_dir() and any(path.glob("step_*")) else path)
 
 
 # ---- what was asked -----------------------------------------------------------------------------------------------
