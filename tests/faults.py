@@ -47,11 +47,12 @@ ALL = tuple(
         "import_export",
         "held",
         "lora",
+        "init",
     )
 )
 (OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD) = ALL[:9]
 (TRAIN, TRUST, NGRAM, LOOP, DRAWS, SESSION, PACKED, LOAD, ENGINE) = ALL[9:18]
-(FOLDERS, PIECES, FORMATS, FUZZ, IMPORT, HELD, LORA) = ALL[18:]
+(FOLDERS, PIECES, FORMATS, FUZZ, IMPORT, HELD, LORA, INIT) = ALL[18:]
 
 
 @dataclass
@@ -823,6 +824,34 @@ FAULTS = [
         '"add_bos_token": tok.adds_bos',
         '"add_bos_token": True',
         FORMATS,
+    ),
+    Fault(
+        "init: the weights stay random",
+        "python/barelm/initial.py",
+        "    source.fill(model.params)\n",
+        "",
+        INIT,
+    ),
+    Fault(
+        "init: a run that begins again takes whatever lies there now",
+        "python/barelm/train.py",
+        "    if init and before:\n",
+        "    if False:\n",
+        INIT,
+    ),
+    Fault(
+        "init: a resumed run forgets what it fine-tunes",
+        "python/barelm/train.py",
+        "_open(merged, folder, model, dataset, state, init)",
+        "_open(merged, folder, model, dataset, state)",
+        INIT,
+    ),
+    Fault(
+        "init: the learning rate of a new model",
+        "python/barelm/recipe.py",
+        "FineTuning(lr=0.1",
+        "FineTuning(lr=1.0",
+        INIT,
     ),
     Fault(
         "import: a checkpoint may be replaced by its copy",

@@ -21,7 +21,8 @@ from .hardware import GPUS, HISTORY, Past
 from .loop import flops_per_token
 from .model import Config, Model
 from .recipe import FAMILIES, matrix_weights, model_config
-from .report import console, count, duration
+from .report import console, count, duration, printable
+from .runs import open_model
 from .settings import TrainConfig, flag, settle
 
 __all__ = ["PlanConfig", "Tensor", "Timing", "main", "measure", "memory", "plan", "tensors"]
@@ -33,6 +34,7 @@ SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "context")
 class PlanConfig:
     """Say what a training run will take, before it starts.  Each field is a flag of `barelm plan`."""
 
+    init: Annotated[str, "model to fine-tune: a folder, as barelm train takes it; left out: a new model"] = ""
     preset: Annotated[str, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama, llama-3.2-1b, llama-3.2-3b, llama-3-8b"] = ""
     depth: Annotated[int, "layers; the one dial that sets everything else; 0: as the sizes below say"] = 0
     family: Annotated[Literal[FAMILIES], "form of a model that is no preset"] = "gpt2"
@@ -40,11 +42,11 @@ class PlanConfig:
     n_head: Annotated[int, "query heads"] = 0
     n_kv_head: Annotated[int, "key/value heads"] = 0
     n_embd: Annotated[int, "channels"] = 0
-    context: Annotated[int, "tokens the model sees at once"] = 0
+    context: Annotated[int, "tokens the model sees at once; with --init: in a window"] = 0
     vocab: Annotated[int, "ids of the tokenizer; 0: the preset's own, or GPT-2's 50257"] = 0
     batch: Annotated[int, "windows in a micro-batch (on each GPU); 0 here and below: as barelm train takes it"] = 0
     tokens_per_step: Annotated[int, "tokens in a step"] = 0
-    tokens: Annotated[int, "tokens of the whole run"] = 0
+    tokens: Annotated[int, "tokens of the whole run; with --init it must be said: twice those of the text"] = 0
     precision: Annotated[Literal["fp32", "bf16"], "of matrix products on this machine"] = "fp32"
     gpu: Annotated[str, f"plan for this GPU: {', '.join(GPUS)}; left out: for this machine"] = ""
     gpus: Annotated[int, "how many of them"] = 1
@@ -71,17 +73,18 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     _check(config)
     if config.threads:
         _core.threads_set(config.threads)
-    n_vocab = config.vocab or _own_vocab(config.preset)
-    settled = _as_trained(config, n_vocab)
-    model = model_config(n_vocab, config.preset, config.depth, config.family, **{n: getattr(config, n) for n in SIZES})
-    run = _run(config, settled, model)
-    flops = flops_per_token(model, model.context)
+    init = open_model(config.init).config if config.init else None
+    n_vocab = init.vocab_size if init else config.vocab or _own_vocab(config.preset)
+    settled = _as_trained(config, n_vocab, init)
+    model = init or _asked_for(config, n_vocab)
     found = {
         "model": {"summary": _summary(config, model), "config": model.to_dict()},
         "parameters": _parameters(model),
-        "run": run,
-        "flops": {"per_token": flops, "run": flops * run["tokens"]},
     }
+    model = replace(model, context=settled.context)  # from here on its windows count, which may be shorter
+    run = _run(config, settled, model)
+    flops = flops_per_token(model, model.context)
+    found |= {"run": run, "flops": {"per_token": flops, "run": flops * run["tokens"]}}
     where = _on_gpu(config, model, run) if config.gpu else _on_this_machine(config, model, run)
     return found | where | {"history": [past._asdict() for past in HISTORY]}
 
@@ -101,6 +104,10 @@ def _check(config: PlanConfig) -> None:
             raise ValueError(f"{flag(name)}: {value} is too large")
     if config.gpu and config.gpu not in GPUS:
         raise ValueError(f"--gpu: '{config.gpu}' is not in the table, which has {', '.join(GPUS)}")
+    if config.init and config.vocab:
+        raise ValueError("--vocab: the model of --init has its own; leave one of the two out")
+    if config.init and not config.tokens:
+        raise ValueError("--tokens: must be given with --init; barelm train takes twice those of the text")
     if config.gpus > 1 and not config.gpu:
         raise ValueError(f"--gpus: {config.gpus} of which? --gpu names it")
 
@@ -113,10 +120,15 @@ def _own_vocab(preset: str) -> int:
         raise ValueError(f"--{error}") from None
 
 
-def _as_trained(config: PlanConfig, n_vocab: int) -> TrainConfig:
+def _asked_for(config: PlanConfig, n_vocab: int) -> Config:
+    """A new model."""
+    return model_config(n_vocab, config.preset, config.depth, config.family, **{n: getattr(config, n) for n in SIZES})
+
+
+def _as_trained(config: PlanConfig, n_vocab: int, init: Config | None) -> TrainConfig:
     """What `barelm train` makes of the same flags."""
     same = ("preset", "depth", "family", *SIZES, "batch", "tokens_per_step", "precision")
-    settled = settle(TrainConfig(**{name: getattr(config, name) for name in same}), n_vocab)
+    settled = settle(TrainConfig(**{name: getattr(config, name) for name in same}), n_vocab, init)
     if settled.batch * settled.context >= 2**31:
         raise ValueError(f"--batch: {settled.batch} windows of {settled.context} tokens are too many for a micro-batch")
     return settled
@@ -124,7 +136,7 @@ def _as_trained(config: PlanConfig, n_vocab: int) -> TrainConfig:
 
 def _summary(config: PlanConfig, model: Config) -> str:
     heads = f"{model.n_head} heads" + (f" ({model.n_kv_head} of keys)" if model.n_kv_head != model.n_head else "")
-    name = config.preset or f"{config.family}, depth {model.n_layer}"
+    name = printable(config.init) or config.preset or f"{config.family}, depth {model.n_layer}"
     return (
         f"{name}: {model.n_layer} layers, {heads}, {model.n_embd} channels, context {model.context}, "
         f"{model.vocab_size:,} ids"

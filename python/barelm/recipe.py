@@ -8,6 +8,15 @@ The dial sets the whole model, and from it how long to train, on how many tokens
     batch       tokens a step grow as horizon^0.383 (Bergsma et al. 2025, arXiv:2505.13738), 2^18 at depth 12
     lr          as the square root of the batch, and inversely as the width (Yang et al. 2022, arXiv:2203.03466): 6e-4
                 at depth 12 with 2^19 tokens a step, GPT-3's (Brown et al. 2020, arXiv:2005.14165, table 2.1)
+
+A model that has learnt already goes on more carefully:
+
+    lr          a tenth of a new model's of its size: 2.9e-5 for GPT-2 XL, 1.6e-5 for Llama 2 7B; nanoGPT's
+                config/finetune_shakespeare.py has 3e-5, Llama 2's authors took 2e-5 (Touvron et al. 2023,
+                arXiv:2307.09288, 3.1)
+    horizon     two passes over the text (the same)
+    batch       8 windows (transformers' run_clm.py)
+    warm-up     3 % of the steps (Stanford Alpaca's train.py)
 """
 
 import dataclasses
@@ -16,7 +25,7 @@ from typing import NamedTuple
 
 from .model import Config
 
-__all__ = ["FAMILIES", "Pace", "matrix_weights", "model_config", "pace"]
+__all__ = ["FAMILIES", "FINE_TUNING", "FineTuning", "Pace", "matrix_weights", "model_config", "pace"]
 
 FAMILIES = ("gpt2", "llama")
 SMALL = dict(n_layer=4, n_head=4, n_embd=256, context=256)  # where neither a preset nor a depth is named
@@ -25,6 +34,17 @@ TOKENS_PER_WEIGHT = 10
 GPT2_HORIZON = 10 * 123_532_032  # tokens: TOKENS_PER_WEIGHT for each matrix weight of GPT-2 124M, its head included
 GPT2_BATCH, GPT2_WIDTH = 2**18, 768
 GPT3_LR, GPT3_BATCH = 6e-4, 2**19
+
+
+class FineTuning(NamedTuple):
+    lr: float  # share of a new model's
+    passes: int  # over the text
+    windows: int  # in a step
+    warmup: float  # share of the steps
+    context: int  # tokens of a window at most: longer ones take memory and add little
+
+
+FINE_TUNING = FineTuning(lr=0.1, passes=2, windows=8, warmup=0.03, context=1024)
 
 
 class Pace(NamedTuple):

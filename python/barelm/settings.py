@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from .loop import SCHEDULES
 from .model import Config
-from .recipe import FAMILIES, model_config, pace
+from .recipe import FAMILIES, FINE_TUNING, model_config, pace
 
 __all__ = ["TrainConfig", "check", "fields", "flag", "merge", "model_of", "settle"]
 
@@ -31,12 +31,14 @@ FREE = {
     "profile",
 }
 SMALL_PACE = dict(batch=8, steps=1000, lr=1e-3, warmup=20)  # for a model without preset or depth
-MICRO_BATCH = 4096  # tokens of a micro-batch where --batch is left to a preset or to the depth
+MICRO_BATCH = 4096  # tokens of a micro-batch where --batch is left to a preset, to the depth or to --init
+OF_THE_MODEL = ("preset", "depth", "family", "n_layer", "n_head", "n_kv_head", "n_embd")  # --init has its own
 
 
 @dataclass
 class TrainConfig:
-    """Train a GPT-2- or Llama-like model on next-token prediction.  Each field is a flag of `barelm train`."""
+    """Train a GPT-2- or Llama-like model on next-token prediction, from the beginning or (--init) from where another
+    has come to.  Each field is a flag of `barelm train`."""
 
     data: Annotated[
         str, "text, .jsonl, .parquet, .gz, .zst: file, folder, pattern, -; or shards; left out: Python's own library"
@@ -44,7 +46,12 @@ class TrainConfig:
     field: Annotated[str, "the field of JSONL lines, or the column of parquet, that holds the text"] = "text"
     split_at: Annotated[str, "what stands between the documents of a text file, such as <|endoftext|>"] = ""
     val_fraction: Annotated[float, "share of the documents that is held out"] = 0.1
-    tokenizer: Annotated[str, "'bytes', or a tokenizer.json, or a folder with one or with GPT-2's files"] = "bytes"
+    tokenizer: Annotated[
+        str, "'bytes', or a tokenizer.json, or a folder with one or with GPT-2's files; a model of --init has its own"
+    ] = "bytes"
+    init: Annotated[
+        str, "model to fine-tune: the folder of a checkpoint, of a run, or as Hugging Face's; left out: a new model"
+    ] = ""
     preset: Annotated[str, "a known size: gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama, llama-3.2-1b ..."] = ""
     depth: Annotated[int, "one dial for sizes, batch, learning rate and length: layers; 12 is GPT-2 124M"] = 0
     family: Annotated[Literal[FAMILIES], "form of the model where there is no preset"] = "gpt2"
@@ -52,7 +59,9 @@ class TrainConfig:
     n_head: Annotated[int, "query heads"] = 0
     n_kv_head: Annotated[int, "key/value heads"] = 0
     n_embd: Annotated[int, "channels"] = 0
-    context: Annotated[int, "tokens the model sees at once"] = 0
+    context: Annotated[
+        int, "tokens the model sees at once; with --init: of a window, at most as many as it can see"
+    ] = 0
     batch: Annotated[int, "windows in a micro-batch"] = 0
     tokens_per_step: Annotated[int, "tokens of a step, in as many micro-batches as it takes; 0: by the size"] = 0
     steps: Annotated[int, "steps of the whole run; 0: as many as fit into --minutes, or by the size"] = 0
@@ -89,26 +98,14 @@ class TrainConfig:
     given: frozenset[str] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
 
-def settle(config: TrainConfig, n_vocab: int) -> TrainConfig:
-    """The config with every 0 that stands for "by the size" filled in.  ValueError names the flag that cannot be."""
-    try:
-        sizes = model_of(config, n_vocab)
-    except ValueError as error:
-        name, _, says = str(error).partition(": ")
-        raise ValueError(f"{flag(name)}: {says}") from None
-    wanted = dict(SMALL_PACE)
-    if config.preset or config.depth:
-        by_size = pace(sizes)
-        batch = max(1, 2 ** int(math.log2(max(1, MICRO_BATCH // sizes.context))))
-        wanted = dict(batch=min(batch, by_size.tokens_per_step // sizes.context), steps=by_size.steps, lr=by_size.lr)
-        wanted |= dict(tokens_per_step=by_size.tokens_per_step, warmup=max(20, by_size.steps // 50))
-    if config.minutes:
-        del wanted["steps"]
-    wanted |= {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "context")}
-    settled = dataclasses.replace(
-        config, **{name: value for name, value in wanted.items() if not getattr(config, name)}
-    )
-    settled.given = config.given
+def settle(config: TrainConfig, n_vocab: int, init: Config | None = None, tokens: int = 0) -> TrainConfig:
+    """The config with every 0 that stands for "by the size" filled in.  ValueError names the flag that cannot be.
+
+    init      the model of --init: what it is made of stays 0 here
+    tokens    of the text that will be learnt from, where it has been read; how long a model of --init learns depends on
+              it
+    """
+    settled = _filled(config, _as_new(config, n_vocab) if init is None else _as_fine_tuned(config, init))
     windows = settled.batch * settled.context
     nearest = max(1, round(settled.tokens_per_step / windows)) * windows
     if config.tokens_per_step not in (0, nearest):
@@ -117,11 +114,64 @@ def settle(config: TrainConfig, n_vocab: int) -> TrainConfig:
             f"{nearest} is"
         )
     settled.tokens_per_step = nearest
+    if init is not None:
+        steps = max(1, round(FINE_TUNING.passes * tokens / nearest))
+        steps = settled.steps or (0 if config.minutes else steps)
+        warmup = max(1, round(FINE_TUNING.warmup * steps)) if steps else SMALL_PACE["warmup"]
+        settled = _filled(settled, dict(steps=steps, warmup=warmup))
     return settled
 
 
+def _filled(config: TrainConfig, wanted: dict) -> TrainConfig:
+    """The config with `wanted` in the place of zeros."""
+    filled = dataclasses.replace(config, **{name: value for name, value in wanted.items() if not getattr(config, name)})
+    filled.given = config.given
+    return filled
+
+
+def _as_new(config: TrainConfig, n_vocab: int) -> dict:
+    """What a run from the beginning takes where nothing else is asked."""
+    try:
+        sizes = model_of(config, n_vocab)
+    except ValueError as error:
+        name, _, says = str(error).partition(": ")
+        raise ValueError(f"{flag(name)}: {says}") from None
+    wanted = dict(SMALL_PACE)
+    if config.preset or config.depth:
+        by_size = pace(sizes)
+        batch = min(_micro_batch(sizes.context), by_size.tokens_per_step // sizes.context)
+        wanted = dict(batch=batch, steps=by_size.steps, lr=by_size.lr)
+        wanted |= dict(tokens_per_step=by_size.tokens_per_step, warmup=max(20, by_size.steps // 50))
+    if config.minutes:
+        del wanted["steps"]
+    return wanted | {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "context")}
+
+
+def _as_fine_tuned(config: TrainConfig, init: Config) -> dict:
+    """What a run that goes on from a model takes, but for its length; see recipe.FINE_TUNING."""
+    for name in OF_THE_MODEL:
+        if _is_named(config, name):
+            raise ValueError(f"{flag(name)}: the model of --init has its own; leave one of the two out")
+    context = config.context or min(init.context, FINE_TUNING.context)
+    if context > init.context:
+        raise ValueError(f"--context: is {context}, the model of --init sees {init.context} tokens at most")
+    windows = FINE_TUNING.windows
+    wanted = dict(context=context, batch=min(_micro_batch(context), windows), tokens_per_step=windows * context)
+    return wanted | dict(lr=float(f"{FINE_TUNING.lr * pace(init).lr:.2g}"))
+
+
+def _micro_batch(context: int) -> int:
+    """Windows of about MICRO_BATCH tokens."""
+    return max(1, 2 ** int(math.log2(max(1, MICRO_BATCH // context))))
+
+
+def _is_named(config: TrainConfig, name: str) -> bool:
+    """Whether the user asked for it."""
+    return getattr(config, name) != getattr(TrainConfig, name) if config.given is None else name in config.given
+
+
 def model_of(config: TrainConfig, n_vocab: int) -> Config:
-    """The model that is asked for."""
+    """The new model that is asked for."""
     return model_config(
         n_vocab,
         config.preset,

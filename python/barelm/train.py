@@ -1,4 +1,4 @@
-"""`barelm train`: pretraining on next-token prediction.
+"""`barelm train`: next-token prediction, from the beginning or from where another model has come to (--init).
 
 A run is one folder (runs.py).  Everything that a run draws at random depends on its seed and its step alone, and all
 that it learned from what came before - weights, moments, the guard's window - is in its checkpoints; so a run that was
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import _core, runs
+from . import _core, initial, runs
+from .convert.source import Source
 from .data.documents import Documents
 from .data.shards import Dataset, is_dataset, write_dataset
 from .data.tokens import document_starts
@@ -47,6 +48,7 @@ class TrainResult:
     skipped: int  # steps that the guard skipped
     before: Evaluation
     after: Evaluation
+    init: str = ""  # the model that was fine-tuned; "": none
     signal: int = 0  # the one that stopped the run
     profile: list[Line] = dataclasses.field(default_factory=list)  # where the time of a step went, if that was asked
 
@@ -60,7 +62,7 @@ def main(config: TrainConfig) -> int:
     return 128 + result.signal if result.signal else 0
 
 
-def train(config: TrainConfig, title: str = "Training run") -> TrainResult:
+def train(config: TrainConfig, title: str = "") -> TrainResult:
     """Run `barelm train`.  ValueError, OSError: what is asked cannot be done.  FloatingPointError: training broke."""
     screen = console(stderr=config.json)
     check(config)
@@ -91,6 +93,7 @@ class Run:
     log: Log  # what follows from data and seed: the same bytes however often the run was stopped
     speed: Log  # what the clock said
     guard: Guard
+    init: dict[str, str] | None = None  # what a fine-tuning run was begun with
     step: int = 0
     seconds: float = 0.0
     began: float = dataclasses.field(default_factory=time.perf_counter)
@@ -140,35 +143,61 @@ def _start(config: TrainConfig, screen) -> Run:
     folder = Path(config.out)
     if runs.checkpoints(folder):  # a run that died before its first checkpoint left nothing to continue: begin again
         raise ValueError(f"--out: {folder} already holds a run; --resume continues it, another --out begins a new one")
+    source = runs.open_model(config.init) if config.init else None
+    tok = None if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer)
+    if source is not None:
+        is_named = config.given is not None and "tokenizer" in config.given
+        tok = initial.vocabulary(source, Tokenizer.bytes() if tok is None and is_named else tok)
     if config.data and is_dataset(config.data):
-        tok = None if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer)
         dataset = Dataset.open(config.data, tok)
     else:
-        tok = Tokenizer.bytes() if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer)
-        settle(config, tok.n_vocab)  # what cannot be is said before the text is read
+        tok = tok or Tokenizer.bytes()
+        settle(config, tok.n_vocab, source and source.config)  # what cannot be is said before the text is read
         documents = Documents(config.data, field=config.field, split_at=config.split_at)
         split = dict(val_fraction=config.val_fraction, seed=config.seed)
         with Reading(screen) as reading:
             dataset = write_dataset(documents, tok, folder / OWN_DATA, **split, progress=reading)
-    return _begin(config, folder, dataset)
+    return _begin(config, folder, dataset, source)
 
 
-def _begin(config: TrainConfig, folder: Path, dataset: Dataset) -> Run:
-    """A run from its first step, on data that is there."""
-    config = settle(config, dataset.tok.n_vocab)
+def _begin(
+    config: TrainConfig, folder: Path, dataset: Dataset, source: Source | None, before: dict[str, str] | None = None
+) -> Run:
+    """A run from its first step, on data that is there.  `before`: what it was begun with when it died at once."""
+    config = settle(config, dataset.tok.n_vocab, source and source.config, len(dataset.train))
     _check_data(dataset, config)
-    model = Model(model_of(config, dataset.tok.n_vocab), seed=config.seed, precision=config.precision)
+    model = _first_model(config, dataset.tok, source)
+    init = initial.begun_with(str(source.path), model) if source else None
+    if init and before:
+        initial.check_unchanged(init, before)
     folder.mkdir(parents=True, exist_ok=True)
-    run = _open(config, folder, model, dataset)
+    if init and not (folder / OWN_DATA).is_dir():
+        dataset.tok.save(folder)  # shards may not say whose ids they hold, and the folder of --init may go
+    run = _open(config, folder, model, dataset, init=init)
     _describe(run)
     return run
 
 
-def _open(config: TrainConfig, folder: Path, model: Model, dataset: Dataset, state: dict | None = None) -> Run:
+def _first_model(config: TrainConfig, tok: Tokenizer, source: Source | None) -> Model:
+    """The model before its first step: a new one, or that of --init."""
+    if source is not None:
+        return initial.make(source, config.precision)
+    return Model(model_of(config, tok.n_vocab), seed=config.seed, precision=config.precision)
+
+
+def _open(
+    config: TrainConfig,
+    folder: Path,
+    model: Model,
+    dataset: Dataset,
+    state: dict | None = None,
+    init: dict[str, str] | None = None,
+) -> Run:
     """A run with its logs; `state`: that of the checkpoint it resumes from."""
     step, mark = (state["step"], state["log"]) if state else (None, None)
     logs = Log(folder / "log.jsonl", step, mark), Log(folder / "speed.jsonl", step)
     run = Run(config, folder, model, dataset.tok, dataset, *logs, Guard(config.guard, patience=config.guard_stop))
+    run.init = init
     if state:
         run.guard.restore(state["guard"])
         run.step = run.saved = state["step"]
@@ -179,7 +208,7 @@ def _open(config: TrainConfig, folder: Path, model: Model, dataset: Dataset, sta
 
 def _resume(config: TrainConfig, screen) -> Run:
     folder = Path(config.out)
-    old = _read_config(folder)
+    old, init = _read_description(folder)
     merged = merge(old, config, set() if (folder / OWN_DATA).is_dir() else {"data"})  # the user's shards may move
     check(merged)
     say = partial(screen.print, markup=False, highlight=False, soft_wrap=True)
@@ -187,17 +216,21 @@ def _resume(config: TrainConfig, screen) -> Run:
     found = runs.load_newest(folder, merged.precision, dataset.identity, say)
     if found is None:
         say(f"resumed   {folder}: it has no checkpoint yet, it begins again")
-        return _begin(merged, folder, dataset)
+        return _begin(merged, folder, dataset, runs.open_model(merged.init) if merged.init else None, init)
     model, _, state, path = found
-    run = _open(merged, folder, model, dataset, state)
+    run = _open(merged, folder, model, dataset, state, init)
     _describe(run)
     say(f"resumed   {path}")
     return run
 
 
-def _read_config(folder: Path) -> TrainConfig:
+def _read_description(folder: Path) -> tuple[TrainConfig, dict[str, str] | None]:
+    """What a run was asked, and what it was begun with where it fine-tunes."""
+    description = runs.read_description(folder)
     try:
-        return TrainConfig(**runs.read_description(folder)["config"])
+        init = description.get("init")
+        init = {name: str(init[name]) for name in ("folder", "sha256")} if init else None
+        return TrainConfig(**description["config"]), init
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'run.json'}: not the description of a run ({error})") from None
 
@@ -206,7 +239,8 @@ def _open_data(folder: Path, config: TrainConfig) -> Dataset:
     """The tokens of a run that was there before: its own, or the shards it was begun with."""
     if (folder / OWN_DATA).is_dir():
         return Dataset.open(folder / OWN_DATA)
-    return Dataset.open(config.data, None if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer))
+    tok = folder if config.init else config.tokenizer
+    return Dataset.open(config.data, None if tok == "bytes" else Tokenizer.load(tok))
 
 
 def _check_data(dataset: Dataset, config: TrainConfig) -> None:
@@ -224,7 +258,8 @@ def _describe(run: Run) -> None:
             "n_params": run.model.n_params,
             "identity": run.dataset.identity,
             "data": run.dataset.summary,
-        },
+        }
+        | ({"init": run.init} if run.init else {}),
     )
 
 
@@ -275,7 +310,7 @@ def _train(run: Run, screen, title: str) -> TrainResult:
             _evaluate(run, progress)
         path = _save(run)
     result = _result(run, path, progress, stop.signal)
-    _finish(run, screen, title, facts, result, progress)
+    _finish(run, screen, title or ("Fine-tuning run" if run.init else "Training run"), facts, result, progress)
     if run.profile:
         screen.print(run.profile.table(peak), markup=False, highlight=False, soft_wrap=True)
     return result
@@ -387,10 +422,12 @@ def _facts(run: Run, flops: float) -> dict[str, str]:
     config, model, dataset = run.config, run.model, run.dataset
     memory = model.memory(config.batch, config.context)
     length = f"{run.steps:,} steps" if run.steps < math.inf else f"{config.minutes:g} minutes"
+    from_init = {"init": f"{run.init['folder']}, its weights' sha256 {run.init['sha256'][:12]}"} if run.init else {}
     return {
         "barelm": f"{_core.version()}, {_core.isa()}, {_core.threads_get()} threads, {config.precision}",
-        "model": f"{config.preset or config.family}: {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} channels, context {config.context}, {model.config.vocab_size:,} ids: "
+        **from_init,
+        "model": f"{_form(run)}: {model.config.n_layer} layers, {model.config.n_head} heads, "
+        f"{model.config.n_embd} channels, context {config.context}, {model.config.vocab_size:,} ids: "
         f"{count(model.n_params)} parameters",
         "data": _data_fact(dataset),
         "tokens": f"{count(len(dataset.train))} to train on, {count(len(dataset.validation))} held out",
@@ -399,6 +436,12 @@ def _facts(run: Run, flops: float) -> dict[str, str]:
         "plan": f"{length} of {config.tokens_per_step:,} tokens ({run.micro_batches} x {config.batch} x "
         f"{config.context}), {count(flops, 'FLOP')} a token, learning rate {config.lr:g}",
     }
+
+
+def _form(run: Run) -> str:
+    if run.init:
+        return "gpt2" if run.model.config.norm == "layernorm" else "llama"
+    return run.config.preset or run.config.family
 
 
 def _data_fact(dataset: Dataset) -> str:
@@ -439,6 +482,7 @@ def _result(run: Run, path: Path, progress: Progress, number: int) -> TrainResul
         len(run.log.column("skipped")),
         scores[0],
         scores[-1],
+        run.init["folder"] if run.init else "",
         number,
         run.profile.lines() if run.profile else [],
     )
