@@ -62,7 +62,7 @@ def peak_memory():
 def train(folder, weights, precision, B, T, steps):
     """In a process of its own."""
     from barelm import Lora, Model, _core
-    from barelm.loop import step
+    from barelm.loop import flops_per_token, step
 
     began = time.perf_counter()
     model = Model.load(folder, precision=precision, weights=weights)
@@ -79,19 +79,9 @@ def train(folder, weights, precision, B, T, steps):
     print(
         json.dumps(
             {"load": loaded, "seconds": seconds[1:], "peak_flops": peak, "memory": peak_memory(), "loss": result.loss}
-            | {"flops": flops_per_token(model, T) * B * T}
+            | {"flops": flops_per_token(model.config, T, model.adapter) * B * T}
         )
     )
-
-
-def flops_per_token(model, T):
-    """Two per multiply-add: the model's matrices forward and for the gradient of what goes in, the adapter's A's and
-    B's three times, the causal half of attention as `barelm.loop.flops_per_token` counts it."""
-    from barelm.loop import flops_per_token
-    from barelm.recipe import matrix_weights
-
-    added = sum(p.size for p in model.adapter_params.values())
-    return flops_per_token(model.config, T) - 2 * matrix_weights(model.config) + 6 * added
 
 
 def convert(folder, target, command):

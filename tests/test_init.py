@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from barelm import Config, Model, Tokenizer, checkpoint
+from barelm import Config, Lora, Model, Tokenizer, checkpoint
 from barelm import __main__ as command
 from barelm.convert import gguf, llama2c
 from barelm.convert.source import Source
@@ -111,6 +111,103 @@ def test_a_file_of_others_is_the_folder_that_is_made_of_it(start, text, tmp_path
     gguf.write(checkpoint.Weights(start), tmp_path / "a.gguf")
     assert run(start, text, tmp_path / "a") == run(tmp_path / "a.gguf", text, tmp_path / "b") == 0
     same_run(tmp_path / "a", tmp_path / "b", 4)
+
+
+# ---- adapters ----
+
+LORA = {"lora-rank": 3, "lora-targets": "q_proj,down_proj", "lr": 0.05}
+
+
+def test_an_adapter_is_trained_on_it(text, start, tmp_path, capsys):
+    """The held-out loss begins at the model's own and falls, the model's folder stays as it was, and a checkpoint of
+    the run is an adapter on it, which every command reads."""
+    before = {path.name: path.read_bytes() for path in start.iterdir()}
+    assert run(start, text, tmp_path / "run", "--json", **LORA, steps=12) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["after"]["loss"] < result["before"]["loss"] - 0.1
+    assert {path.name: path.read_bytes() for path in start.iterdir()} == before
+    folder = tmp_path / "run" / "step_12"
+    assert checkpoint.is_adapter(folder) and (folder / "tokenizer.json").is_file()
+    model = Model.load(folder)
+    assert (model.adapter.rank, model.adapter.alpha, model.step) == (3, 6.0, 12)
+    assert model.adapter.targets == ("self_attn.q_proj", "mlp.down_proj")
+    for words in (
+        ["sample", "--checkpoint", str(tmp_path / "run"), "--max-tokens", "3", "--temperature", "0"],
+        ["eval", "--checkpoint", str(tmp_path / "run"), "--data", str(text)],
+        ["export", str(tmp_path / "run"), str(tmp_path / "merged")],
+        ["sample", "--checkpoint", str(tmp_path / "merged"), "--max-tokens", "3", "--temperature", "0"],
+    ):
+        assert command.main(words) == 0
+    texts = capsys.readouterr().out.splitlines()
+    assert texts[0] == texts[-1]  # merged, the same text
+    tokens = np.arange(20, dtype=np.int32)[None]
+    merged = Model.load(tmp_path / "merged").logits(tokens)
+    np.testing.assert_allclose(merged, model.logits(tokens), rtol=0, atol=1e-4)  # W + s B A is rounded once
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_a_run_of_an_adapter_that_was_stopped_ends_in_the_same_bits(text, start, tmp_path, weights):
+    options = LORA | {"weights": weights, "save-every": 2}
+    assert run(start, text, tmp_path / "whole", **options, steps=6) == 0
+    assert run(start, text, tmp_path / "parts", **options, steps=6) == 0
+    for number in (4, 6):
+        shutil.rmtree(tmp_path / "parts" / f"step_{number}")
+    shutil.move(start, tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="start"):  # its model is still needed
+        command._run(["train", "--resume", "--out", str(tmp_path / "parts")])
+    words = ["train", "--resume", "--out", str(tmp_path / "parts"), "--init", str(tmp_path / "moved")]
+    assert command.main(words) == 0
+    whole, parts = (Model.load(tmp_path / name / "step_6", base=tmp_path / "moved") for name in ("whole", "parts"))
+    assert_all_same_bits(copies(parts.adapter_params), copies(whole.adapter_params))
+    assert_all_same_bits(copies(parts.moments[1]), copies(whole.moments[1]))
+
+
+def test_an_adapter_is_not_continued_on_other_weights(text, start, tmp_path, capsys):
+    assert run(start, text, tmp_path / "run", **LORA) == 0
+    written(random_model(CONFIG, seed=5), start)
+    assert resume(tmp_path / "run") == 2
+    assert "has other weights than when the run was begun" in capsys.readouterr().err
+
+
+REFUSED_LORA = {
+    "alpha alone": ({"lora-alpha": 2}, "--lora-alpha: goes with --lora-rank only"),
+    "weights alone": ({"weights": "bf16"}, "--weights: goes with --lora-rank only"),
+    "rank": ({"lora-rank": 70000}, "--lora-rank: is 70000"),
+    "target": ({"lora-rank": 2, "lora-targets": "c_attn"}, "--lora-targets: there is no 'c_attn', but self_attn"),
+    "empty target": ({"lora-rank": 2, "lora-targets": "q_proj,"}, "--lora-targets: is"),
+}
+
+
+@pytest.mark.parametrize("flags, says", REFUSED_LORA.values(), ids=REFUSED_LORA.keys())
+def test_an_adapter_that_cannot_be_is_refused_by_flag(text, start, tmp_path, capsys, flags, says):
+    words = arguments(start, text, tmp_path / "run", **flags)
+    assert command.main(words) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_an_adapter_needs_a_model(text, tmp_path, capsys):
+    assert command.main(["train", "--data", str(text), "--out", str(tmp_path / "run"), "--lora-rank", "2"]) == 2
+    assert "--lora-rank: goes with --init only" in capsys.readouterr().err
+
+
+def test_an_adapter_needs_a_folder_that_it_finds_again(text, start, tmp_path, capsys):
+    gguf.write(checkpoint.open_weights(start), tmp_path / "model.gguf")
+    assert run(tmp_path / "model.gguf", text, tmp_path / "run", **LORA) == 2
+    assert "--lora-rank" in capsys.readouterr().err
+    assert run(start, text, tmp_path / "first", **LORA) == 0
+    assert run(tmp_path / "first", text, tmp_path / "second", **LORA) == 2
+    assert "is no folder with a whole model" in capsys.readouterr().err
+    assert run(tmp_path / "first", text, tmp_path / "third") == 0  # all of the merged model: no adapter any more
+    assert Model.load(tmp_path / "third" / "step_4").adapter is None
+
+
+def test_what_an_adapter_takes_is_planned(start):
+    config = dict(init=str(start), tokens=1000, measure=True, batch=2)
+    whole, small = plan(PlanConfig(**config)), plan(PlanConfig(**config, lora_rank=2, weights="bf16"))
+    assert small["parameters"]["trained"] == Lora(rank=2).size(checkpoint.read_config(start))
+    for purpose in ("gradients", "moments", "weights"):
+        assert small["memory"]["purposes"][purpose] <= whole["memory"]["purposes"][purpose]
+    assert small["flops"]["per_token"] < whole["flops"]["per_token"] and small["time"]["step"] > 0
 
 
 @pytest.mark.peers

@@ -429,7 +429,7 @@ def test_the_base_may_have_moved(base, tmp_path):
     folder.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: its base model .*base is no checkpoint here"):
         Model.load(tmp_path / "adapter")
-    again = checkpoint.load(Model, tmp_path / "adapter", base=tmp_path / "moved")
+    again = Model.load(tmp_path / "adapter", base=tmp_path / "moved")
     assert_same_bits(again.forward(tokens, targets), model.forward(tokens, targets))
     described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "state.json").unlink()
@@ -481,7 +481,7 @@ def test_an_adapter_for_another_model_is_refused(base, tmp_path):
         "gpt2": "adapts .*must be of attn",
     }.items():
         with pytest.raises(CheckpointError, match=says):
-            checkpoint.load(Model, tmp_path / "adapter", base=tmp_path / other)
+            Model.load(tmp_path / "adapter", base=tmp_path / other)
 
 
 @pytest.mark.parametrize("base", [CASES["gpt2, all"]], ids=["gpt2"], indirect=True)

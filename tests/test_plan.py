@@ -12,7 +12,7 @@ from barelm import __main__ as command
 from barelm import plan as planning
 from barelm.hardware import GPUS, HISTORY, ON_A100, ON_H100
 from barelm.loop import flops_per_token
-from barelm.plan import PlanConfig, Timing, measure, memory, plan, tensors
+from barelm.plan import How, PlanConfig, Timing, measure, memory, plan, tensors
 from barelm.settings import TrainConfig, settle
 
 COUNTED = dict(measure=False)
@@ -150,7 +150,7 @@ def machine(monkeypatch):
     clock = Clock()
 
     class FakeModel:
-        def __init__(self, config, precision):
+        def __init__(self, config, precision, weights):
             self.config, self.adds = config, False
 
         def forward_backward(self, tokens, targets, weights):
@@ -183,7 +183,7 @@ def assert_same_times(got, want):
 
 
 def test_what_fits_is_timed_as_it_is(machine):
-    got = measure(SMALL, 4, "fp32", free=2**40, peak=RATE, say=[].append)
+    got = measure(SMALL, 4, How(), free=2**40, peak=RATE, say=[].append)
     assert got.how == "timed" and set(machine.seen) == {(10, 4, 64)}
     assert_same_times(got, exact(SMALL, 4))
 
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_extrapolated(machine, what):
     whole = flops_per_token(SMALL, 64) * B * 64
     limits = dict(free=2**40, peak=whole / 100) if what == "time" else dict(free=10**8, peak=1e15)
     said = []
-    got = measure(SMALL, B, "fp32", **limits, say=said.append)
+    got = measure(SMALL, B, How(), **limits, say=said.append)
     assert {layers for layers, _, _ in machine.seen} >= {1} and max(machine.seen)[0] <= 8
     assert max(B_here for _, B_here, _ in machine.seen) < B
     assert said[0].removeprefix("timing ") == got.how.removeprefix("extrapolated from ")
@@ -204,13 +204,13 @@ def test_what_does_not_fit_is_extrapolated(machine, what):
 def test_shorter_windows_are_extrapolated_too(machine):
     config = dataclasses.replace(SMALL, context=4096)
     one_window = flops_per_token(dataclasses.replace(config, n_layer=2), 4096) * 4096
-    got = measure(config, 2, "fp32", free=2**40, peak=one_window / 10, say=[].append)
+    got = measure(config, 2, How(), free=2**40, peak=one_window / 10, say=[].append)
     assert max(T for _, _, T in machine.seen) < 4096
     assert_same_times(got, exact(config, 2))
 
 
 def test_where_nothing_fits_nothing_is_timed(machine):
-    assert measure(SMALL, 4, "fp32", free=1000, peak=1e15, say=[].append) is None and not machine.seen
+    assert measure(SMALL, 4, How(), free=1000, peak=1e15, say=[].append) is None and not machine.seen
 
 
 def test_the_first_step_is_not_counted_and_the_best_of_the_others_is(machine, monkeypatch):
@@ -223,7 +223,7 @@ def test_the_first_step_is_not_counted_and_the_best_of_the_others_is(machine, mo
 
     monkeypatch.setattr(planning.Model, "forward_backward", noisy)
     monkeypatch.setattr(planning, "SECONDS_IN_ALL", 100.0)
-    assert_same_times(measure(SMALL, 1, "fp32", free=2**40, peak=RATE, say=[].append), exact(SMALL, 1))
+    assert_same_times(measure(SMALL, 1, How(), free=2**40, peak=RATE, say=[].append), exact(SMALL, 1))
     assert len(calls) >= 6
 
 

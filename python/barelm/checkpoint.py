@@ -291,22 +291,12 @@ def load(cls, folder, precision: str = "fp32", device: str = "cpu", weights: str
     else:
         source = Weights(folder)
         model = cls.empty(source.config, precision, device, weights)
-        _fill(model, source)
+        source.fill_model(model)
         if weights == "fp32":
             _fill_moments(model, folder, source.shapes)
         model.source = str(folder.resolve())
     model.step = state.get("step", 0)
     return model
-
-
-def _fill(model: Model, source: Source):
-    if model.weights == "fp32":
-        source.fill(model.params)
-        return
-    for name in source.shapes:
-        by_columns = name in model.transposed
-        for where, part in source.parts(name, axis=int(by_columns)):
-            model.put(name, where.start, np.ascontiguousarray(part.T if by_columns else part))
 
 
 def _fill_moments(model: Model, folder: Path, shapes: Mapping[str, tuple[int, ...]]):

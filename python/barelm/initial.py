@@ -8,7 +8,9 @@ import hashlib
 
 import numpy as np
 
+from . import checkpoint
 from .convert.source import Source
+from .lora import Lora
 from .model import Model
 from .tokenizer import Tokenizer
 
@@ -34,10 +36,23 @@ def vocabulary(source: Source, asked: Tokenizer | None) -> Tokenizer:
     return tok
 
 
-def make(source: Source, precision: str) -> Model:
-    """The model, read to be trained."""
-    model = Model(source.config, precision=precision)
-    source.fill(model.params)
+def make(source: Source, precision: str, weights: str = "fp32", lora: Lora | None = None, seed: int = 0) -> Model:
+    """The model, read to be trained; with `lora` an adapter on it, drawn by the seed, its own weights held as said.
+
+    ValueError: the adapter could not find its model again, or the model has no such module.
+    """
+    if lora and (not checkpoint.is_checkpoint(source.path) or checkpoint.is_adapter(source.path)):
+        raise ValueError(
+            f"--lora-rank: {source.path} is no folder with a whole model; barelm import or export makes one"
+        )
+    model = Model.empty(source.config, precision=precision, weights=weights)
+    source.fill_model(model)
+    if lora:
+        model.source = str(source.path.resolve())
+        try:
+            model.adapt(lora, seed)
+        except ValueError as error:
+            raise ValueError(f"--lora-{error}") from None
     return model
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .guard import Guard
+from .lora import Lora
 from .recipe import matrix_weights
 
 __all__ = ["SCHEDULES", "StepResult", "flops_per_token", "schedule", "step"]
@@ -103,11 +104,12 @@ def _outlier(name: str, value: float, limit: float) -> str:
     return f"{name}, {value:.4g}, is above {limit:.4g}" if value > limit else ""
 
 
-def flops_per_token(config, T: int) -> float:
+def flops_per_token(config, T: int, lora: Lora | None = None) -> float:
     """Floating-point operations of training on one token, in windows of T: two per multiply-add, forward once and
     backward twice.  Counted: the weights of every matrix product and the causal half of the attention scores.  Not
     counted: look-ups, norms, and what a kernel computes again on its way back.  As PaLM's appendix B counts
-    (arXiv:2204.02311), but for the causal half.
+    (arXiv:2204.02311), but for the causal half.  With an adapter the weights that stay are passed backward only once.
     """
     scores = 2 * config.n_head * config.head_size * (T + 1) / 2  # q.k and p.v, over (T + 1) / 2 keys on average
-    return 6.0 * (matrix_weights(config) + config.n_layer * scores)
+    weights = 4.0 * matrix_weights(config) + 6.0 * lora.size(config) if lora else 6.0 * matrix_weights(config)
+    return weights + 6.0 * config.n_layer * scores

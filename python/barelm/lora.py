@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -57,6 +58,21 @@ class Lora:
             if not any(_is_end(target, module) for module in known):
                 raise ValueError(f"targets: there is no {target!r}, but {', '.join(known)}")
         return [module for module in known if any(_is_end(target, module) for target in self.targets)]
+
+    def shapes(self, config) -> dict[str, tuple[int, int]]:
+        """{name: shape} of A and B of every module, as Model.adapter_params shows them."""
+        modules, shapes = self.modules(config), {}
+        for name, shape in _core.model_tensors(config).items():
+            module = re.fullmatch(r"(?:h|layers)\.\d+\.(.*)\.weight", name)
+            if module and module[1] in modules:
+                out, into = shape[::-1] if config.norm == "layernorm" else shape  # GPT-2's are stored as (in, out)
+                stem = name.removesuffix(".weight")
+                shapes |= {f"{stem}.lora_A.weight": (self.rank, into), f"{stem}.lora_B.weight": (out, self.rank)}
+        return shapes
+
+    def size(self, config) -> int:
+        """Values that are trained."""
+        return sum(math.prod(shape) for shape in self.shapes(config).values())
 
 
 def _is_end(target: str, module: str) -> bool:

@@ -352,11 +352,11 @@ class Model:
         checkpoint.save(self, folder, optimizer=optimizer)
 
     @classmethod
-    def load(cls, folder, precision: str = "fp32", device: str = "cpu", weights: str = "fp32") -> Model:
+    def load(cls, folder, precision: str = "fp32", device: str = "cpu", weights: str = "fp32", base=None) -> Model:
         """Read a checkpoint written by `save`, or by transformers or PEFT; see barelm.checkpoint.load."""
         from . import checkpoint
 
-        return checkpoint.load(cls, folder, precision=precision, device=device, weights=weights)
+        return checkpoint.load(cls, folder, precision=precision, device=device, weights=weights, base=base)
 
     def __repr__(self):
         c = self.config

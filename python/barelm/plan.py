@@ -19,13 +19,14 @@ import numpy as np
 from . import _core
 from .hardware import GPUS, HISTORY, Past
 from .loop import flops_per_token
+from .lora import Lora
 from .model import Config, Model
 from .recipe import FAMILIES, matrix_weights, model_config
 from .report import console, count, duration, printable
 from .runs import open_model
-from .settings import TrainConfig, flag, settle
+from .settings import TrainConfig, check_lora, flag, lora_of, settle
 
-__all__ = ["PlanConfig", "Tensor", "Timing", "main", "measure", "memory", "plan", "tensors"]
+__all__ = ["How", "PlanConfig", "Tensor", "Timing", "main", "measure", "memory", "plan", "tensors"]
 
 SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "context")
 
@@ -35,6 +36,9 @@ class PlanConfig:
     """Say what a training run will take, before it starts.  Each field is a flag of `barelm plan`."""
 
     init: Annotated[str, "model to fine-tune: a folder, as barelm train takes it; left out: a new model"] = ""
+    lora_rank: Annotated[int, "with --init: an adapter of this rank is trained; 0: all weights"] = 0
+    lora_targets: Annotated[str, "linear layers that have one, with commas; all-linear: each"] = "all-linear"
+    weights: Annotated[Literal["fp32", "bf16", "int8"], "with --lora-rank: how the other weights are held"] = "fp32"
     preset: Annotated[str, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama, llama-3.2-1b, llama-3.2-3b, llama-3-8b"] = ""
     depth: Annotated[int, "layers; the one dial that sets everything else; 0: as the sizes below say"] = 0
     family: Annotated[Literal[FAMILIES], "form of a model that is no preset"] = "gpt2"
@@ -74,18 +78,20 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     if config.threads:
         _core.threads_set(config.threads)
     init = open_model(config.init).config if config.init else None
+    lora = lora_of(_train_config(config))
     n_vocab = init.vocab_size if init else config.vocab or _own_vocab(config.preset)
     settled = _as_trained(config, n_vocab, init)
     model = init or _asked_for(config, n_vocab)
     found = {
         "model": {"summary": _summary(config, model), "config": model.to_dict()},
-        "parameters": _parameters(model),
+        "parameters": _parameters(model) | ({"trained": lora.size(model)} if lora else {}),
     }
     model = replace(model, context=settled.context)  # from here on its windows count, which may be shorter
     run = _run(config, settled, model)
-    flops = flops_per_token(model, model.context)
+    flops = flops_per_token(model, model.context, lora)
     found |= {"run": run, "flops": {"per_token": flops, "run": flops * run["tokens"]}}
-    where = _on_gpu(config, model, run) if config.gpu else _on_this_machine(config, model, run)
+    how = How(config.precision, config.weights, lora)
+    where = _on_gpu(config, model, run, how) if config.gpu else _on_this_machine(config, model, run, how)
     return found | where | {"history": [past._asdict() for past in HISTORY]}
 
 
@@ -108,6 +114,7 @@ def _check(config: PlanConfig) -> None:
         raise ValueError("--vocab: the model of --init has its own; leave one of the two out")
     if config.init and not config.tokens:
         raise ValueError("--tokens: must be given with --init; barelm train takes twice those of the text")
+    check_lora(_train_config(config))
     if config.gpus > 1 and not config.gpu:
         raise ValueError(f"--gpus: {config.gpus} of which? --gpu names it")
 
@@ -127,11 +134,15 @@ def _asked_for(config: PlanConfig, n_vocab: int) -> Config:
 
 def _as_trained(config: PlanConfig, n_vocab: int, init: Config | None) -> TrainConfig:
     """What `barelm train` makes of the same flags."""
-    same = ("preset", "depth", "family", *SIZES, "batch", "tokens_per_step", "precision")
-    settled = settle(TrainConfig(**{name: getattr(config, name) for name in same}), n_vocab, init)
+    settled = settle(_train_config(config), n_vocab, init)
     if settled.batch * settled.context >= 2**31:
         raise ValueError(f"--batch: {settled.batch} windows of {settled.context} tokens are too many for a micro-batch")
     return settled
+
+
+def _train_config(config: PlanConfig) -> TrainConfig:
+    same = ("init", "lora_rank", "lora_targets", "weights", "preset", "depth", "family", *SIZES, "batch")
+    return TrainConfig(**{name: getattr(config, name) for name in (*same, "tokens_per_step", "precision")})
 
 
 def _summary(config: PlanConfig, model: Config) -> str:
@@ -202,18 +213,38 @@ FIRST_USE = 7_400_000
 MALLOC_KEEPS = 32 << 20  # glibc gives larger blocks back at once (M_MMAP_THRESHOLD's upper limit)
 
 
-def memory(config: Config, B: int, tokens_per_step: int, precision: str = "fp32") -> dict[str, int]:
+class How(NamedTuple):
+    """How a model is trained: see Model."""
+
+    precision: str = "fp32"
+    weights: str = "fp32"
+    lora: Lora | None = None
+
+    def model(self, config: Config) -> Model:
+        model = Model(config, precision=self.precision, weights=self.weights)
+        if self.lora:
+            model.adapt(self.lora)
+        return model
+
+    def memory(self, config: Config, B: int, T: int) -> dict[str, int]:
+        return config.memory(B, T, weights=self.weights, lora=self.lora)
+
+
+PLAIN = How()
+
+
+def memory(config: Config, B: int, tokens_per_step: int, how: How = PLAIN) -> dict[str, int]:
     """Bytes of a training process by purpose, its peak being their sum, for micro-batches of B whole windows.
 
     The blocks of the model lie on whole huge pages and are touched when they are made, so they count in full.
     "program" is what this process has now (the interpreter, NumPy, and whatever else is imported) and what it will grow
     by.  The text that is trained on is not counted.
     """
-    model = {purpose: _whole(size, HUGE_PAGE) for purpose, size in config.memory(B, config.context).items()}
+    model = {purpose: _whole(size, HUGE_PAGE) for purpose, size in how.memory(config, B, config.context).items()}
     largest = max(math.prod(t.shape) for t in tensors(config) if t.copies > 1 or len(t.shape) == 1)
     return model | {
         "batches": 8 * tokens_per_step + 12 * B * config.context,  # tokens, targets; weights and logprobs of one
-        "kernels": _scratch(config, B * config.context, precision),
+        "kernels": _scratch(config, B * config.context, how.precision),
         "program": _resident() + FIRST_USE + min(4 * largest, MALLOC_KEEPS),  # weights are drawn in a malloc'd buffer
     }
 
@@ -303,7 +334,7 @@ class Timing(NamedTuple):
 
 
 def measure(
-    config: Config, B: int, precision: str, free: int, peak: float, say: Callable[[str], None] = print
+    config: Config, B: int, how: How, free: int, peak: float, say: Callable[[str], None] = print
 ) -> Timing | None:
     """Time steps of the model with micro-batches of B whole windows on this machine.
 
@@ -315,12 +346,12 @@ def measure(
 
     def fits(layers: int, b: int, t: int, part: str) -> bool:
         some = replace(config, n_layer=layers)
-        seconds = flops_per_token(some, t) * b * t / (peak * EXPECTED_SHARE)
-        return seconds <= SECONDS_AT_MOST[part] and sum(some.memory(b, t).values()) <= free * FREE_SHARE
+        seconds = flops_per_token(some, t, how.lora) * b * t / (peak * EXPECTED_SHARE)
+        return seconds <= SECONDS_AT_MOST[part] and sum(how.memory(some, b, t).values()) <= free * FREE_SHARE
 
     if fits(config.n_layer, B, T, "whole"):
         say(f"timing {B} windows of {T} tokens")
-        return _time(config, B, T, precision)._replace(how="timed")
+        return _time(config, B, T, how)._replace(how="timed")
     layers, b, t = 2, B, T
     while not fits(layers, b, t, "part"):
         if t == 1:
@@ -330,13 +361,13 @@ def measure(
         layers *= 2
     what = f"1 and {layers} layers, {b} window{'s' * (b > 1)} of {t} tokens"
     say(f"timing {what}")
-    one, several = (_time(replace(config, n_layer=n), b, t, precision) for n in (1, layers))
+    one, several = (_time(replace(config, n_layer=n), b, t, how) for n in (1, layers))
     return _extrapolate(config, B, b, t, layers, one, several)._replace(how=f"extrapolated from {what}")
 
 
-def _time(config: Config, B: int, T: int, precision: str) -> Timing:
+def _time(config: Config, B: int, T: int, how: How) -> Timing:
     """The best of several, for what else runs can only slow a step; after one that is not counted, which allocates."""
-    model, rng = Model(config, precision=precision), np.random.default_rng(0)
+    model, rng = how.model(config), np.random.default_rng(0)
     tokens, targets = rng.integers(0, config.vocab_size, (2, B, T), dtype=np.int32)
     weights = np.full((B, T), 1 / (2 * B * T), np.float32)
     work = [lambda: model.forward_backward(tokens, targets, weights)] * 2 + [lambda: model.update(lr=1e-4)]
@@ -375,22 +406,20 @@ def _layer_flops(config: Config, T: int) -> float:
 # ---- this machine, or a GPU ---------------------------------------------------------------------------------------
 
 
-def _on_this_machine(config: PlanConfig, model: Config, run: dict[str, Any]) -> dict[str, Any]:
+def _on_this_machine(config: PlanConfig, model: Config, run: dict[str, Any], how: How) -> dict[str, Any]:
     screen = console(stderr=True)
-    needed = memory(model, run["batch"], run["tokens_per_step"], config.precision)
+    needed = memory(model, run["batch"], run["tokens_per_step"], how)
     program, free = needed["program"], _core.memory_available()
     total = sum(needed.values())
     found = {"memory": {"purposes": needed, "total": total, "there": free + program, "fits": total <= free + program}}
     timing = None
     if config.measure:
         peak = _core.peak_flops(config.precision, seconds=0.2)
-        timing = measure(
-            model, run["batch"], config.precision, free, peak, lambda text: screen.print(text, highlight=False)
-        )
+        timing = measure(model, run["batch"], how, free, peak, lambda text: screen.print(text, highlight=False))
     if not timing:
         return found | {"time": None}
     step = timing.step(run["accumulate"])
-    flops = flops_per_token(model, model.context) * run["tokens_per_step"]
+    flops = flops_per_token(model, model.context, how.lora) * run["tokens_per_step"]
     return found | {
         "time": {
             **timing._asdict(),
@@ -402,11 +431,11 @@ def _on_this_machine(config: PlanConfig, model: Config, run: dict[str, Any]) -> 
     }
 
 
-def _on_gpu(config: PlanConfig, model: Config, run: dict[str, Any]) -> dict[str, Any]:
+def _on_gpu(config: PlanConfig, model: Config, run: dict[str, Any], how: How) -> dict[str, Any]:
     gpu = GPUS[config.gpu]
-    needed = model.memory(run["batch"])
+    needed = how.memory(model, run["batch"], model.context)
     total, share = sum(needed.values()), gpu.reference.share
-    flops = flops_per_token(model, model.context) * run["tokens_per_step"]
+    flops = flops_per_token(model, model.context, how.lora) * run["tokens_per_step"]
     step = flops / (config.gpus * gpu.flops * share)
     price = (config.price or gpu.price) * config.gpus
     return {
@@ -456,6 +485,7 @@ def _counts(parameters: dict[str, Any]) -> str:
     return (
         f"{parameters['total']:,}; {parameters['without_embeddings']:,} without the "
         f"{parameters['embeddings']:,} of embeddings"
+        + (f"; {parameters['trained']:,} of an adapter are trained" if "trained" in parameters else "")
     )
 
 

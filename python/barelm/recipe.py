@@ -15,6 +15,7 @@ A model that has learnt already goes on more carefully:
                 config/finetune_shakespeare.py has 3e-5, Llama 2's authors took 2e-5 (Touvron et al. 2023,
                 arXiv:2307.09288, 3.1)
     horizon     two passes over the text (the same)
+    adapter     ten times that rate for LoRA (2e-4 for 7B: Dettmers et al. 2023, arXiv:2305.14314, B.2)
     batch       8 windows (transformers' run_clm.py)
     warm-up     3 % of the steps (Stanford Alpaca's train.py)
 """
@@ -38,13 +39,14 @@ GPT3_LR, GPT3_BATCH = 6e-4, 2**19
 
 class FineTuning(NamedTuple):
     lr: float  # share of a new model's
+    lora_lr: float  # the same, of an adapter
     passes: int  # over the text
     windows: int  # in a step
     warmup: float  # share of the steps
     context: int  # tokens of a window at most: longer ones take memory and add little
 
 
-FINE_TUNING = FineTuning(lr=0.1, passes=2, windows=8, warmup=0.03, context=1024)
+FINE_TUNING = FineTuning(lr=0.1, lora_lr=1.0, passes=2, windows=8, warmup=0.03, context=1024)
 
 
 class Pace(NamedTuple):

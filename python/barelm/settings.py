@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from .loop import SCHEDULES
+from .lora import Lora
 from .model import Config
 from .recipe import FAMILIES, FINE_TUNING, model_config, pace
 
-__all__ = ["TrainConfig", "check", "fields", "flag", "merge", "model_of", "settle"]
+__all__ = ["TrainConfig", "check", "check_lora", "fields", "flag", "lora_of", "merge", "model_of", "settle"]
 
 # What a resumed run may have otherwise than before: its length, when it stops, and what it shows and keeps.
 FREE = {
@@ -52,6 +53,16 @@ class TrainConfig:
     init: Annotated[
         str, "model to fine-tune: the folder of a checkpoint, of a run, or as Hugging Face's; left out: a new model"
     ] = ""
+    lora_rank: Annotated[
+        int, "with --init: train an adapter of this rank, the model's own weights stay; 0: all of it"
+    ] = 0
+    lora_alpha: Annotated[float, "its products are scaled by alpha / rank; 0: twice the rank"] = 0.0
+    lora_targets: Annotated[
+        str, "linear layers that have one, with commas: q_proj,v_proj ..., c_attn ...; all-linear: each"
+    ] = "all-linear"
+    weights: Annotated[
+        Literal["fp32", "bf16", "int8"], "with --lora-rank: how the model's own weights are held in memory"
+    ] = "fp32"
     preset: Annotated[str, "a known size: gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama, llama-3.2-1b ..."] = ""
     depth: Annotated[int, "one dial for sizes, batch, learning rate and length: layers; 12 is GPT-2 124M"] = 0
     family: Annotated[Literal[FAMILIES], "form of the model where there is no preset"] = "gpt2"
@@ -157,7 +168,19 @@ def _as_fine_tuned(config: TrainConfig, init: Config) -> dict:
         raise ValueError(f"--context: is {context}, the model of --init sees {init.context} tokens at most")
     windows = FINE_TUNING.windows
     wanted = dict(context=context, batch=min(_micro_batch(context), windows), tokens_per_step=windows * context)
-    return wanted | dict(lr=float(f"{FINE_TUNING.lr * pace(init).lr:.2g}"))
+    share = FINE_TUNING.lora_lr if config.lora_rank else FINE_TUNING.lr
+    return wanted | dict(lr=float(f"{share * pace(init).lr:.2g}"))
+
+
+def lora_of(config: TrainConfig) -> Lora | None:
+    """The adapter that is asked for."""
+    if not config.lora_rank:
+        return None
+    targets = config.lora_targets.split(",")
+    try:
+        return Lora(config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank, targets)
+    except ValueError as error:
+        raise ValueError(f"--lora-{error}") from None
 
 
 def _micro_batch(context: int) -> int:
@@ -206,13 +229,24 @@ def check(config: TrainConfig) -> None:
     for name in ("lr_end", "decay"):
         if not getattr(config, name) <= 1:
             raise ValueError(f"{flag(name)}: must be in [0, 1], got {getattr(config, name)}")
-    for name in ("precision", "schedule", "order", "family"):
+    for name in ("precision", "schedule", "order", "family", "weights"):
         choices = _choices(name)
         if getattr(config, name) not in choices:
             raise ValueError(f"{flag(name)}: must be one of {', '.join(choices)}, got {getattr(config, name)}")
+    check_lora(config)
     for name in ("guard_stop", "val_fraction"):
         if not getattr(config, name):
             raise ValueError(f"{flag(name)}: must be above 0, got 0")
+
+
+def check_lora(config: TrainConfig) -> None:
+    """ValueError naming the flag of an adapter that cannot be."""
+    for name in ("lora_alpha", "lora_targets", "weights"):
+        if _is_named(config, name) and not config.lora_rank:
+            raise ValueError(f"{flag(name)}: goes with --lora-rank only")
+    if config.lora_rank and not config.init:
+        raise ValueError("--lora-rank: goes with --init only, the model whose weights stay")
+    lora_of(config)
 
 
 def _choices(name: str) -> tuple[str, ...]:

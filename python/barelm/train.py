@@ -28,7 +28,7 @@ from .loop import StepResult, flops_per_token, schedule, step
 from .model import Model
 from .profile import Line, Profile
 from .report import Board, Log, Progress, Reading, console, count, duration, printable, write_report
-from .settings import TrainConfig, check, fields, merge, model_of, settle
+from .settings import TrainConfig, check, fields, lora_of, merge, model_of, settle
 from .tokenizer import Tokenizer
 
 __all__ = ["TrainConfig", "TrainResult", "main", "train"]
@@ -181,7 +181,7 @@ def _begin(
 def _first_model(config: TrainConfig, tok: Tokenizer, source: Source | None) -> Model:
     """The model before its first step: a new one, or that of --init."""
     if source is not None:
-        return initial.make(source, config.precision)
+        return initial.make(source, config.precision, config.weights, lora_of(config), config.seed)
     return Model(model_of(config, tok.n_vocab), seed=config.seed, precision=config.precision)
 
 
@@ -209,15 +209,19 @@ def _open(
 def _resume(config: TrainConfig, screen) -> Run:
     folder = Path(config.out)
     old, init = _read_description(folder)
-    merged = merge(old, config, set() if (folder / OWN_DATA).is_dir() else {"data"})  # the user's shards may move
+    may_move = {"data"} if not (folder / OWN_DATA).is_dir() else set()  # the user's shards, an adapter's model
+    merged = merge(old, config, may_move | ({"init"} if old.lora_rank else set()))
     check(merged)
     say = partial(screen.print, markup=False, highlight=False, soft_wrap=True)
     dataset = _open_data(folder, merged)
-    found = runs.load_newest(folder, merged.precision, dataset.identity, say)
+    base = runs.newest_checkpoint(merged.init) if merged.lora_rank else None
+    found = runs.load_newest(folder, dataset.identity, say, merged.precision, weights=merged.weights, base=base)
     if found is None:
         say(f"resumed   {folder}: it has no checkpoint yet, it begins again")
         return _begin(merged, folder, dataset, runs.open_model(merged.init) if merged.init else None, init)
     model, _, state, path = found
+    if model.adapter and init:
+        initial.check_unchanged(initial.begun_with(model.source, model), init)
     run = _open(merged, folder, model, dataset, state, init)
     _describe(run)
     say(f"resumed   {path}")
@@ -295,7 +299,7 @@ def _catch_signals() -> Iterator[_Stop]:
 
 def _train(run: Run, screen, title: str) -> TrainResult:
     peak = _core.peak_flops(run.config.precision, seconds=0.2)
-    flops = flops_per_token(run.model.config, run.config.context)
+    flops = flops_per_token(run.model.config, run.config.context, run.model.adapter)
     facts = _facts(run, flops)
     for name, value in facts.items():
         screen.print(f"{name:9} {value}", markup=False, highlight=False, soft_wrap=True)
@@ -429,6 +433,7 @@ def _facts(run: Run, flops: float) -> dict[str, str]:
         "model": f"{_form(run)}: {model.config.n_layer} layers, {model.config.n_head} heads, "
         f"{model.config.n_embd} channels, context {config.context}, {model.config.vocab_size:,} ids: "
         f"{count(model.n_params)} parameters",
+        **({"adapter": _adapter_fact(model)} if model.adapter else {}),
         "data": _data_fact(dataset),
         "tokens": f"{count(len(dataset.train))} to train on, {count(len(dataset.validation))} held out",
         "memory": ", ".join(f"{purpose} {count(size, 'B')}" for purpose, size in memory.items())
@@ -436,6 +441,15 @@ def _facts(run: Run, flops: float) -> dict[str, str]:
         "plan": f"{length} of {config.tokens_per_step:,} tokens ({run.micro_batches} x {config.batch} x "
         f"{config.context}), {count(flops, 'FLOP')} a token, learning rate {config.lr:g}",
     }
+
+
+def _adapter_fact(model: Model) -> str:
+    lora = model.adapter
+    modules = [module.rpartition(".")[2] for module in lora.modules(model.config)]
+    return (
+        f"LoRA of rank {lora.rank} on {', '.join(dict.fromkeys(modules))}: {count(lora.size(model.config))} values "
+        f"are trained, the weights stay, in {model.weights}"
+    )
 
 
 def _form(run: Run) -> str:

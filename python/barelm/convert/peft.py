@@ -103,22 +103,7 @@ def read(folder: Path, config: Config) -> Adapter:
         lora = _lora(described, _targets(config, found, path))
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
-    shapes = shapes_of(config, lora)
-    return Adapter(lora, Tensors(match(found, shapes, lambda name: name, path, CONFIG)))
-
-
-def shapes_of(config: Config, lora: Lora) -> dict[str, tuple[int, int]]:
-    """{name: shape} as Model.adapter_params would show them."""
-    weights, shapes = _core.model_tensors(config), {}
-    modules = lora.modules(config)
-    for name, shape in weights.items():
-        layer = re.fullmatch(r"(?:h|layers)\.\d+\.(.*)\.weight", name)
-        if not layer or layer[1] not in modules:
-            continue
-        out, into = shape[::-1] if hf.is_transposed(config) else shape
-        stem = name.removesuffix(".weight")
-        shapes |= {f"{stem}.lora_A.weight": (lora.rank, into), f"{stem}.lora_B.weight": (out, lora.rank)}
-    return shapes
+    return Adapter(lora, Tensors(match(found, lora.shapes(config), lambda name: name, path, CONFIG)))
 
 
 def _lora(described: Mapping, targets: list[str]) -> Lora:

@@ -138,7 +138,7 @@ class Tensors:
 
 
 class Source(Tensors):
-    """A model that can be read.
+    """A model that can be read, by itself or by its parts.
 
     config     Config
     shapes     {name: shape} of its parameters, as in Model.params
@@ -167,6 +167,16 @@ class Source(Tensors):
             raise ValueError("model: has an adapter; save it, and its folder can be read as one model")
         stored = {name: _Held(p) for name, p in model.params.items()}
         return cls(Path(), "a model in memory", model.config, stored, lambda: tokenizer)
+
+    def fill_model(self, model: Model) -> None:
+        """Read all weights into a model of this config, however it holds them."""
+        if model.weights == "fp32":
+            self.fill(model.params)
+            return
+        for name in self.shapes:
+            by_columns = name in model.transposed
+            for where, part in self.parts(name, axis=int(by_columns)):
+                model.put(name, where.start, np.ascontiguousarray(part.T if by_columns else part))
 
     @property
     def tokenizer(self):
