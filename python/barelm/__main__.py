@@ -34,7 +34,11 @@ COMMANDS = {
     "tokenizer show": Command("vocabulary.show", "ShowConfig", "the tokens of a text, in colour"),
     "tokenizer compare": Command("vocabulary.compare", "CompareConfig", "how well tokenizers compress texts"),
     "train": Command("train", "TrainConfig", "train a model on your text"),
-    "eval": Command("evaluate", "EvalConfig", "score any text under a trained model, in bits per byte"),
+    "eval": Command(
+        "evaluate",
+        "EvalConfig",
+        "score a text under a trained model, in bits per byte; or tasks, recall, learning in context",
+    ),
     "plan": Command("plan", "PlanConfig", "what a run will take, before it starts: memory, time, money"),
     "sample": Command("sample", "SampleConfig", "let a trained model continue a prompt"),
     "import": Command("importing", "ImportConfig", "make a checkpoint of another project's model"),

@@ -1,5 +1,10 @@
-"""`barelm eval`: how well a model predicts a text, in bits per byte, which do not depend on the tokenizer."""
+"""`barelm eval`: how well a model predicts a text, in bits per byte, which do not depend on the tokenizer.
 
+What else a model without any further training can be asked is in modules of its own: multiple-choice tasks (ranked.py),
+what it knows by heart (regurgitate.py), what it learns from examples in its prompt (incontext.py).
+"""
+
+import dataclasses
 import json
 import math
 import os
@@ -10,13 +15,12 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
-from . import _core
+from . import _core, incontext, ranked, regurgitate
 from .data.documents import Documents
 from .data.shards import Dataset, check_found, is_dataset
 from .data.tokens import Tokens
 from .model import Model
 from .report import Progress, console, printable
-from .runs import newest_checkpoint
 from .settings import flag
 from .tokenizer import Tokenizer
 
@@ -25,7 +29,9 @@ __all__ = ["EvalConfig", "Evaluation", "Scores", "evaluate", "evaluation", "main
 
 @dataclass
 class EvalConfig:
-    """Score texts under a trained model, in bits per byte.  Each field is a flag of `barelm eval`."""
+    """Score texts under a trained model, in bits per byte.  Or, with --tasks, --regurgitation or --in-context: how
+    often it picks the right one of several answers, what it knows by heart, what it learns from its prompt.
+    Each field is a flag of `barelm eval`."""
 
     checkpoint: Annotated[str, "a checkpoint's folder, or a run's: its newest checkpoint"]
     data: Annotated[
@@ -35,12 +41,33 @@ class EvalConfig:
     ] = ""
     field: Annotated[str, "field of JSONL, or column of parquet, that holds the text"] = "text"
     split_at: Annotated[str, "what stands between two documents of a text file; left out: a file is one document"] = ""
-    batch: Annotated[int, "windows at a time"] = 8
+    batch: Annotated[int, "windows at a time; with --tasks and the like: choices, or texts that are written"] = 8
     context: Annotated[int, "tokens in a window; 0: as many as the model sees"] = 0
     max_tokens: Annotated[int, "tokens to score of each text at most; 0: all"] = 0
+    tasks: Annotated[
+        str,
+        "files of multiple-choice tasks, with commas: HellaSwag, MMLU, OLMo's requests (ARC, OpenBookQA, COPA ...);\n"
+        "what a file is, its content says",
+    ] = ""
+    items: Annotated[int, "with --tasks: the first so many of each; 0: all"] = 0
+    regurgitation: Annotated[bool, "how much of --data comes back verbatim, by how often it stands there"] = False
+    prompts: Annotated[int, "with --regurgitation: prompts of each row of the table"] = 100
+    prompt_tokens: Annotated[int, "with --regurgitation: tokens of a prompt"] = 50
+    continuation_tokens: Annotated[int, "with --regurgitation: tokens that follow it and may come back"] = 50
+    in_context: Annotated[bool, "how much better answers are with examples in the prompt, on small tasks"] = False
+    shots: Annotated[str, "with --in-context: numbers of examples"] = "0,1,2,4,8,16"
+    questions: Annotated[int, "with --in-context: questions of each task"] = 100
+    seed: Annotated[int, "with --regurgitation: of the prompts; with --in-context: of the questions"] = 0
+    out: Annotated[
+        str,
+        "with --tasks, --regurgitation, --in-context: folder of the results, item by item; what was stopped goes on\n"
+        "there; left out: evals/step_N in the run's folder, or evals in the checkpoint's",
+    ] = ""
     precision: Annotated[Literal["fp32", "bf16"], "bf16 rounds the operands of matrix products"] = "fp32"
     threads: Annotated[int, "0: as many as the machine grants"] = 0
     json: Annotated[bool, "print the result as JSON on standard output, everything else on standard error"] = False
+    # Which fields the user named (the command line says); None: those that differ from their defaults.
+    given: frozenset[str] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
 
 class Evaluation(NamedTuple):
@@ -136,16 +163,30 @@ def together(texts: Iterable[Scores]) -> Scores:
 # ---- the command --------------------------------------------------------------------------------------------------
 
 
+# What can be asked beside texts: the flag that asks it, who answers, and the flags that it alone or with others takes.
+MODES = {
+    "tasks": (ranked.main, {"items", "batch", "context", "out"}),
+    "regurgitation": (
+        regurgitate.main,
+        {"data", "field", "split_at", "prompts", "prompt_tokens", "continuation_tokens", "seed", "batch", "out"},
+    ),
+    "in_context": (incontext.main, {"shots", "questions", "seed", "batch", "context", "out"}),
+}
+TEXTS = {"data", "field", "split_at", "batch", "context", "max_tokens"}
+ALWAYS = {"checkpoint", "precision", "threads", "json"}
+
+
 def main(config: EvalConfig) -> int:
     _check(config)
-    names = _names(config.data)
+    mode = _mode(config)
     if config.threads:
         _core.threads_set(config.threads)
-    folder = newest_checkpoint(config.checkpoint)
-    model, tok = Model.load(folder, precision=config.precision), Tokenizer.load(folder)
-    T = config.context or model.config.context
-    if model.config.context < T:
-        raise ValueError(f"--context: {T} is more than the {model.config.context} tokens that the model sees")
+    return MODES[mode][0](config) if mode else _texts(config)
+
+
+def _texts(config: EvalConfig) -> int:
+    names = _names(config.data)
+    folder, model, tok, T = ranked.load(config)
     texts = {name or STDLIB: _read(name, config, tok) for name in names}
     scores = _score_all(config, model, texts, T)
     results = {name: evaluation(of_one) for name, of_one in scores.items()}
@@ -161,12 +202,36 @@ def main(config: EvalConfig) -> int:
 
 def _check(config: EvalConfig) -> None:
     """ValueError naming the flag whose value is out of range."""
-    for name, low in {"batch": 1, "context": 0, "max_tokens": 0, "threads": 0}.items():
+    lowest = {"batch": 1, "context": 0, "max_tokens": 0, "threads": 0, "items": 0, "seed": 0}
+    lowest |= dict.fromkeys(("prompts", "prompt_tokens", "continuation_tokens", "questions"), 1)
+    for name, low in lowest.items():
         value = getattr(config, name)
         if value < low:
             raise ValueError(f"{flag(name)}: must be {'above 0' if low else '0 or more'}, got {value}")
-        if value >= 2**31 and name != "max_tokens":
+        if value >= 2**31 and name not in ("max_tokens", "seed"):
             raise ValueError(f"{flag(name)}: {value} is too large")
+
+
+def _mode(config: EvalConfig) -> str:
+    """The one of MODES that is asked for; "": texts.  ValueError: two are, or a flag is of another one."""
+    asked = [name for name in MODES if getattr(config, name)]
+    if len(asked) > 1:
+        raise ValueError(f"{flag(asked[0])} and {flag(asked[1])} are two questions; ask one at a time")
+    mode = asked[0] if asked else ""
+    takes = ALWAYS | ({mode} | MODES[mode][1] if mode else TEXTS | MODES.keys())
+    for name in sorted(_given(config) - takes):
+        whose = [flag(other) for other, (_, takes) in MODES.items() if name in takes or name == other]
+        if mode:
+            raise ValueError(f"{flag(name)}: does not go with {flag(mode)}")
+        raise ValueError(f"{flag(name)}: goes with {' or '.join(whose)} only")
+    return mode
+
+
+def _given(config: EvalConfig) -> set[str]:
+    if config.given is not None:
+        return set(config.given)
+    fields = [f for f in dataclasses.fields(config) if f.init and f.default is not dataclasses.MISSING]
+    return {f.name for f in fields if getattr(config, f.name) != f.default}
 
 
 STDLIB = "the Python standard library"

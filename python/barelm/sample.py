@@ -3,11 +3,13 @@
 import json
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated
 
 from . import _core, checkpoint
+from .assistant import template, trimmed
 from .engine import Engine, Row, Sampling, row_tokens
 from .report import printable
 from .runs import newest_checkpoint
@@ -31,6 +33,7 @@ class SampleConfig:
     top_p: Annotated[float, "only the likeliest tokens with this share of probability may come; 1: all"] = 1.0
     min_p: Annotated[float, "only tokens this share as probable as the likeliest may come; 0: all"] = 0.0
     repetition_penalty: Annotated[float, "above 1: tokens that are there already become less likely"] = 1.0
+    assistant: Annotated[bool, "--prompt is a question: put it into a transcript, and print the answer alone"] = False
     stop: Annotated[str, "the text ends before this string; left out: none"] = ""
     weights: Annotated[str, "fp32, bf16 or int8: how they are held while sampling"] = "fp32"
     seed: Annotated[int, "another seed, another text; the same seed, the same"] = 0
@@ -44,12 +47,13 @@ def main(config: SampleConfig) -> int:
         raise ValueError(f"--n: must be 1 or more, got {config.n}")
     if config.threads < 0:
         raise ValueError(f"--threads: must be 0 or more, got {config.threads}")
-    sampling = _sampling(config)
+    text, stops = _asked(config)
+    sampling = _sampling(config, stops)
     if config.threads:
         _core.threads_set(config.threads)
     folder = newest_checkpoint(config.checkpoint)
     context, tok = checkpoint.read_config(folder).context, Tokenizer.load(folder)
-    prompt = tok.encode_prompt(config.prompt)
+    prompt = tok.encode_prompt(text)
     room = row_tokens(context, len(prompt), config.max_tokens) + PAGE  # a row's last page is partly empty
     session = Session.load(folder, max_tokens=min(config.n, AT_ONCE) * room, weights=config.weights)
     engine = Engine(session, tok)
@@ -63,7 +67,18 @@ def main(config: SampleConfig) -> int:
     return 0
 
 
-def _sampling(config: SampleConfig) -> Sampling:
+def _asked(config: SampleConfig) -> tuple[str, tuple[str, ...]]:
+    """What the model reads, and the strings before which its text ends."""
+    stops = (config.stop,) if config.stop else ()
+    if not config.assistant:
+        return config.prompt, stops
+    if not config.prompt.strip():
+        raise ValueError("--prompt: with --assistant it must be a question")
+    text, ends = template(config.prompt)
+    return text, ends + stops
+
+
+def _sampling(config: SampleConfig, stops: tuple[str, ...]) -> Sampling:
     return Sampling(
         max_tokens=config.max_tokens,
         temperature=config.temperature,
@@ -71,20 +86,25 @@ def _sampling(config: SampleConfig) -> Sampling:
         top_p=config.top_p,
         min_p=config.min_p,
         repetition_penalty=config.repetition_penalty,
-        stop=config.stop or (),
+        stop=stops,
         seed=config.seed,
     )
 
 
 def _stream(config: SampleConfig, engine: Engine, row: Row) -> None:
     show = _show()
-    print(show(config.prompt), end="", flush=True)
+    pieces = trimmed(_pieces(engine, row)) if config.assistant else chain([config.prompt], _pieces(engine, row))
     try:
-        while row.finish is None:
-            engine.step()
-            print(show(row.take()), end="", flush=True)
+        for piece in pieces:
+            print(show(piece), end="", flush=True)
     finally:
         print(flush=True)  # after Ctrl-C too
+
+
+def _pieces(engine: Engine, row: Row) -> Iterator[str]:
+    while row.finish is None:
+        engine.step()
+        yield row.take()
 
 
 def _print_each(config: SampleConfig, engine: Engine, rows: list[Row]) -> None:
@@ -108,7 +128,11 @@ def _print(config: SampleConfig, row: Row, tok: Tokenizer) -> None:
         return
     show = _show()
     print(f"{chr(10) * (row.key > 0)}--- {row.key + 1} of {config.n} ---")
-    print(show(config.prompt) + show(row.text()), flush=True)
+    print(show(_text(config, row) if config.assistant else config.prompt + row.text()), flush=True)
+
+
+def _text(config: SampleConfig, row: Row) -> str:
+    return row.text().strip() if config.assistant else row.text()
 
 
 def _record(config: SampleConfig, row: Row, tok: Tokenizer) -> dict:
@@ -117,7 +141,7 @@ def _record(config: SampleConfig, row: Row, tok: Tokenizer) -> dict:
     tokens = row.tokens[:-1] if ends else row.tokens
     return {
         "prompt": config.prompt,
-        "text": row.text(),
+        "text": _text(config, row),
         "ids": [token.id for token in tokens],
         "logprobs": [token.logprob for token in tokens],
         "finish": row.finish,
