@@ -125,8 +125,10 @@ def right(record: dict, measure: str) -> bool:
     acc       by the sum of log-probabilities
     acc_norm  by that sum per character of the choice (lm-evaluation-harness; OLMo's acc_per_char)
     """
-    sums = np.array(record["logprobs"])
-    return int(np.argmax(sums / record["chars"] if measure == "acc_norm" else sums)) == record["gold"]
+    values = record["logprobs"]
+    if measure == "acc_norm":
+        values = [value / chars for value, chars in zip(values, record["chars"], strict=True)]
+    return values.index(max(values)) == record["gold"]
 
 
 class Accuracy(NamedTuple):
