@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import tarfile
+import tracemalloc
 
 import pytest
 from barelm import tasks
@@ -233,11 +234,15 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_what_unpacks_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "MAX_FILE", 1 << 16)
-    bomb = b"A" * (1 << 20)
+    bomb = b"A" * (1 << 24)
     for data in (gzip.compress(bomb), bz2.compress(bomb), gzip.compress(b"") + gzip.compress(bomb)):
         assert len(data) < 1 << 16
+        tracemalloc.start()
         with pytest.raises(ValueError, match="unpacks to more than"):
             read(tmp_path, data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 20  # no more is unpacked than it takes to see that
     with pytest.raises(ValueError, match="has more than"):
         read(tmp_path, bomb)
 

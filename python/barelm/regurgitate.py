@@ -153,7 +153,7 @@ def _drawn(tokens: Tokens, W: int, n: int, seed: str, special: list[int]) -> Ite
 def continued(engine: Engine, passages: Sequence[Passage], prompt: int, at_once: int) -> list[dict]:
     """The records of the passages: how many of the tokens behind the first `prompt` the model writes, the likeliest
     token each time, before one is another; `wrote` has them and that other one.  A text ends there: what would follow
-    is no answer.
+    is no answer.  Nothing stands before a passage, for training reads windows that begin anywhere.
 
     at_once   texts side by side; what one says does not depend on the others
     """
@@ -162,7 +162,7 @@ def continued(engine: Engine, passages: Sequence[Passage], prompt: int, at_once:
     while waiting or running:
         while waiting and len(running) < at_once:
             i, passage = waiting.pop(0)
-            sampling = Sampling(max_tokens=len(passage.ids) - prompt, temperature=0, ignore_eot=True)
+            sampling = Sampling(max_tokens=len(passage.ids) - prompt, temperature=0)
             running[engine.add(passage.ids[:prompt].tolist(), sampling)] = i
         for row in engine.step():
             passage = passages[running[row]]
