@@ -118,6 +118,22 @@ def test_a_row_does_not_depend_on_its_batch(model):
     assert score(model, MERGED, ITEMS[::-1], batch=3) == alone[::-1]
 
 
+class Noise:
+    """A model whose log-probabilities have all their bits, from tiny to large, and depend on place and token alone."""
+
+    config = SimpleNamespace(context=2000)
+
+    def forward(self, tokens, targets):
+        values = np.sin(np.arange(tokens.shape[1]) * 12.9898 + tokens * 78.233)
+        return np.where(targets < 0, 0, -np.exp(20 * values)).astype(np.float32)
+
+
+def test_a_sum_does_not_depend_on_how_far_its_row_is_filled_up():
+    sizes = [3, 40, 130, 170, 300, 450]
+    items = [Item((Request("a" * n, " " + "xyz" * n), Request("b", " c")), 0, str(n)) for n in sizes]
+    assert score(Noise(), TOK, items, batch=1) == score(Noise(), TOK, items, batch=100)
+
+
 @pytest.mark.parametrize("T", [20, 33, 64])
 def test_of_a_long_context_the_last_tokens_are_read(model, T):
     choices = [" yes", " no, never", " " + "x" * (T - 1)]  # the last has T tokens: of the context one is left
@@ -129,7 +145,7 @@ def test_of_a_long_context_the_last_tokens_are_read(model, T):
         targets = np.full((1, len(ids) - 1), -1, np.int32)
         targets[0, -n:] = ids[-n:]
         want = model.forward(np.array([ids[:-1]], np.int32), targets).sum(dtype=np.float64)
-        assert record["logprobs"][i] == want
+        assert record["logprobs"][i] == pytest.approx(float(want), rel=1e-14)  # the same numbers, in another order
     assert record["cut"] == 61 + T - (T + 1) and record["tokens"] == [4, 10, T]
 
 

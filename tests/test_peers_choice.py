@@ -86,10 +86,10 @@ class Theirs:
     def sum(self, context, continuation):
         n = len(self.ids(context))  # no context here ends with a space
         whole = [self.first, *self.ids(context + continuation)]
-        with torch.no_grad():
-            logits = self.model(torch.tensor([whole])).logits[0].double()
-        logprobs = torch.log_softmax(logits[:-1], -1)
-        return float(sum(logprobs[i, whole[i + 1]] for i in range(n, len(whole) - 1)))
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([whole]), use_cache=False).logits[0, n:-1].double()
+            logprobs = torch.log_softmax(logits, -1)
+        return float(logprobs.gather(1, torch.tensor(whole[n + 1 :])[:, None]).sum())
 
 
 @pytest.mark.parametrize(

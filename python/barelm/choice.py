@@ -113,7 +113,9 @@ def _forward(model, rows: list[_Row]) -> list[float]:
         n = len(row.ids) - 1
         tokens[b, :n] = row.ids[:-1]
         targets[b, n - row.scored : n] = row.ids[-row.scored :]
-    return model.forward(tokens, targets).sum(1, dtype=np.float64).tolist()  # 0 where there is no target
+    logprobs = model.forward(tokens, targets)
+    # a sum in NumPy's order would depend on how far rows are filled up
+    return [math.fsum(of_row[len(row.ids) - 1 - row.scored :]) for of_row, row in zip(logprobs, rows, strict=True)]
 
 
 # ---- what it comes to -----------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def passages(
     text that was learnt from; each within one document, no two alike.
 
     Places are drawn evenly (by Python's random(), whose numbers are promised), DRAWS for each passage that is wanted.
-    ValueError: the text is shorter than one passage.
+    ValueError: no document is as long as a passage.
     """
     most = DRAWN_TOKENS // W
     drawn = list(_drawn(texts.train, W, min(wanted * DRAWS, most), f"{seed} train", texts.special))
