@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from barelm import Model, Tokenizer, checkpoint, choice, kept
 from barelm import __main__ as command
-from barelm.choice import accuracy, chance, encode_pair, first_token, fits, right, score
+from barelm.choice import accuracy, chance, encode_pair, fits, right, score
 from barelm.evaluate import EvalConfig, main
 from barelm.tasks import Item, Request
 from conftest import GPT2, LLAMA
@@ -38,17 +38,11 @@ def model(request):
 # ---- tokens -------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_begins_with_the_token_that_the_vocabulary_names():
-    assert first_token(TOK) == TOK.eot == 256
-    assert first_token(PIECES) == PIECES.special["<s>"]
-    assert first_token(SimpleNamespace(bos=7, eot=9)) == 7
-
-
 @pytest.mark.parametrize("tok", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_the_space_between_belongs_to_the_continuation(tok):
     assert encode_pair(tok, "the cat", " sat.") == encode_pair(tok, "the cat ", "sat.")
     assert encode_pair(tok, "the cat.\n \t", "sat") == encode_pair(tok, "the cat.", "\n \tsat")
-    assert encode_pair(tok, "  ", "sat") == ([first_token(tok)], tok.encode("  sat"))
+    assert encode_pair(tok, "  ", "sat") == ([tok.bos], tok.encode("  sat"))
 
 
 def test_context_and_continuation_are_encoded_together():
@@ -77,7 +71,7 @@ def test_any_pair(name, context, continuation):
     bare = context
     while bare and bare[-1].isspace():
         bare = bare[:-1]
-    assert first == [first_token(tok), *tok.encode(bare)]
+    assert first == [tok.bos, *tok.encode(bare)]
     whole = tok.encode(context + continuation)
     n = len(tok.encode(bare))
     assert ids and (ids == whole[n:] if len(whole) > n else ids == tok.encode((context + continuation)[len(bare) :]))

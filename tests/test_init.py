@@ -140,6 +140,9 @@ def test_an_adapter_is_trained_on_it(text, start, tmp_path, capsys):
         assert command.main(words) == 0
     texts = capsys.readouterr().out.splitlines()
     assert texts[0] == texts[-1]  # merged, the same text
+    (folder / "state.json").unlink()
+    (folder / "tokenizer.json").unlink()  # as others write adapters: the base model's vocabulary is theirs
+    assert checkpoint.load_tokenizer(folder).hash() == TOK.hash()
     tokens = np.arange(20, dtype=np.int32)[None]
     merged = Model.load(tmp_path / "merged").logits(tokens)
     np.testing.assert_allclose(merged, model.logits(tokens), rtol=0, atol=1e-4)  # W + s B A is rounded once

@@ -33,6 +33,7 @@ __all__ = [
     "Weights",
     "is_checkpoint",
     "load",
+    "load_tokenizer",
     "open_weights",
     "read_config",
     "save",
@@ -335,7 +336,18 @@ class Weights(Source):
         super().__init__(folder, "a checkpoint folder", config, stored, lambda: _tokenizer(folder))
 
 
-def _tokenizer(folder: Path):
+def load_tokenizer(folder):
+    """The Tokenizer of a checkpoint folder; an adapter's without one is that of its base.  ValueError, OSError: there
+    is none that can be read."""
     from .tokenizer import Tokenizer  # tiktoken is loaded only where a vocabulary is wanted
 
-    return Tokenizer.load(folder) if any((folder / name).is_file() for name in _TOKENIZERS) else None
+    folder = Path(folder)
+    return Tokenizer.load(base_of(folder) if is_adapter(folder) and not _has_tokenizer(folder) else folder)
+
+
+def _tokenizer(folder: Path):
+    return load_tokenizer(folder) if _has_tokenizer(folder) else None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZERS)

@@ -13,22 +13,16 @@ import numpy as np
 from .tasks import Item, Request
 from .tokenizer import Tokenizer
 
-__all__ = ["Accuracy", "accuracy", "chance", "encode_pair", "first_token", "fits", "right", "score"]
-
-
-def first_token(tok: Tokenizer) -> int:
-    """The id that a text begins with, in front of every context.
-
-    Models of this project have read the end-of-text token before each document, those of the Llama family <s> or
-    <|begin_of_text|>, and GPT-2 its <|endoftext|> between documents: a context that begins a text is what they know.
-    Where the context is empty something has to be there anyway, for the first token of a continuation follows
-    something.  lm-evaluation-harness does the same for the Llama family; for GPT-2 it does so only there.
-    """
-    return getattr(tok, "bos", tok.eot)
+__all__ = ["Accuracy", "accuracy", "chance", "encode_pair", "fits", "right", "score"]
 
 
 def encode_pair(tok: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """(ids of the context with the first token before them, ids of the continuation, at least one).
+    """(ids of the context with bos before them, ids of the continuation, at least one).
+
+    A context begins a text, which models have read bos before: those of this project the end-of-text token, those of
+    the Llama family <s> or <|begin_of_text|>, and GPT-2 its <|endoftext|> between documents.  Where the context is
+    empty something has to be there anyway, for the first token of a continuation follows something.
+    lm-evaluation-harness does the same for the Llama family; for GPT-2 it does so only there.
 
     White space at the end of the context goes to the continuation, for that is where tokens have it.  Then both are
     encoded together, and what exceeds the length of the context encoded alone is the continuation.  Where nothing does,
@@ -38,7 +32,7 @@ def encode_pair(tok: Tokenizer, context: str, continuation: str) -> tuple[list[i
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
     before, whole = tok.encode(context), tok.encode(context + continuation)
-    return [first_token(tok), *before], whole[len(before) :] or tok.encode(continuation)
+    return [tok.bos, *before], whole[len(before) :] or tok.encode(continuation)
 
 
 def score(model, tok: Tokenizer, items: Sequence[Item], batch: int = 8, T: int | None = None) -> list[dict]:

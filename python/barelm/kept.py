@@ -25,7 +25,7 @@ AT_ONCE = 32  # items that are made and then kept together
 
 def weights_digest(folder: str | os.PathLike) -> str:
     """sha256 of a checkpoint's config and weights, whatever files hold them: equal for models that compute the same."""
-    source = checkpoint.Weights(folder)
+    source = checkpoint.open_weights(folder)
     sha256 = hashlib.sha256(json.dumps(source.config.to_dict(), sort_keys=True).encode())
     for name in sorted(source.shapes):
         sha256.update(name.encode())

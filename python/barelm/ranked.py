@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import choice
+from . import checkpoint, choice
 from .kept import Kept, evals_folder, weights_digest
 from .model import Model
 from .report import console
@@ -56,7 +56,7 @@ def load(config) -> tuple[Path, Model, Tokenizer, int]:
     """(folder, model, tokenizer, tokens in a window) that the flags of `barelm eval` ask for.  ValueError: --context is
     more than the model sees."""
     folder = newest_checkpoint(config.checkpoint)
-    model, tok = Model.load(folder, precision=config.precision), Tokenizer.load(folder)
+    model, tok = Model.load(folder, precision=config.precision), checkpoint.load_tokenizer(folder)
     T = config.context or model.config.context
     if model.config.context < T:
         raise ValueError(f"--context: {T} is more than the {model.config.context} tokens that the model sees")

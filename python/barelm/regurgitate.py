@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from . import checkpoint
-from .choice import first_token
 from .data.documents import Documents
 from .data.shards import Dataset, check_found, is_dataset
 from .data.tokens import Tokens
@@ -220,7 +219,7 @@ def main(config) -> int:
             f"--prompt-tokens and --continuation-tokens: {config.prompt_tokens} and {config.continuation_tokens} are "
             f"more than the {context} tokens that the model sees"
         )
-    tok = Tokenizer.load(folder)
+    tok = checkpoint.load_tokenizer(folder)
     texts = _texts(config, tok)
     with Bar(console(stderr=True)) as bar:
         total = len(texts.train)
@@ -246,7 +245,7 @@ def main(config) -> int:
 
 
 def _texts(config, tok: Tokenizer) -> Texts:
-    special = [tok.eot, first_token(tok)]
+    special = sorted(tok.ends)
     if config.data and is_dataset(config.data):
         dataset = Dataset.open(config.data, tok)
         return Texts(dataset.train, dataset.validation, special, dataset.identity)

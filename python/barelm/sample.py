@@ -52,7 +52,7 @@ def main(config: SampleConfig) -> int:
     if config.threads:
         _core.threads_set(config.threads)
     folder = newest_checkpoint(config.checkpoint)
-    context, tok = checkpoint.read_config(folder).context, Tokenizer.load(folder)
+    context, tok = checkpoint.read_config(folder).context, checkpoint.load_tokenizer(folder)
     prompt = tok.encode_prompt(text)
     room = row_tokens(context, len(prompt), config.max_tokens) + PAGE  # a row's last page is partly empty
     session = Session.load(folder, max_tokens=min(config.n, AT_ONCE) * room, weights=config.weights)
