@@ -19,7 +19,18 @@ typedef struct {
     double rope_factor, rope_low_freq, rope_high_freq, rope_original_context;
 } Config;
 
-typedef enum { OK, NO_MEMORY, NO_FORWARD, BAD_SHAPE, INTERRUPTED, NOT_FINITE, CACHE_FULL, STALE, FROZEN } Status;
+typedef enum {
+    OK,
+    NO_MEMORY,
+    NO_FORWARD,
+    BAD_SHAPE,
+    INTERRUPTED,
+    NOT_FINITE,
+    CACHE_FULL,
+    STALE,
+    FROZEN,
+    DEVICE
+} Status;
 typedef struct Model Model;
 
 /* ---- memory ---- */
@@ -64,12 +75,14 @@ typedef struct { /* some rows of a tensor, under Hugging Face's name */
 
 /* The parameters of a model of this config, which need not exist: how many; `out` may be NULL. */
 int model_tensors(const Config *c, Tensor *out);
-/* Of a model that holds all of them as floats: the block. */
+/* The block of weights, in the backend's memory and form. */
 float *model_weights(Model *m);
 int model_held(const Model *m);
-/* `rows` rows of a tensor, from its row `row` on, written or read as floats, however they are held. */
-Status model_put(Model *m, const Tensor *t, int64_t row, const float *values, int64_t rows);
-Status model_get(Model *m, const Tensor *t, int64_t row, float *values, int64_t rows);
+/* `rows` rows of a tensor, from its row `row` on, written or read as floats of the host: of the weights, however they
+ * are held, or of a block of floats that is laid out as what `t` is from (gradients, moments, an adapter). */
+enum { WEIGHTS, ADAPTER, GRADIENTS, FIRST_MOMENT, SECOND_MOMENT };
+Status model_put(Model *m, int block, const Tensor *t, int64_t row, const float *values, int64_t rows);
+Status model_get(Model *m, int block, const Tensor *t, int64_t row, float *values, int64_t rows);
 
 /* An adapter: from here on its values alone are trained.  The seed is of its A's; its B's are zero. */
 typedef struct Adapter Adapter;

@@ -207,6 +207,7 @@ PYBIND11_MODULE(_core, m) {
     stale_row = PyErr_NewException("barelm.StaleRow", PyExc_RuntimeError, nullptr);
     m.attr("CacheFull") = py::handle(cache_full);
     m.attr("StaleRow") = py::handle(stale_row);
+    bind_cuda(m);
     bind_model(m);
     bind_session(m);
     bind_bpe(m);

@@ -21,12 +21,15 @@ void bind_model(py::module_ &m);
 void bind_session(py::module_ &m);
 void bind_bpe(py::module_ &m);
 void bind_profile(py::module_ &m);
+void bind_cuda(py::module_ &m);
 
 // Threads and their working memory exist.
 void ready();
 // By its name, or with "" the one that new models use.
 const Ops &backend(const std::string &name);
-// The same, timed where a profile was begun.
+// That of the GPU, with activations in fp32 or bf16.
+const Ops &cuda_backend(const std::string &precision);
+// The same as backend, timed where a profile was begun.
 const Ops &profiled(const Ops &ops);
 
 // ---- what a caller may hand over -----------------------------------------------------------------------------------

@@ -50,11 +50,11 @@ class PyModel {
   public:
     // No seed: the weights are zero, to be written.
     PyModel(const Config &config, const std::string &precision, const std::optional<uint64_t> &seed,
-            const std::string &weights) {
+            const std::string &weights, const std::string &device) {
         const int held = held_as(weights);
         if (precision != "fp32" && precision != "bf16")
             throw py::value_error("precision: is '" + precision + "', must be 'fp32' or 'bf16'");
-        const Ops &ops = profiled(backend(""));
+        const Ops &ops = device == "cpu" ? profiled(backend("")) : cuda_backend(precision);
         ready();
         char error[512];
         {
@@ -194,30 +194,32 @@ class PyModel {
         adapter_tensors(&c, model_adapter(model_), added_.data());
     }
 
-    // Rows of a weight, however it is held: written from (rows, columns) or (rows), or read.  `row` and rows count in
-    // the parameter, of which a transposed tensor of Hugging Face's shows the columns.
-    void put(const std::string &name, int64_t row, const py::array &values) {
-        const Tensor &t = tensor(name);
+    // Rows of a tensor of a block, however it is held: written from (rows, columns) or (rows), or read.  `row` and rows
+    // count in the parameter, of which a transposed tensor of Hugging Face's shows the columns.
+    void put(const std::string &block, const std::string &name, int64_t row, const py::array &values) {
+        const Tensor &t = tensor(block, name);
         int64_t rows = values.ndim() ? values.shape(0) : 0;
         const float *p = t.columns ? checked<float>(values, name.c_str(), "N, C", {rows, t.columns}, "it")
                                    : checked<float>(values, name.c_str(), "N", {rows}, "it");
         check_rows(t, row, rows);
-        run([&] { return model_put(model_, &t, row, p, rows); });
+        run([&] { return model_put(model_, block_of(block), &t, row, p, rows); });
     }
-    Floats get(const std::string &name, int64_t row, int64_t rows) {
-        const Tensor &t = tensor(name);
+    Floats get(const std::string &block, const std::string &name, int64_t row, int64_t rows) {
+        const Tensor &t = tensor(block, name);
         check_rows(t, row, rows);
         Floats out = t.columns ? Floats({rows, t.columns}) : Floats(rows);
         float *p = out.mutable_data();
-        run([&] { return model_get(model_, &t, row, p, rows); });
+        run([&] { return model_get(model_, block_of(block), &t, row, p, rows); });
         return out;
     }
-    // {name: (shape, transposed)} of the weights
-    py::dict shapes() const {
+    // {name: (shape, transposed)} of the tensors of a block
+    py::dict shapes(const std::string &block) const {
         py::dict out;
-        for (const Tensor &t : tensors_) out[t.name] = py::make_tuple(py::tuple(py::cast(shape_of(t))), !!t.transposed);
+        for (const Tensor &t : tensors(block))
+            out[t.name] = py::make_tuple(py::tuple(py::cast(shape_of(t))), !!t.transposed);
         return out;
     }
+    bool on_host() const { return model_ops(model_)->on_host; }
 
     // One view per name; each keeps the model, and so the block, alive.
     static py::dict views(const py::object &self, const std::vector<Tensor> &tensors, float *block) {
@@ -233,16 +235,17 @@ class PyModel {
     const std::vector<Tensor> &trained() const { return added_.empty() ? tensors_ : added_; }
     static py::dict params(const py::object &self) {
         auto &me = self.cast<PyModel &>();
-        if (model_held(me.model_) != PREC_FP32)
-            throw std::runtime_error("params: the weights are not held in fp32, there are no views of them");
+        me.need_views(model_held(me.model_) == PREC_FP32);
         return views(self, me.tensors_, model_weights(me.model_));
     }
     static py::dict added(const py::object &self) {
         auto &me = self.cast<PyModel &>();
+        me.need_views(true);
         return views(self, me.added_, model_added(me.model_));
     }
     static py::dict grads(const py::object &self) {
         auto &me = self.cast<PyModel &>();
+        me.need_views(true);
         float *g = nullptr;
         me.run([&] { return model_grads(me.model_, &g); });
         me.grads_seen_ = true;
@@ -250,6 +253,7 @@ class PyModel {
     }
     static py::tuple moments(const py::object &self) {
         auto &me = self.cast<PyModel &>();
+        me.need_views(true);
         float *mv[2];
         me.run([&] { return model_moments(me.model_, mv); });
         return py::make_tuple(views(self, me.trained(), mv[0]), views(self, me.trained(), mv[1]));
@@ -303,10 +307,21 @@ class PyModel {
         return b;
     }
 
-    const Tensor &tensor(const std::string &name) const {
-        for (const Tensor &t : tensors_)
+    static int block_of(const std::string &name) {
+        return choice("block", name, {"weights", "adapter", "gradients", "first moment", "second moment"});
+    }
+    const std::vector<Tensor> &tensors(const std::string &block) const {
+        int b = block_of(block);
+        return b == WEIGHTS ? tensors_ : b == ADAPTER ? added_ : trained();
+    }
+    const Tensor &tensor(const std::string &block, const std::string &name) const {
+        for (const Tensor &t : tensors(block))
             if (name == t.name) return t;
         throw py::key_error(name);
+    }
+    void need_views(bool floats) const {
+        if (!floats || !on_host())
+            throw std::runtime_error("there are no views of what is no float of the host's memory");
     }
     static void check_rows(const Tensor &t, int64_t row, int64_t rows) {
         if (row < 0 || rows < 1 || row > t.rows - rows)
@@ -358,14 +373,15 @@ void bind_model(py::module_ &m) {
 
     py::class_<PyModel>(m, "Model")
         .def(py::init([](const py::object &config, const std::string &precision, const std::optional<uint64_t> &seed,
-                         const std::string &weights) {
-                 return std::make_unique<PyModel>(config_of(config), precision, seed, weights);
+                         const std::string &weights, const std::string &device) {
+                 return std::make_unique<PyModel>(config_of(config), precision, seed, weights, device);
              }),
-             py::arg("config"), py::arg("precision"), py::arg("seed"), py::arg("weights"))
+             py::arg("config"), py::arg("precision"), py::arg("seed"), py::arg("weights"), py::arg("device"))
         .def("adapt", &PyModel::adapt, py::arg("rank"), py::arg("scale"), py::arg("targets"), py::arg("seed"))
-        .def("put", &PyModel::put, py::arg("name"), py::arg("row"), py::arg("values"))
-        .def("get", &PyModel::get, py::arg("name"), py::arg("row"), py::arg("rows"))
-        .def_property_readonly("shapes", &PyModel::shapes)
+        .def("put", &PyModel::put, py::arg("block"), py::arg("name"), py::arg("row"), py::arg("values"))
+        .def("get", &PyModel::get, py::arg("block"), py::arg("name"), py::arg("row"), py::arg("rows"))
+        .def("shapes", &PyModel::shapes, py::arg("block"))
+        .def_property_readonly("on_host", &PyModel::on_host)
         .def_property_readonly("added", [](const py::object &self) { return PyModel::added(self); })
         .def("forward", &PyModel::forward, py::arg("tokens"), py::arg("targets"), py::arg("hidden"), py::arg("entropy"),
              py::arg("temperature"), py::arg("starts"))

@@ -142,7 +142,7 @@ static void draw_tensor(Model *m, float *host, int i, int l, uint64_t seed) {
             philox_normal(host, row * columns, n, p->init == RESIDUAL ? residual : 0.02f, seed, STREAM_INIT,
                           (uint64_t)l << 32 | (uint64_t)i);
         Tensor t = {.param = i, .layer = l, .row = 0, .columns = p->columns};
-        if (model_put(m, &t, row, host, n / columns)) return;
+        if (model_put(m, WEIGHTS, &t, row, host, n / columns)) return;
     }
 }
 
@@ -263,40 +263,62 @@ Status model_adapt(Model *m, const Lora *lora, uint64_t seed) {
 
 /* ---- reading and writing weights --------------------------------------------------------------------------------- */
 
-/* The bytes of a tensor's row, as it is held. */
-static char *row_of(const Model *m, const Tensor *t, int64_t row) {
-    const Param *p = &m->base.layout.p[t->param];
-    int C = p->columns ? (int)p->columns : 1;
-    return (char *)layout_at(&m->base.layout, m->base.weights, t->param, t->layer) +
-           m->ops->held_bytes(p->held, C, (int)(t->row + row));
-}
-
-Status model_put(Model *m, const Tensor *t, int64_t row, const float *values, int64_t rows) {
-    const int C = t->columns ? (int)t->columns : 1, held = m->base.layout.p[t->param].held;
-    const int64_t bytes = rows * C * (int64_t)sizeof(float);
-    if (held == PREC_FP32) {
-        m->ops->copy_in(row_of(m, t, row), values, (size_t)bytes);
+/* A tensor's row in a block, and how it is held there; the block is made where it does not exist yet. */
+static Status row_of(Model *m, int block, const Tensor *t, int64_t row, char **p, int *held) {
+    const int C = t->columns ? (int)t->columns : 1;
+    float *floats = m->added.weights, *moments[2];
+    *held = block == WEIGHTS ? m->base.layout.p[t->param].held : PREC_FP32;
+    if (block == WEIGHTS) {
+        *p = (char *)layout_at(&m->base.layout, m->base.weights, t->param, t->layer) +
+             m->ops->held_bytes(*held, C, (int)(t->row + row));
         return OK;
     }
-    float *part;
-    Status s = allocate(m->ops, m->error, (void **)&part, bytes, "part of a weight");
-    if (s) return s;
-    m->ops->copy_in(part, values, (size_t)bytes);
-    m->ops->held_write(row_of(m, t, row), part, held, C, (int)rows);
-    m->ops->free(part, (size_t)bytes);
-    return OK;
+    Status s = OK;
+    if (block == GRADIENTS) s = model_grads(m, &floats);
+    if (block == FIRST_MOMENT || block == SECOND_MOMENT) {
+        s = model_moments(m, moments);
+        if (!s) floats = moments[block - FIRST_MOMENT];
+    }
+    if (!s) *p = (char *)(floats + t->offset + row * C);
+    return s;
 }
 
-Status model_get(Model *m, const Tensor *t, int64_t row, float *values, int64_t rows) {
-    const int C = t->columns ? (int)t->columns : 1, held = m->base.layout.p[t->param].held;
+Status model_put(Model *m, int block, const Tensor *t, int64_t row, const float *values, int64_t rows) {
+    const int C = t->columns ? (int)t->columns : 1;
     const int64_t bytes = rows * C * (int64_t)sizeof(float);
-    float *part;
-    Status s = allocate(m->ops, m->error, (void **)&part, bytes, "part of a weight");
+    char *p;
+    int held;
+    Status s = row_of(m, block, t, row, &p, &held);
     if (s) return s;
-    m->ops->held_read(part, row_of(m, t, row), held, C, (int)rows);
+    if (held == PREC_FP32) {
+        m->ops->copy_in(p, values, (size_t)bytes);
+        return checked_device(m->ops, m->error, OK);
+    }
+    float *part;
+    if ((s = allocate(m->ops, m->error, (void **)&part, bytes, "part of a weight"))) return s;
+    m->ops->copy_in(part, values, (size_t)bytes);
+    m->ops->held_write(p, part, held, C, (int)rows);
+    m->ops->free(part, (size_t)bytes);
+    return checked_device(m->ops, m->error, OK);
+}
+
+Status model_get(Model *m, int block, const Tensor *t, int64_t row, float *values, int64_t rows) {
+    const int C = t->columns ? (int)t->columns : 1;
+    const int64_t bytes = rows * C * (int64_t)sizeof(float);
+    char *p;
+    int held;
+    Status s = row_of(m, block, t, row, &p, &held);
+    if (s) return s;
+    if (held == PREC_FP32) {
+        m->ops->copy_out(values, p, (size_t)bytes);
+        return checked_device(m->ops, m->error, OK);
+    }
+    float *part;
+    if ((s = allocate(m->ops, m->error, (void **)&part, bytes, "part of a weight"))) return s;
+    m->ops->held_read(part, p, held, C, (int)rows);
     m->ops->copy_out(values, part, (size_t)bytes);
     m->ops->free(part, (size_t)bytes);
-    return OK;
+    return checked_device(m->ops, m->error, OK);
 }
 
 /* ---- what is not finite ------------------------------------------------------------------------------------------ */
@@ -331,7 +353,7 @@ static int find_in_held(Model *m, char name[64]) {
     for (int i = 0; all && row && i < n && !found; i++)
         for (int64_t r = 0; r < all[i].rows && !found; r++) {
             int64_t columns = all[i].columns ? all[i].columns : 1;
-            if (model_get(m, &all[i], r, row, 1)) break;
+            if (model_get(m, WEIGHTS, &all[i], r, row, 1)) break;
             for (int64_t c = 0; c < columns && !found; c++) found = !isfinite(row[c]);
             if (found) snprintf(name, 64, "%s", all[i].name);
         }
@@ -529,9 +551,9 @@ static Status check_finite(Model *m) {
     return OK;
 }
 
-static void copy_rows_out(const Model *m, float *out, int buffer_, int64_t columns) {
-    if (out)
-        m->ops->copy_out(out, buffer(m, buffer_, 0), (size_t)m->B * (size_t)m->T * (size_t)columns * sizeof(float));
+/* Floats that a row has one of. */
+static void copy_floats_out(const Model *m, float *out, int buffer_) {
+    if (out) m->ops->copy_out(out, buffer(m, buffer_, 0), (size_t)m->B * (size_t)m->T * sizeof(float));
 }
 
 Status model_forward(Model *m, float *logprobs, float *hidden, float *entropy, const int32_t *tokens,
@@ -549,10 +571,10 @@ Status model_forward(Model *m, float *logprobs, float *hidden, float *entropy, c
     }
     if ((s = check_finite(m))) return s;
     m->kept = 1;
-    copy_rows_out(m, logprobs, A_logprobs, 1);
-    copy_rows_out(m, hidden, A_hidden, m->c.n_embd);
-    copy_rows_out(m, entropy, A_entropy, 1);
-    return OK;
+    copy_floats_out(m, logprobs, A_logprobs);
+    copy_floats_out(m, entropy, A_entropy);
+    if (hidden) s = read_acts(m->ops, m->error, hidden, buffer(m, A_hidden, 0), (int64_t)B * T * m->c.n_embd);
+    return checked_device(m->ops, m->error, s);
 }
 
 Status model_logits(Model *m, float *logits, const int32_t *tokens, const int32_t *starts, int last, int B, int T) {
@@ -567,10 +589,10 @@ Status model_logits(Model *m, float *logits, const int32_t *tokens, const int32_
         Chunk k = head_chunk(m, row);
         if (last) k.rows = 1;
         chunk_logits(m, &k);
-        for (int i = 0; i < k.rows; i++, logits += V)
-            m->ops->copy_out(logits, (char *)k.logits + (size_t)i * Vp * A, V * sizeof(float));
+        for (int i = 0; i < k.rows && !s; i++, logits += V)
+            s = read_acts(m->ops, m->error, logits, (char *)k.logits + (size_t)i * Vp * A, (int64_t)V);
     }
-    return OK;
+    return checked_device(m->ops, m->error, s);
 }
 
 /* ---- backward ---------------------------------------------------------------------------------------------------- */
@@ -684,6 +706,7 @@ static Status head_backward(Model *m, int has_dhidden) {
 
 /* The pass went through, or it was cut off: then the gradients, half made, are dropped. */
 static Status end_backward(Model *m, Status s) {
+    s = checked_device(m->ops, m->error, s);
     m->trained->live = s == OK;
     return s;
 }
@@ -699,8 +722,8 @@ Status model_backward(Model *m, const float *dlogprobs, const float *dhidden, in
     Status s = begin_grads(m, dlogprobs != NULL);
     if (s) return s;
     if (dlogprobs) m->ops->copy_in(AT(dlogprobs), dlogprobs, N * sizeof(float));
-    if (dhidden) m->ops->copy_in(AT(dnorm), dhidden, N * (size_t)m->c.n_embd * m->ops->act_bytes);
-    if (dlogprobs) s = head_backward(m, dhidden != NULL);
+    if (dhidden) s = write_acts(m->ops, m->error, AT(dnorm), dhidden, (int64_t)N * m->c.n_embd);
+    if (dlogprobs && !s) s = head_backward(m, dhidden != NULL);
     if (!s) s = body_backward(m);
     return end_backward(m, s);
 }
@@ -723,7 +746,7 @@ Status model_forward_backward(Model *m, float *logprobs, const float *dlogprobs,
     }
     if (!s) s = check_finite(m);
     if (!s) s = body_backward(m);
-    if (!s) copy_rows_out(m, logprobs, A_logprobs, 1);
+    if (!s) copy_floats_out(m, logprobs, A_logprobs);
     return end_backward(m, s);
 }
 
@@ -766,7 +789,7 @@ Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, 
         return failed(m->error, NOT_FINITE,
                       "update: the gradient of %s is not finite; weights and moments are unchanged", name);
     }
-    if (!updated) return OK;
+    if ((s = checked_device(m->ops, m->error, OK)) || !updated) return s;
     m->step++;
     m->version++;
     m->kept = 0;
@@ -799,7 +822,5 @@ Status model_trace(Model *m, float *out, int i, int layer) {
     if (!m->kept) return failed(m->error, NO_FORWARD, "trace: no forward pass is kept");
     TraceEntry all[N_ACTS];
     model_trace_entries(m, all);
-    size_t n = (size_t)m->B * (size_t)m->T * (size_t)all[i].columns;
-    m->ops->copy_out(out, buffer(m, TRACED[i].buffer, layer), n * sizeof(float));
-    return OK;
+    return read_acts(m->ops, m->error, out, buffer(m, TRACED[i].buffer, layer), (int64_t)m->B * m->T * all[i].columns);
 }

@@ -26,6 +26,9 @@ enum { PACK_ROWS = 768 };
 typedef struct {
     const char *name;
     size_t act_bytes;             /* bytes of one activation */
+    int on_host;                  /* whether its memory is that of the host */
+    int64_t (*memory_free)(void); /* bytes that alloc could still give */
+    const char *(*error)(void);   /* the first failure of any operator, which stays; NULL: none.  Or NULL: none fails */
     void *(*alloc)(size_t bytes); /* zero-filled; NULL where there is not enough */
     void (*free)(void *p, size_t bytes);
     void (*copy_in)(void *dst, const void *src, size_t bytes);  /* host to backend */

@@ -1,6 +1,7 @@
 /* ops_isa.c -- the operator table of one instruction set, and its peak. */
 #include "tile.h"
 #include "memory.h"
+#include "system.h"
 #include "clock.h"
 
 /* Multiply-adds that never leave the registers: as many independent chains as the micro-kernel of matmul has.  The
@@ -27,6 +28,10 @@ static double peak_flops(int prec, double seconds) {
     return best;
 }
 
+/* Activations are floats here. */
+void CAT(act_read, ISA)(float *out, const float *in, int64_t n) { memory_copy(out, in, (size_t)n * sizeof *out); }
+void CAT(act_write, ISA)(float *out, const float *in, int64_t n) { memory_copy(out, in, (size_t)n * sizeof *out); }
+
 int64_t CAT(packed_bytes, ISA)(int prec, int C, int OC);
 int64_t CAT(held_bytes, ISA)(int held, int C, int OC);
 int64_t CAT(page_bytes, ISA)(int prec, int NKV, int HS);
@@ -34,6 +39,8 @@ int64_t CAT(page_bytes, ISA)(int prec, int NKV, int HS);
 const Ops CAT(ops, ISA) = {
     .name = STR(ISA),
     .act_bytes = sizeof(float),
+    .on_host = 1,
+    .memory_free = system_memory_free,
     .alloc = memory_alloc,
     .free = memory_free,
     .copy_in = memory_copy,

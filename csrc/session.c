@@ -638,13 +638,16 @@ static int64_t head_layout(const Session *s, Head *h, char *p, int64_t R) {
     return place(list, sizeof list / sizeof *list, p);
 }
 
-static void head_forward(const Session *s, const Head *h, float *logits, int R) {
+static Status head_forward(Session *s, const Head *h, float *logits, int R) {
     size_t A = s->ops->act_bytes, V = (size_t)s->c.vocab_size, Vp = (size_t)s->layout.p[P_wte].rows;
     norm_forward(s, h->hidden, h->mean, h->rstd, h->last, P_lnf_w, P_lnf_b, 0, R);
     s->ops->linear_packed(h->logits, h->hidden, packed(s, head_param(&s->c), 0), NULL, NULL, FN_NONE, s->prec, R,
                           s->c.n_embd, (int)Vp);
-    for (int i = 0; i < R; i++)
-        s->ops->copy_out(logits + (size_t)i * V, (char *)h->logits + (size_t)i * Vp * A, V * sizeof(float));
+    Status status = OK;
+    for (int i = 0; i < R && !status; i++)
+        status =
+            read_acts(s->ops, s->error, logits + (size_t)i * V, (char *)h->logits + (size_t)i * Vp * A, (int64_t)V);
+    return checked_device(s->ops, s->error, status);
 }
 
 /* ---- a step ------------------------------------------------------------------------------------------------------ */
@@ -687,7 +690,7 @@ Status session_step(Session *s, float *logits, const int *rows, const int *count
         at += p.N;
     }
     if (status) return status;
-    head_forward(s, &h, logits, R);
+    if ((status = head_forward(s, &h, logits, R))) return status;
     for (int i = 0; i < R; i++) s->rows[rows[i]].length += counts[i], s->rows[rows[i]].version = s->version;
     s->R = R;
     return OK;
@@ -702,5 +705,5 @@ Status session_logprobs(Session *s, float *logprobs, const int32_t *targets, flo
     s->ops->logprob_forward(h.logprobs, h.lse, NULL, h.logits, h.targets, 1 / temperature, R, s->c.vocab_size,
                             (int)s->layout.p[P_wte].rows);
     s->ops->copy_out(logprobs, h.logprobs, (size_t)R * sizeof *logprobs);
-    return OK;
+    return checked_device(s->ops, s->error, OK);
 }

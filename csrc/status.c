@@ -4,7 +4,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include "layout.h"
-#include "system.h"
 
 Status failed(char *error, Status status, const char *format, ...) {
     va_list args;
@@ -15,11 +14,51 @@ Status failed(char *error, Status status, const char *format, ...) {
 }
 
 Status allocate(const Ops *ops, char *error, void **p, int64_t bytes, const char *purpose) {
-    int64_t there = system_memory_free();
+    int64_t there = ops->memory_free();
     *p = bytes <= there ? ops->alloc((size_t)bytes) : NULL;
     if (*p) return OK;
     return failed(error, NO_MEMORY, "%s: %.2f GiB needed, %.2f GiB free", purpose, (double)bytes / (1 << 30),
                   (double)there / (1 << 30));
+}
+
+Status checked_device(const Ops *ops, char *error, Status s) {
+    const char *what = ops->error ? ops->error() : NULL;
+    return what ? failed(error, DEVICE, "%s: %s", ops->name, what) : s;
+}
+
+/* Where activations are no floats they pass through a part of the backend's memory. */
+enum { AT_ONCE = 1 << 20 };
+
+Status read_acts(const Ops *ops, char *error, float *out, const void *in, int64_t n) {
+    if (ops->act_bytes == sizeof(float)) {
+        ops->copy_out(out, in, (size_t)n * sizeof *out);
+        return OK;
+    }
+    float *part;
+    Status s = allocate(ops, error, (void **)&part, AT_ONCE * (int64_t)sizeof *part, "activations on their way");
+    for (int64_t at = 0; at < n && !s; at += AT_ONCE) {
+        int64_t some = n - at < AT_ONCE ? n - at : AT_ONCE;
+        ops->act_read(part, (const char *)in + (size_t)at * ops->act_bytes, some);
+        ops->copy_out(out + at, part, (size_t)some * sizeof *out);
+    }
+    if (!s) ops->free(part, AT_ONCE * sizeof *part);
+    return s;
+}
+
+Status write_acts(const Ops *ops, char *error, void *out, const float *in, int64_t n) {
+    if (ops->act_bytes == sizeof(float)) {
+        ops->copy_in(out, in, (size_t)n * sizeof *in);
+        return OK;
+    }
+    float *part;
+    Status s = allocate(ops, error, (void **)&part, AT_ONCE * (int64_t)sizeof *part, "activations on their way");
+    for (int64_t at = 0; at < n && !s; at += AT_ONCE) {
+        int64_t some = n - at < AT_ONCE ? n - at : AT_ONCE;
+        ops->copy_in(part, in + at, (size_t)some * sizeof *in);
+        ops->act_write((char *)out + (size_t)at * ops->act_bytes, part, some);
+    }
+    if (!s) ops->free(part, AT_ONCE * sizeof *part);
+    return s;
 }
 
 static size_t angles(const Config *c) { return (size_t)c->context * (size_t)(c->head_size / 2); }

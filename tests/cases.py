@@ -58,6 +58,12 @@ def make_starts(kind, B, T):
 
 STARTS = (None, "packed", "ragged", "window")
 
+ACTS = [
+    case("smallest", n=1),
+    case("one past a vector of 16", n=17),
+    case("several tasks", n=300_001),
+]
+
 EMBEDDING = [
     case("smallest", B=1, T=1, C=1, V=1, P=1, wpe=True, starts=None),
     case("no positions", B=2, T=5, C=9, V=7, P=5, wpe=False, starts=None),
@@ -254,6 +260,8 @@ ADAMW = [
 ]
 
 CASES = {
+    "act_read": ACTS,
+    "act_write": ACTS,
     "embedding_forward": EMBEDDING,
     "embedding_backward": EMBEDDING,
     "layernorm_forward": NORM,
@@ -313,6 +321,8 @@ def bytes(op, c):
         return 4 * (s.N * s.C * (1 if s.fn == "none" else 2) + s.OC * s.C + s.N * s.OC)
     if op == "linear_backward_weight":
         return 4 * (s.N * s.C + s.OC * s.C * (1 + s.accumulate) + s.N * s.OC)
+    if op.startswith("act_"):
+        return 8 * s.n
     if op.startswith("gelu"):
         return 4 * s.N * s.F * (2 if op.endswith("forward") else 3)
     if op.startswith("lora"):

@@ -828,7 +828,7 @@ FAULTS = [
     Fault(
         "init: the weights stay random",
         "python/barelm/initial.py",
-        "    source.fill(model.params)\n",
+        "    source.fill_model(model)\n",
         "",
         INIT,
     ),

@@ -136,7 +136,7 @@ def calls():
     for value in (-1, 2**64, 1.5, "1", None):
         yield f"seed {value!r}", lambda _, x=value: Model(Config(**CONFIG), seed=x), ValueError, f"seed: is {value!r}, "
     yield "precision", lambda _: Model(Config(**CONFIG), precision="fp16"), ValueError, "precision: is 'fp16', must be"
-    yield "device", lambda _: Model(Config(**CONFIG), device="cuda:7"), ValueError, "device: is 'cuda:7'"
+    yield "device", lambda _: Model(Config(**CONFIG), device="gpu:7"), ValueError, "device: is 'gpu:7'"
     yield "config", lambda _: Model(CONFIG), TypeError, "config: is dict, must be barelm.Config"
     yield "threads", lambda _: _core.threads_set(-3), ValueError, "threads: is -3, must be at least 1"
 

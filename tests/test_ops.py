@@ -130,6 +130,33 @@ def operands(prec, *arrays):
     return [reference.bf16(a) for a in arrays] if prec == "bf16" else f64(*arrays)
 
 
+# ---- activations as floats: on a CPU they are
+
+
+@operator
+def act_read(rng, c):
+    x = normal(rng, c.n)
+    return Call(
+        "act_read",
+        dict(out=Out((c.n,)), in_=x, n=c.n),
+        want=lambda: dict(out=(x, 0)),
+        batch="n",
+        batched=("out", "in_"),
+    )
+
+
+@operator
+def act_write(rng, c):
+    x = normal(rng, c.n)
+    return Call(
+        "act_write",
+        dict(out=Out((c.n,)), in_=x, n=c.n),
+        want=lambda: dict(out=(x, 0)),
+        batch="n",
+        batched=("out", "in_"),
+    )
+
+
 # ---- embedding: a single addition, and sums in the order of (b, t), so every bit is known
 
 

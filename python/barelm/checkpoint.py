@@ -287,7 +287,9 @@ def load(cls, folder, precision: str = "fp32", device: str = "cpu", weights: str
         model = load(cls, base, precision, device, weights)
         adapter = peft.read(folder, model.config)
         model.adapt(adapter.lora)
-        adapter.tensors.fill(model.adapter_params)
+        for name in adapter.tensors.shapes:
+            for where, part in adapter.tensors.parts(name):
+                model.put(name, where.start, part, "adapter")
         _fill_moments(model, folder, adapter.tensors.shapes)
     else:
         source = Weights(folder)
@@ -306,7 +308,12 @@ def _fill_moments(model: Model, folder: Path, shapes: Mapping[str, tuple[int, ..
         return
     named = {kind + name: shape for kind in _MOMENTS for name, shape in shapes.items()}
     moments = Tensors(match(st.read(path), named, lambda name: name, path, _CONFIG))
-    moments.fill({kind + name: p for kind, m in zip(_MOMENTS, model.moments, strict=True) for name, p in m.items()})
+    transposed = model.transposed
+    for kind, block in zip(_MOMENTS, ("first moment", "second moment"), strict=True):
+        for name in shapes:
+            axis = int(name in transposed)
+            for where, part in moments.parts(kind + name, axis):
+                model.put(name, where.start, np.ascontiguousarray(part.T if axis else part), block)
 
 
 def open_weights(folder, base=None) -> Source:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -169,7 +171,8 @@ class Model:
     seed       of the initial weights (normal 0.02; what feeds the residual stream 0.02 / sqrt(2 n_layer))
     precision  "fp32", or "bf16": operands of matrix products and attention are rounded to bf16, sums, activations and
                weights stay fp32
-    device     "cpu"
+    device     "cpu", or a GPU: "cuda", "cuda:1".  There activations are bf16 with precision="bf16", and weights,
+               gradients and moments are copied where NumPy asks for them
     weights    how the matrices lie in memory: "fp32", or "bf16" or "int8" (in groups of 64 values), rounded once.  Then
                they are not trained: an adapter is, see `adapt`
 
@@ -196,12 +199,11 @@ class Model:
     def _make(self, config: Config, seed: int | None, precision: str, device: str, weights: str):
         if not isinstance(config, Config):
             raise TypeError(f"config: is {type(config).__name__}, must be barelm.Config")
-        if device != "cpu":
-            raise ValueError(f"device: is {device!r}, this build has 'cpu' only")
+        open_device(device)
         self.config, self.precision, self.device, self.weights = config, precision, device, weights
         self.adapter: Lora | None = None
         self.source = ""  # the folder that `load` has read
-        self._core = _core.Model(config, precision, seed, weights)
+        self._core = _core.Model(config, precision, seed, weights, device.partition(":")[0])
 
     def forward(self, tokens, targets, hidden=False, entropy=False, temperature=1.0, starts=None):
         """Log-probability of each target under the model.
@@ -281,7 +283,7 @@ class Model:
     def adapter_params(self) -> Mapping[str, np.ndarray]:
         """The adapter's values as writable views: "h.0.attn.c_attn.lora_A.weight" (rank, in), "... lora_B.weight"
         (out, rank), layer by layer.  Empty where there is no adapter."""
-        return MappingProxyType(self._core.added if self.adapter else {})
+        return self._block("adapter") if self.adapter else MappingProxyType({})
 
     # ---- what it holds ----
 
@@ -289,31 +291,44 @@ class Model:
     def params(self) -> Mapping[str, np.ndarray]:
         """Weights under Hugging Face's names (without the base model's prefix) and shapes, as writable views.  Of
         weights that are not held in fp32 each look-up is a copy that cannot be written; `put` writes them."""
-        return MappingProxyType(self._core.params) if self.weights == "fp32" else _Unfolded(self._core)
+        return self._block("weights")
 
-    def put(self, name: str, row: int, values):
-        """Write rows of a weight, however it is held.
+    @property
+    def has_views(self) -> bool:
+        """Whether `params` are views of the weights themselves: in the host's memory, in fp32."""
+        return self._core.on_host and self.weights == "fp32"
+
+    def _block(self, name: str) -> Mapping[str, np.ndarray]:
+        if not self._core.on_host or (name == "weights" and not self.has_views):
+            return Copies(self._core, name)
+        if name.endswith("moment"):
+            return MappingProxyType(self._core.moments[name == "second moment"])
+        views = {"weights": "params", "adapter": "added", "gradients": "grads"}
+        return MappingProxyType(getattr(self._core, views[name]))
+
+    def put(self, name: str, row: int, values, block: str = "weights"):
+        """Write rows of a weight, however it is held and wherever it lies.
 
         row     the first one; rows are outputs of a layer, or tokens: of a matrix that is `transposed` its columns
         values  (n, columns of a row) float32, or (n) of a vector
+        block   "weights", or "adapter", "gradients", "first moment", "second moment"
         """
-        self._core.put(name, row, np.asarray(values))
+        self._core.put(block, name, row, np.asarray(values))
 
     @property
     def transposed(self) -> frozenset[str]:
         """Names of the weights that `params` shows as (in, out): GPT-2's linear layers."""
-        return frozenset(name for name, (_, transposed) in self._core.shapes.items() if transposed)
+        return frozenset(name for name, (_, transposed) in self._core.shapes("weights").items() if transposed)
 
     @property
     def grads(self) -> Mapping[str, np.ndarray]:
         """Gradients, as `params`, or with an adapter as `adapter_params`; zero after `update`."""
-        return MappingProxyType(self._core.grads)
+        return self._block("gradients")
 
     @property
     def moments(self) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
         """AdamW's first and second moments, as `grads`; allocated here if there was no update yet."""
-        first, second = self._core.moments
-        return MappingProxyType(first), MappingProxyType(second)
+        return self._block("first moment"), self._block("second moment")
 
     @property
     def has_moments(self) -> bool:
@@ -339,7 +354,7 @@ class Model:
     @property
     def n_params(self) -> int:
         """Number of parameters, an adapter's not counted, nor the vocabulary's padding."""
-        return sum(math.prod(shape) for shape, _ in self._core.shapes.values())
+        return sum(math.prod(shape) for shape, _ in self._core.shapes("weights").values())
 
     def memory(self, B: int = 1, T: int = 0, training: bool = True) -> dict[str, int]:
         """Bytes by purpose for batches of B x T; see Config.memory."""
@@ -366,15 +381,15 @@ class Model:
         )
 
 
-class _Unfolded(Mapping):
-    """Weights that are not held in fp32: each is read as float32 when it is asked for."""
+class Copies(Mapping):
+    """Tensors that are not float32 in the host's memory: each is read when it is asked for, and cannot be written."""
 
-    def __init__(self, core):
-        self._core, self._shapes = core, core.shapes
+    def __init__(self, core, block: str):
+        self._core, self._name, self._shapes = core, block, core.shapes(block)
 
     def __getitem__(self, name: str) -> np.ndarray:
         shape, transposed = self._shapes[name]
-        whole = self._core.get(name, 0, shape[transposed])
+        whole = self._core.get(self._name, name, 0, shape[transposed])
         whole.flags.writeable = False
         return whole.T if transposed else whole
 
@@ -383,6 +398,25 @@ class _Unfolded(Mapping):
 
     def __len__(self):
         return len(self._shapes)
+
+
+def open_device(device: str) -> None:
+    """Make a device ready.  ValueError: there is none of that name.  RuntimeError says what it lacks."""
+    kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind == "cpu" and device == kind:
+        return
+    if kind != "cuda" or not (number.isdigit() or device == kind):
+        raise ValueError(f"device: is {device!r}, must be 'cpu', 'cuda' or 'cuda:1' ...")
+    _core.cuda_open(str(cuda_library()), int(number or 0))
+
+
+def cuda_library() -> Path:
+    """The library of kernels for GPUs: BARELM_CUDA_LIBRARY, or beside this file.  RuntimeError: it was not built."""
+    named = os.environ.get("BARELM_CUDA_LIBRARY")
+    found = [Path(named)] if named else sorted(Path(__file__).parent.glob("libbarelm_cuda*.so"))
+    if not found:
+        raise RuntimeError("device: barelm was built without its CUDA backend (see cuda/README.md)")
+    return found[0]
 
 
 def _maybe(a):

@@ -170,11 +170,12 @@ class Source(Tensors):
 
     def fill_model(self, model: Model) -> None:
         """Read all weights into a model of this config, however it holds them."""
-        if model.weights == "fp32":
+        if model.has_views:
             self.fill(model.params)
             return
+        transposed = model.transposed
         for name in self.shapes:
-            by_columns = name in model.transposed
+            by_columns = name in transposed
             for where, part in self.parts(name, axis=int(by_columns)):
                 model.put(name, where.start, np.ascontiguousarray(part.T if by_columns else part))
 
