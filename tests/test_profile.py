@@ -78,7 +78,7 @@ def test_the_shares_are_those_of_the_step():
 
 def test_sizes_and_rates():
     lines = {(line["operator"], tuple(line["sizes"].items())): line for line in profiled(GPT2)["lines"]}
-    product = lines["linear_forward", (("fn", 1), ("prec", 0), ("N", 60), ("C", 32), ("OC", 128))]
+    product = lines["linear_forward", (("held", 0), ("fn", 1), ("prec", 0), ("N", 60), ("C", 32), ("OC", 128))]
     assert product["flops"] == pytest.approx(2 * 60 * 32 * 128 * product["calls"] / product["seconds"])
     scores = lines["attention_forward", (("prec", 0), ("B", 3), ("T", 20), ("NH", 4), ("NKV", 4), ("HS", 8))]
     pairs = 3 * 4 * (20 * 21 // 2)  # of a query and a key that it sees
