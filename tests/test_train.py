@@ -488,7 +488,7 @@ def test_what_sample_says_of_its_tokens_is_what_forward_says(text, tmp_path, cap
 def test_the_demo_does_all_that_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo").mkdir(parents=True)  # taken
-    assert command.main(["demo", "--minutes", "0.1"]) == 0
+    assert command.main(["demo", "--minutes", "0.2"]) == 0
     said = capsys.readouterr().out
     scores = re.search(r"([\d.]+) -> ([\d.]+) bits per byte .* \(([\d.]+) by counting, with a 5-gram model\)", said)
     before, after, counted = map(float, scores.groups())

@@ -112,8 +112,8 @@ class Run:
 
     @property
     def done(self) -> float:
-        """Share of the run that lies behind."""
-        by_time = self.elapsed / (60 * self.config.minutes) if self.config.minutes else 0.0
+        """Share of the run that lies behind.  On a slow machine time may be up before the first step: it is made."""
+        by_time = self.elapsed / (60 * self.config.minutes) if self.config.minutes and self.step else 0.0
         return min(1.0, max(self.step / self.steps, by_time))
 
     @property
