@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc')
+FORMATTED := csrc/*.c csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h cuda/emulate/* tests/*.cu
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # WERROR=ON: warnings are errors, as in .ci/run.
 WERROR ?= OFF
@@ -39,12 +40,12 @@ bench: $(VENV)/.peers ## machine peak, operators; whole steps against PyTorch an
 lint: $(VENV)/.lint ## ruff and clang-format, nothing is changed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h csrc/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.lint ## let ruff and clang-format mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.c csrc/*.h csrc/*.cpp
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean: ## remove what was built; runs/ stays
 	rm -rf $(VENV) build

@@ -1,0 +1,546 @@
+/* emulate.cpp -- the scheduler of the emulation: fibers, barriers, checked shared memory; and runtime.h for it.
+ *
+ * One block runs at a time and one of its threads at a time, until it waits.  Schedule 0 takes blocks and threads in
+ * order and lets cp.async land at once.  Any other number seeds an unfair schedule: blocks and threads in random order,
+ * half of the warps standing still for a while, copies landing as late as they may. */
+#include "../runtime.h"
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <algorithm>
+#include <vector>
+
+namespace emulate {
+
+Index thread_index, block_index, block_size, grid_size;
+
+namespace {
+
+/* What every GPU from sm_80 on gives a block (sm_86 and sm_89 the least). */
+enum { MOST_THREADS = 1024, MOST_STATIC = 48 << 10, MOST_SHARED = 99 << 10, STACK = 128 << 10, PAGE = 4096 };
+enum { MOST_READS = 4 * MOST_THREADS };
+
+/* ---- the state of a block ---- */
+
+struct Barrier {
+    const char *word = nullptr, *file = nullptr;
+    int line = 0;
+    unsigned generation = 0;
+    std::vector<int> waiting;
+};
+
+struct Copy {
+    char *to;
+    const char *from;
+    int valid;
+    size_t element;
+};
+
+struct Thread {
+    bool left, landing;   /* has returned; a copy of this thread lands early */
+    const Barrier *waits; /* until its generation is another one */
+    unsigned generation;
+    uint32_t clock;             /* counts what others may be ordered after */
+    std::vector<uint32_t> seen; /* of each thread: up to which clock it is ordered before this one; empty: 0 */
+    unsigned exchanges;
+    std::vector<std::vector<Copy>> groups; /* of cp.async, the oldest first; the last is open */
+};
+
+struct Warp {
+    Barrier barrier;
+    int left;
+    char lanes[2][WARP][LANE_BYTES]; /* two: a lane may be one exchange ahead */
+};
+
+/* What a thread did when its clock stood there. */
+struct Access {
+    int thread;
+    uint32_t clock;
+};
+
+/* What was done to one element of shared memory; it stands where the element's first byte does. */
+struct Unit {
+    uint64_t written = 0, read = 0; /* in which epoch: see below */
+    Access write{-1, 0};
+    int pending = -1; /* the thread whose cp.async is still to write here */
+    std::vector<Access> reads;
+};
+
+struct Array {
+    const void *declaration;
+    Region region;
+};
+
+struct Block {
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
+    Barrier barriers[16];
+    int left;
+    uint64_t first_epoch;
+    size_t dynamic, used;
+    std::vector<Array> arrays;
+} block;
+
+uint64_t epoch = 1; /* block barriers so far, over all blocks: what was done in another one comes before */
+int current;        /* the thread that runs */
+alignas(1024) char memory[MOST_SHARED];
+Unit units[MOST_SHARED];
+
+/* ---- failures ---- */
+
+char message[512];
+bool failed;
+const char *op_now = "";
+void (*body)(const void *);
+const void *context;
+jmp_buf scheduler;
+
+/* ---- the schedule ---- */
+
+uint64_t seed, state;
+
+uint32_t draw(uint32_t below) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (uint32_t)(state >> 32) % below;
+}
+
+template <class T>
+void shuffle_order(std::vector<T> &order) {
+    for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[draw((uint32_t)i)]);
+}
+
+/* ---- fibers: made once, then each runs the same thread of block after block ---- */
+
+struct Fiber {
+    ucontext_t start;
+    jmp_buf at;
+    bool begun;
+};
+Fiber fibers[MOST_THREADS];
+char *stacks;
+
+void suspend() {
+    if (!_setjmp(fibers[current].at)) _longjmp(scheduler, 1);
+}
+
+void leave();
+
+void fiber_main() {
+    for (;;) {
+        body(context);
+        leave();
+        suspend();
+    }
+}
+
+void make_fibers() {
+    if (!stacks) {
+        stacks = (char *)mmap(nullptr, (size_t)MOST_THREADS * STACK, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (stacks == MAP_FAILED) abort();
+        for (int i = 0; i < MOST_THREADS; i++) mprotect(stacks + (size_t)i * STACK, PAGE, PROT_NONE);
+    }
+    for (Fiber &f : fibers) f.begun = false;
+}
+
+void resume(int thread) {
+    Fiber &f = fibers[thread];
+    current = thread;
+    thread_index = {(unsigned)thread, 0, 0};
+    if (_setjmp(scheduler)) return;
+    if (f.begun) _longjmp(f.at, 1);
+    f.begun = true;
+    getcontext(&f.start);
+    f.start.uc_stack.ss_sp = stacks + (size_t)thread * STACK;
+    f.start.uc_stack.ss_size = STACK;
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, fiber_main, 0);
+    setcontext(&f.start);
+}
+
+/* An access outside an array, where its memory ends; or a stack that was too small. */
+void on_fault(int, siginfo_t *info, void *) { fail("access to memory outside an array, at %p", info->si_addr); }
+
+/* ---- what is ordered before what ---- */
+
+/* Whether it comes before what this thread does now; both are of one epoch. */
+bool ordered(const Access &before) {
+    if (before.thread == current) return true;
+    const std::vector<uint32_t> &seen = block.threads[(size_t)current].seen;
+    return !seen.empty() && seen[(size_t)before.thread] >= before.clock;
+}
+
+/* What each of these did comes before what any of them does from now on. */
+void join(const std::vector<int> &threads) {
+    std::vector<uint32_t> all(block.threads.size(), 0);
+    for (int t : threads) {
+        Thread &thread = block.threads[(size_t)t];
+        for (size_t i = 0; i < thread.seen.size(); i++) all[i] = std::max(all[i], thread.seen[i]);
+        all[(size_t)t] = std::max(all[(size_t)t], thread.clock);
+    }
+    for (int t : threads) block.threads[(size_t)t].seen = all, block.threads[(size_t)t].clock++;
+}
+
+/* ---- barriers ---- */
+
+/* Wait until `count` threads have come; true in the one that came last, while the others still wait. */
+bool arrive(Barrier &b, int count, const char *word, const char *file, int line) {
+    if (b.waiting.empty()) b.word = word, b.file = file, b.line = line;
+    if (b.word != word && strcmp(b.word, word)) fail("%s, where other threads of the warp are in %s", word, b.word);
+    if (b.line != line || (file && strcmp(b.file, file)))
+        fail("%s of %s:%d, where other threads wait at that of %s:%d", word, file, line, b.file, b.line);
+    b.waiting.push_back(current);
+    return (int)b.waiting.size() == count;
+}
+
+void wait(const Barrier &b) {
+    Thread &me = block.threads[(size_t)current];
+    me.waits = &b, me.generation = b.generation;
+    suspend();
+}
+
+void release(Barrier &b) {
+    b.waiting.clear();
+    b.generation++;
+    if (seed && draw(2)) suspend();
+}
+
+Warp &my_warp() { return block.warps[(size_t)current / WARP]; }
+
+void leave() {
+    Thread &me = block.threads[(size_t)current];
+    for (const auto &group : me.groups)
+        if (!group.empty()) fail("returns with cp.async under way");
+    me.left = true;
+    block.left++, my_warp().left++;
+    if (!block.barriers[0].waiting.empty())
+        fail("returns, where other threads wait at __syncthreads of %s:%d", block.barriers[0].file,
+             block.barriers[0].line);
+    if (!my_warp().barrier.waiting.empty())
+        fail("returns, where other lanes of the warp wait in %s", my_warp().barrier.word);
+}
+
+/* ---- cp.async ---- */
+
+void land(const Copy &c) {
+    memset(c.to, 0, 16);
+    memcpy(c.to, c.from, (size_t)c.valid);
+}
+
+/* Those of the elements that these bytes touch. */
+struct Units {
+    size_t at, end, step;
+    Units(const void *p, size_t bytes, size_t element) {
+        const size_t offset = (size_t)((const char *)p - memory);
+        at = offset / element * element, end = offset + bytes, step = element;
+    }
+};
+
+void finish(const std::vector<Copy> &group) {
+    const Thread &me = block.threads[(size_t)current];
+    for (const Copy &c : group) {
+        if (!me.landing) land(c);
+        for (Units i(c.to, 16, c.element); i.at < i.end; i.at += i.step) {
+            Unit &u = units[i.at];
+            u.pending = -1;
+            u.write = {current, me.clock}, u.written = epoch;
+            u.reads.clear();
+        }
+    }
+}
+
+/* ---- running ---- */
+
+void begin_block(int64_t number, int threads, size_t shared) {
+    block_index = {(unsigned)number, 0, 0};
+    block.threads.resize((size_t)threads);
+    block.warps.resize((size_t)threads / WARP);
+    for (Thread &t : block.threads) {
+        t.left = false, t.waits = nullptr, t.clock = 1, t.exchanges = 0;
+        t.landing = !seed;
+        t.seen.clear();
+        t.groups.resize(1);
+        t.groups[0].clear();
+    }
+    for (Warp &w : block.warps) w.left = 0, w.barrier.waiting.clear();
+    for (Barrier &b : block.barriers) b.waiting.clear();
+    block.left = 0;
+    block.first_epoch = ++epoch;
+    block.dynamic = shared;
+    block.used = (shared + 15) / 16 * 16;
+    block.arrays.clear();
+    memset(memory, 0xff, block.used);
+}
+
+bool may_run(const Thread &t) { return !t.left && !(t.waits && t.waits->generation == t.generation); }
+
+void say_deadlock() {
+    for (size_t i = 0; i < block.threads.size(); i++)
+        if (!block.threads[i].left) {
+            current = (int)i;
+            break;
+        }
+    const Thread &t = block.threads[(size_t)current];
+    snprintf(message, sizeof message, "%s: block %u: no thread can go on; thread %d waits in %s, %d of %zu have left",
+             op_now, block_index.x, current, t.waits ? t.waits->word : "nothing", block.left, block.threads.size());
+    failed = true;
+}
+
+void run_block() {
+    std::vector<int> order(block.threads.size());
+    std::vector<char> stands(block.warps.size(), 0);
+    for (size_t i = 0; i < order.size(); i++) order[i] = (int)i;
+    while (block.left < (int)order.size()) {
+        if (seed) {
+            shuffle_order(order);
+            if (draw(16) == 0)
+                for (char &s : stands) s = (char)draw(2);
+        }
+        bool went_on = false;
+        for (int t : order) {
+            Thread &thread = block.threads[(size_t)t];
+            if (stands[(size_t)t / WARP] || !may_run(thread)) continue;
+            thread.waits = nullptr;
+            went_on = true;
+            resume(t);
+            if (failed) return;
+        }
+        if (went_on) continue;
+        if (std::count(stands.begin(), stands.end(), 0) == (long)stands.size()) return say_deadlock();
+        std::fill(stands.begin(), stands.end(), 0);
+    }
+}
+
+void run_blocks(int64_t blocks, int threads, size_t shared) {
+    std::vector<int64_t> order((size_t)blocks);
+    for (size_t i = 0; i < order.size(); i++) order[i] = (int64_t)i;
+    if (seed) shuffle_order(order);
+    for (int64_t number : order) {
+        begin_block(number, threads, shared);
+        run_block();
+        if (failed) break;
+    }
+}
+
+}  // namespace
+
+void fail(const char *format, ...) {
+    int n = snprintf(message, sizeof message, "%s: block %u, thread %d: ", op_now, block_index.x, current);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message + n, sizeof message - (size_t)n, format, args);
+    va_end(args);
+    failed = true;
+    _longjmp(scheduler, 1);
+}
+
+void sync_block(const char *file, int line) {
+    Barrier &b = block.barriers[0];
+    if (block.left) fail("__syncthreads of %s:%d, where %d threads have returned", file, line, block.left);
+    if (!arrive(b, (int)block.threads.size(), "__syncthreads", file, line)) return wait(b);
+    epoch++;
+    release(b);
+}
+
+void sync_group(int id, int threads) {
+    Barrier &b = block.barriers[id];
+    if (threads % WARP) fail("a barrier of %d threads: no whole warps", threads);
+    if (!arrive(b, threads, "sync_group", nullptr, threads)) return wait(b);
+    join(b.waiting);
+    release(b);
+}
+
+void sync_warp() {
+    Barrier &b = my_warp().barrier;
+    if (my_warp().left) fail("__syncwarp, where lanes of the warp have returned");
+    if (!arrive(b, WARP, "__syncwarp", nullptr, 0)) return wait(b);
+    join(b.waiting);
+    release(b);
+}
+
+/* Lanes are together in it, but it orders no memory. */
+const char *exchange(const char *word, const void *mine, size_t bytes) {
+    Warp &warp = my_warp();
+    if (warp.left) fail("%s, where lanes of the warp have returned", word);
+    char(*lanes)[LANE_BYTES] = warp.lanes[block.threads[(size_t)current].exchanges++ % 2];
+    memcpy(lanes[current % WARP], mine, bytes);
+    if (arrive(warp.barrier, WARP, word, nullptr, 0)) release(warp.barrier);
+    else wait(warp.barrier);
+    return lanes[0];
+}
+
+Region shared_array(const void *declaration, size_t count, size_t element) {
+    for (const Array &a : block.arrays)
+        if (a.declaration == declaration) return a.region;
+    const Region region = {memory + block.used, count * element, element};
+    if (region.bytes > MOST_STATIC || block.used + region.bytes > MOST_SHARED)
+        fail("%zu bytes of shared memory behind %zu: too many", region.bytes, block.used);
+    memset(region.begin, 0xff, region.bytes);
+    block.used += (region.bytes + 15) / 16 * 16;
+    block.arrays.push_back({declaration, region});
+    return region;
+}
+
+Region shared_dynamic(size_t element) { return {memory, block.dynamic, element}; }
+
+/* Of each thread its last read: the others come before it. */
+static void keep_last_reads(std::vector<Access> &reads) {
+    std::stable_sort(reads.begin(), reads.end(), [](const Access &a, const Access &b) { return a.thread < b.thread; });
+    auto same = [](const Access &a, const Access &b) { return a.thread == b.thread; };
+    std::reverse(reads.begin(), reads.end()); /* unique keeps the first of equals */
+    reads.erase(std::unique(reads.begin(), reads.end(), same), reads.end());
+}
+
+void check_access(const Region &region, const void *p, size_t bytes, bool write) {
+    const Access now = {current, block.threads[(size_t)current].clock};
+    const long long at = (const char *)p - region.begin;
+    for (Units i(p, bytes, region.element); i.at < i.end; i.at += i.step) {
+        Unit &u = units[i.at];
+        if (u.pending >= 0) fail("byte %lld of a shared array: cp.async of thread %d is under way", at, u.pending);
+        if (u.written == epoch && !ordered(u.write))
+            fail("byte %lld of a shared array: a race with the write of thread %d", at, u.write.thread);
+        if (u.read != epoch) u.reads.clear();
+        if (write) {
+            for (const Access &read : u.reads)
+                if (!ordered(read))
+                    fail("byte %lld of a shared array: a race with the read of thread %d", at, read.thread);
+            u.reads.clear();
+            u.write = now, u.written = epoch;
+        } else {
+            if (u.written < block.first_epoch) fail("byte %lld of a shared array: nobody wrote it", at);
+            u.read = epoch;
+            if (u.reads.empty() || u.reads.back().thread != current) u.reads.push_back(now);
+            else u.reads.back() = now;
+            if (u.reads.size() >= MOST_READS) keep_last_reads(u.reads);
+        }
+    }
+}
+
+void copy_async(const Region &region, void *to, const void *from, int valid) {
+    if (valid < 0 || valid > 16) fail("cp.async of %d bytes", valid);
+    Thread &me = block.threads[(size_t)current];
+    const Copy copy = {(char *)to, (const char *)from, valid, region.element};
+    check_access(region, to, 16, true); /* who read what it will write over is done */
+    for (Units i(to, 16, region.element); i.at < i.end; i.at += i.step) units[i.at].pending = current;
+    if (me.landing) land(copy);
+    me.groups.back().push_back(copy);
+}
+
+void copy_async_commit() { block.threads[(size_t)current].groups.emplace_back(); }
+
+void copy_async_wait(int groups) {
+    Thread &me = block.threads[(size_t)current];
+    while ((int)me.groups.size() - 1 > groups) {
+        finish(me.groups.front());
+        me.groups.erase(me.groups.begin());
+    }
+}
+
+void run(int64_t blocks, int threads, size_t shared, const char *op, void (*body_)(const void *),
+         const void *context_) {
+    if (failed || blocks <= 0) return;
+    op_now = op, body = body_, context = context_;
+    if (blocks > INT32_MAX || threads <= 0 || threads > MOST_THREADS || threads % WARP || shared > MOST_SHARED) {
+        snprintf(message, sizeof message, "%s: cannot launch %lld blocks of %d threads with %zu bytes of shared memory",
+                 op, (long long)blocks, threads, shared);
+        failed = true;
+        return;
+    }
+    if (!stacks) make_fibers();
+    block_size = {(unsigned)threads, 1, 1}, grid_size = {(unsigned)blocks, 1, 1};
+
+    static char stack[64 << 10]; /* of the handler: the fiber's own may be what ran out */
+    stack_t mine = {}, old_stack;
+    mine.ss_sp = stack, mine.ss_size = sizeof stack;
+    struct sigaction action = {}, old_segv, old_bus;
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaltstack(&mine, &old_stack);
+    sigaction(SIGSEGV, &action, &old_segv), sigaction(SIGBUS, &action, &old_bus);
+    run_blocks(blocks, threads, shared);
+    sigaction(SIGSEGV, &old_segv, nullptr), sigaction(SIGBUS, &old_bus, nullptr);
+    sigaltstack(&old_stack, nullptr);
+    if (!failed) return;
+    make_fibers(); /* they were left in the middle of it */
+    for (Unit &u : units) u = Unit();
+}
+
+}  // namespace emulate
+
+/* ---- runtime.h ---- */
+
+namespace {
+
+/* Memory whose end is followed by an unreadable page: at once under schedule 0, and under the others, where it begins
+ * on 256 bytes as that of a GPU does, with the bytes between.  What is around it is 0xff, and must stay so. */
+struct Guarded {
+    char *map, *begin;
+    size_t mapped, bytes;
+};
+std::vector<Guarded> allocated;
+
+Guarded guard(size_t bytes, int fill, size_t alignment) {
+    using emulate::PAGE;
+    const size_t room = (bytes + PAGE) / PAGE * PAGE;
+    Guarded g = {nullptr, nullptr, room + PAGE, bytes};
+    g.map = (char *)mmap(nullptr, g.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (g.map == MAP_FAILED) abort();
+    memset(g.map, 0xff, room);
+    mprotect(g.map + room, PAGE, PROT_NONE);
+    g.begin = g.map + (room - bytes) / alignment * alignment;
+    memset(g.begin, fill, bytes);
+    return g;
+}
+
+bool untouched_around(const Guarded &g) {
+    auto is_full = [](char c) { return c == (char)0xff; };
+    return std::all_of(g.map, g.begin, is_full) &&
+           std::all_of(g.begin + g.bytes, g.map + g.mapped - emulate::PAGE, is_full);
+}
+
+}  // namespace
+
+/* New each time, and full of NaN. */
+void *scratch(size_t bytes) {
+    static Guarded block;
+    if (block.map) munmap(block.map, block.mapped);
+    block = guard(bytes, 0xff, 16);
+    return block.begin;
+}
+
+void *cuda_alloc(size_t bytes) {
+    allocated.push_back(guard(bytes, 0, emulate::seed ? 256 : 1));
+    return allocated.back().begin;
+}
+
+void cuda_free(void *p, size_t bytes) {
+    auto g = std::find_if(allocated.begin(), allocated.end(), [p](const Guarded &a) { return a.begin == p; });
+    if (g == allocated.end() || g->bytes != bytes) abort();
+    if (!emulate::failed && !untouched_around(*g)) {
+        snprintf(emulate::message, sizeof emulate::message, "%s: memory around an array was written", emulate::op_now);
+        emulate::failed = true;
+    }
+    munmap(g->map, g->mapped);
+    allocated.erase(g);
+}
+
+static void copy(void *dst, const void *src, size_t bytes) {
+    if (bytes) memcpy(dst, src, bytes);
+}
+void cuda_copy_in(void *dst, const void *src, size_t bytes) { copy(dst, src, bytes); }
+void cuda_copy_out(void *dst, const void *src, size_t bytes) { copy(dst, src, bytes); }
+void cuda_copy(void *dst, const void *src, size_t bytes) { copy(dst, src, bytes); }
+void cuda_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+
+extern "C" const char *cuda_error(void) { return emulate::failed ? emulate::message : nullptr; }
+
+/* For the tests: the schedule of the launches that follow; also forgets a failure. */
+extern "C" void emulate_schedule(uint64_t seed) {
+    emulate::seed = seed;
+    emulate::state = seed * 0x9e3779b97f4a7c15u + 1;
+    emulate::failed = false;
+}

@@ -1,0 +1,28 @@
+/* ops.cuh -- what every file of operators begins with: the type of activations, and the contract.
+ *
+ * Each file is compiled once for each type, `-DACT=float` and `-DACT=bf16`, as csrc/ is once for each instruction set;
+ * OPERATOR(name) is then name_float or name_bf16.  All that is not an operator stands in a nameless namespace, for the
+ * other copy has it too. */
+#pragma once
+#include "prim.cuh"
+#include "runtime.h"
+#ifndef ACT
+#define ACT bf16
+#endif
+#include "../csrc/ops.h"
+
+#define CAT_(a, b) a##_##b
+#define CAT(a, b) CAT_(a, b)
+#define OPERATOR(name) CAT(name, ACT)
+
+/* An operator whose arguments are not those of the contract does not compile. */
+extern "C" {
+#define OP(name, args) void OPERATOR(name) args;
+#include "../csrc/ops.def"
+#undef OP
+}
+
+namespace {
+/* Activations that one access moves; a thread works on as many. */
+enum { VEC = 16 / sizeof(act) };
+}  // namespace

@@ -1,0 +1,88 @@
+/* runtime.cu -- runtime.h on a GPU: the stream, memory, and the first failure. */
+#include "runtime.h"
+#include <stdio.h>
+
+namespace {
+
+char message[256]; /* empty: nothing failed */
+cudaStream_t the_stream;
+char *memory;
+size_t memory_bytes;
+
+void fail(const char *op, const char *what) {
+    if (!message[0]) snprintf(message, sizeof message, "%s: %s", op, what);
+}
+
+bool worked(cudaError_t e, const char *op) {
+    if (e != cudaSuccess) fail(op, cudaGetErrorString(e));
+    return e == cudaSuccess;
+}
+
+/* More than the 48 KB that every kernel may have must be asked for; once for each kernel would do, but it is cheap. */
+enum { WITHOUT_ASKING = 48 << 10 };
+
+}  // namespace
+
+extern "C" const char *cuda_error(void) { return message[0] ? message : NULL; }
+
+cudaStream_t cuda_stream() {
+    if (!the_stream) worked(cudaStreamCreateWithFlags(&the_stream, cudaStreamNonBlocking), "cuda_stream");
+    return the_stream;
+}
+
+void *scratch(size_t bytes) {
+    if (message[0]) return NULL;
+    if (bytes <= memory_bytes) return memory;
+    worked(cudaStreamSynchronize(cuda_stream()), "scratch"); /* what still runs may use the old one */
+    worked(cudaFree(memory), "scratch");
+    memory = NULL, memory_bytes = 0;
+    if (worked(cudaMalloc((void **)&memory, bytes), "scratch")) memory_bytes = bytes;
+    return memory;
+}
+
+bool may_launch(const Grid &g, const void *kernel) {
+    if (message[0] || g.blocks <= 0) return false;
+    if (g.blocks > INT32_MAX) fail(g.op, "more blocks than a launch can have");
+    else if (g.shared > WITHOUT_ASKING)
+        worked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)g.shared), g.op);
+    return !message[0];
+}
+
+void after_launch(const Grid &g) { worked(cudaGetLastError(), g.op); }
+
+void *cuda_alloc(size_t bytes) {
+    void *p = NULL;
+    const cudaError_t e = cudaMalloc(&p, bytes ? bytes : 1);
+    if (e == cudaErrorMemoryAllocation) {
+        cudaGetLastError(); /* no failure: the caller says what it was for */
+        return NULL;
+    }
+    if (!worked(e, "cuda_alloc")) return NULL;
+    cuda_zero(p, bytes);
+    return p;
+}
+
+/* cudaFree waits for the device. */
+void cuda_free(void *p, size_t) { worked(cudaFree(p), "cuda_free"); }
+
+static void move(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, const char *op) {
+    if (bytes) worked(cudaMemcpyAsync(dst, src, bytes, kind, cuda_stream()), op);
+}
+
+/* From memory that is not pinned, as all of ours: it has been read when the call returns. */
+void cuda_copy_in(void *dst, const void *src, size_t bytes) {
+    move(dst, src, bytes, cudaMemcpyHostToDevice, "cuda_copy_in");
+}
+
+void cuda_copy_out(void *dst, const void *src, size_t bytes) {
+    move(dst, src, bytes, cudaMemcpyDeviceToHost, "cuda_copy_out");
+    worked(cudaStreamSynchronize(cuda_stream()), "cuda_copy_out");
+}
+
+void cuda_copy(void *dst, const void *src, size_t bytes) {
+    move(dst, src, bytes, cudaMemcpyDeviceToDevice, "cuda_copy");
+}
+
+void cuda_zero(void *p, size_t bytes) {
+    if (bytes) worked(cudaMemsetAsync(p, 0, bytes, cuda_stream()), "cuda_zero");
+}

@@ -1,0 +1,66 @@
+/* runtime.h -- what host code asks of the device: a launch, memory, and what went wrong.
+ *
+ * One stream and one piece of working memory serve the whole backend.  Operators follow each other on the stream, so
+ * each may use all of the working memory and none has to wait on the host.  runtime.cu has the bodies for a GPU,
+ * emulate/emulate.cpp those of the emulation. */
+#pragma once
+#include "prim.cuh"
+
+/* Working memory, on 256 bytes; its content is arbitrary.  Every call gives the same memory: what is in it is lost to
+ * kernels launched behind the next call.  It grows to the most that was ever asked for; growing waits for the device,
+ * so the first step of a run must not be recorded into a graph, and later ones may.  NULL where there is none, or
+ * something failed before: then launches do nothing. */
+void *scratch(size_t bytes);
+
+/* Of a launch: blocks, threads a block (whole warps), bytes of dynamic shared memory; and the operator, for messages.
+ */
+struct Grid {
+    int64_t blocks;
+    int threads;
+    size_t shared;
+    const char *op;
+    Grid(int64_t blocks_, int threads_, size_t shared_ = 0, const char *op_ = __builtin_FUNCTION())
+        : blocks(blocks_), threads(threads_), shared(shared_), op(op_) {}
+};
+
+/* The first failure of any operator, in words; NULL: none.  It stays, and later launches do nothing: operators return
+ * nothing, so whoever called some asks once behind them. */
+extern "C" const char *cuda_error(void);
+
+/* Memory of the backend, as `Ops` has it.  copy_in returns when the source may be changed, copy_out when the bytes are
+ * there; all else only takes its place on the stream. */
+extern "C" {
+void *cuda_alloc(size_t bytes); /* zero-filled; NULL where there is not enough */
+void cuda_free(void *p, size_t bytes);
+void cuda_copy_in(void *dst, const void *src, size_t bytes);
+void cuda_copy_out(void *dst, const void *src, size_t bytes);
+void cuda_copy(void *dst, const void *src, size_t bytes);
+void cuda_zero(void *p, size_t bytes);
+}
+
+#ifdef __CUDACC__
+cudaStream_t cuda_stream();
+/* Whether a launch of g may go ahead: not after a failure, and not of nothing. */
+bool may_launch(const Grid &g, const void *kernel);
+void after_launch(const Grid &g);
+
+template <class... P, class... A>
+inline void launch(const Grid &g, void (*kernel)(P...), A... args) {
+    if (!may_launch(g, (const void *)kernel)) return;
+    kernel<<<(unsigned)g.blocks, (unsigned)g.threads, g.shared, cuda_stream()>>>(static_cast<P>(args)...);
+    after_launch(g);
+}
+#else
+template <class... P, class... A>
+inline void launch(const Grid &g, void (*kernel)(P...), A... args) {
+    auto thread = [=] { kernel(static_cast<P>(args)...); };
+    emulate::run(g.blocks, g.threads, g.shared, g.op, [](const void *f) { (*(const decltype(thread) *)f)(); }, &thread);
+}
+#endif
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+/* Threads for `work` pieces: whole warps, at most `most`. */
+inline int threads_for(int64_t work, int most) {
+    int64_t threads = divide_up(work, WARP) * WARP;
+    return threads < WARP ? WARP : threads > most ? most : (int)threads;
+}

@@ -1,0 +1,157 @@
+"""The kernels of cuda/ compiled with g++ and run on the CPU, thread by thread: see cuda/emulate.
+
+`compile_objects` and `link` make one shared library of all operators, for activations in float32 and in bf16; `Backend`
+calls them with arrays.  Arrays of activations are float32 on this side; for bf16 they are stored as such for the call.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+EMULATION = ROOT / "cuda" / "emulate" / "emulate.cpp"
+ACTS = ("float", "bf16")
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+# The arithmetic of the source: nothing is fused.  _FORTIFY_SOURCE takes a change of fibers for an attack.
+# <math.h> as C has it: C++'s takes a third of the time.
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-x", "c++"]
+FLAGS += ["-D_GLIBCXX_INCLUDE_NEXT_C_HEADERS", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+
+def sources():
+    """The files of operators; runtime.cu is the GPU's own."""
+    return sorted(path for path in (ROOT / "cuda").glob("*.cu") if path.name != "runtime.cu")
+
+
+def compile_object(source, output, *flags):
+    command = [COMPILER, *FLAGS, *flags, "-I", ROOT / "cuda", "-c", source, "-o", output]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(source).name} {' '.join(flags)}: {done.stderr[-2000:]}")
+    return output
+
+
+def link(objects, output):
+    subprocess.run([COMPILER, "-shared", *objects, "-o", output], check=True)
+    return output
+
+
+def compile_objects(folder):
+    """{(name of the file, act): object}; the emulation itself is ("emulate", None)."""
+    jobs = {
+        (path.name, act): (path, folder / f"{path.stem}_{act}.o", f"-DACT={act}") for path in sources() for act in ACTS
+    }
+    jobs["emulate", None] = (EMULATION, folder / "emulate.o", "-O2", "-U_GLIBCXX_INCLUDE_NEXT_C_HEADERS")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(jobs, pool.map(lambda job: compile_object(*job), jobs.values()), strict=True))
+
+
+@cache
+def signatures():
+    """{operator: [(argument, C type without const)]}, read from the contract."""
+    text = re.sub(r"/\*.*?\*/", "", (ROOT / "csrc" / "ops.def").read_text(), flags=re.DOTALL)
+    return {
+        op: [re.fullmatch(r"\s*(?:const )?(\w+(?: \*)?) ?(\w+)", arg).group(2, 1) for arg in args.split(",")]
+        for op, args in re.findall(r"OP\((\w+),\s*\((.*?)\)\)", text, flags=re.DOTALL)
+    }
+
+
+def activations(op):
+    """The positions of the arguments of `op` that are arrays of activations."""
+    return [i for i, (_, kind) in enumerate(signatures()[op]) if kind == "act *"]
+
+
+def to_bf16(x):
+    """float32 to the bits of bf16, nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def from_bf16(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+NUMBERS = {"int": ctypes.c_int, "float": ctypes.c_float, "int64_t": ctypes.c_int64}
+SIZE, POINTER = ctypes.c_size_t, ctypes.c_void_p
+FUNCTIONS = {  # of cuda/runtime.h: result and arguments
+    "cuda_error": (ctypes.c_char_p, []),
+    "cuda_alloc": (POINTER, [SIZE]),
+    "cuda_free": (None, [POINTER, SIZE]),
+    "cuda_copy_in": (None, [POINTER, POINTER, SIZE]),
+    "cuda_copy_out": (None, [POINTER, POINTER, SIZE]),
+}
+
+
+class Array:
+    """An array of the host and its copy in the backend's memory, there perhaps in bf16."""
+
+    def __init__(self, library, a, as_bf16):
+        self.library, self.host, self.as_bf16 = library, a, as_bf16
+        self.bits = to_bf16(a) if as_bf16 else np.ascontiguousarray(a)
+        self.pointer = library.cuda_alloc(self.bits.nbytes)
+        library.cuda_copy_in(self.pointer, self.bits.ctypes.data, self.bits.nbytes)
+
+    def copy_back(self):
+        new = np.empty_like(self.bits)
+        self.library.cuda_copy_out(new.ctypes.data, self.pointer, new.nbytes)
+        if self.host.flags.writeable:
+            self.host[...] = from_bf16(new) if self.as_bf16 else new
+        elif new.tobytes() != self.bits.tobytes():
+            raise RuntimeError("an input was written")
+
+    def free(self):
+        self.library.cuda_free(self.pointer, self.bits.nbytes)
+
+
+class Backend:
+    """The operators of a library, emulated or of a GPU, for activations of one type.  What fails is a RuntimeError."""
+
+    def __init__(self, library, act):
+        self.library, self.act = ctypes.CDLL(library), act
+        for name, (result, arguments) in FUNCTIONS.items():
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+
+    def schedule(self, seed):
+        """0: in order; else the seed of an unfair one.  A GPU has its own."""
+        if hasattr(self.library, "emulate_schedule"):
+            self.library.emulate_schedule(ctypes.c_uint64(seed))
+
+    def check(self):
+        error = self.library.cuda_error()
+        if error:
+            self.schedule(0)  # forgets it
+            raise RuntimeError(error.decode())
+
+    def call(self, function, args, bf16=()):
+        """args: numbers of ctypes, arrays, or None; bf16: the positions of arrays that are stored so."""
+        arrays, given = {}, []
+        try:
+            for i, a in enumerate(args):
+                if isinstance(a, np.ndarray):
+                    key = a.ctypes.data, a.nbytes  # an array that two arguments share stays shared
+                    if key not in arrays:
+                        arrays[key] = Array(self.library, a, i in bf16)
+                    a = POINTER(arrays[key].pointer)
+                given.append(a)
+            getattr(self.library, function)(*given)
+            self.check()
+            for a in arrays.values():
+                a.copy_back()
+        finally:
+            for a in arrays.values():
+                a.free()
+        self.check()
+
+    def __call__(self, op, *args):
+        kinds = [kind for _, kind in signatures()[op]]
+        args = [NUMBERS[kind](a) if kind in NUMBERS else a for a, kind in zip(args, kinds, strict=True)]
+        self.call(f"{op}_{self.act}", args, activations(op) if self.act == "bf16" else ())

@@ -1,0 +1,125 @@
+/* emulation.cu -- small kernels for the tests of cuda/emulate itself: each is right, or wrong in the one way that its
+ * argument asks for. */
+#include "../cuda/runtime.h"
+
+namespace {
+
+enum { THREADS = 64 };
+
+/* Faults that are planted, see test_cuda.py; 0 is none. */
+enum Fault {
+    NONE,
+    NO_BARRIER,
+    NO_WARP_BARRIER,
+    NO_WAIT,
+    NO_COMMIT,
+    NOT_WRITTEN,
+    SHARED_END,
+    NOT_ALIGNED,
+    ARRAY_END,
+    LEAVES,
+    TWO_BARRIERS,
+    HALF_A_WARP,
+    TOO_FEW,
+    OVERWRITTEN,
+    SHUFFLE_ORDERS,
+    UNDER_WAY,
+    LAST_LEAVES,
+    LAST_OVERWRITES,
+    ARRAY_FRONT,
+    INPUT
+};
+
+/* to[i] = from[THREADS - 1 - i] */
+__global__ void reverse(int *to, const int *from, int fault) {
+    SHARED(int, all, THREADS);
+    const int t = (int)threadIdx.x;
+    if (fault == LEAVES && t == 5) return;
+    if (fault == LAST_LEAVES && t == THREADS - 1) return;
+    if (fault != NOT_WRITTEN || t != 7) all[t + (fault == SHARED_END ? 1 : 0)] = from[t + (fault == ARRAY_END ? 1 : 0)];
+    if (fault == TWO_BARRIERS && t < WARP) __syncthreads();
+    else if (fault != NO_BARRIER) __syncthreads();
+    to[t - (fault == ARRAY_FRONT ? 1 : 0)] = all[THREADS - 1 - t];
+    if (fault == INPUT && t == 9) const_cast<int *>(from)[t] = 0;
+    if (fault == OVERWRITTEN) all[t] = 0;
+    if (fault == LAST_OVERWRITES && t == THREADS - 1) all[t] = 0;
+}
+
+/* The same within each warp. */
+__global__ void reverse_warp(int *to, const int *from, int fault) {
+    SHARED(int, all, THREADS);
+    const int t = (int)threadIdx.x, other = t / WARP * WARP + WARP - 1 - lane_index();
+    all[t] = from[t];
+    if (fault == SHUFFLE_ORDERS) shuffle_xor(t, 1);
+    else if (fault == HALF_A_WARP && lane_index() < 16) shuffle_xor(t, 1);
+    else if (fault != NO_WARP_BARRIER) __syncwarp();
+    to[t] = all[other];
+}
+
+/* The same through cp.async, `rounds` times THREADS, with two buffers; the last 4 bytes of each round are zeros. */
+__global__ void reverse_async(int *to, const int *from, int rounds, int fault) {
+    SHARED_DYNAMIC(int, all);
+    const int t = (int)threadIdx.x;
+    for (int round = 0; round <= rounds; round++) {
+        if (round < rounds && t < THREADS / 4)
+            copy_async(all + (round % 2 * THREADS + t * 4 + (fault == NOT_ALIGNED ? 1 : 0)),
+                       from + round * THREADS + t * 4, t == THREADS / 4 - 1 ? 12 : 16);
+        if (fault != NO_COMMIT) copy_async_commit();
+        if (round == 0) continue;
+        if (fault != NO_WAIT) copy_async_wait<1>();
+        if (fault != NO_BARRIER) __syncthreads();
+        to[(round - 1) * THREADS + t] = all[(round - 1) % 2 * THREADS + THREADS - 1 - t];
+        if (fault != OVERWRITTEN) __syncthreads();
+    }
+    if (fault == UNDER_WAY && t == 0) copy_async(all, from);
+}
+
+/* The first warp writes, the second adds 1; two barriers of the whole block, but by name. */
+__global__ void hand_over(int *to, const int *from, int fault) {
+    SHARED(int, all, WARP);
+    const int lane = lane_index();
+    if (warp_index() == 0) all[WARP - 1 - lane] = from[lane];
+    if (fault != NO_BARRIER) sync_group<3>(fault == TOO_FEW ? THREADS + WARP : THREADS);
+    if (warp_index() == 1) to[lane] = all[lane] + 1;
+}
+
+/* d (16, 8) = a (16, 16) b, where b is (16, 8), or (8, 16) and `flat` */
+__global__ void product(float *d, const bf16 *a, const bf16 *b, int flat) {
+    SHARED(bf16, a_tile, 16 * 16);
+    SHARED(bf16, b_tile, 16 * 16);
+    const int lane = lane_index(), width = flat ? 16 : 8;
+    for (int i = lane; i < 256; i += WARP) a_tile[i] = a[i], b_tile[i] = bf16{0};
+    __syncthreads();
+    for (int i = lane; i < 128; i += WARP) b_tile[i / width * 16 + i % width] = b[i];
+    __syncthreads();
+    uint32_t a_part[4], b_part[4];
+    /* matrices: rows 0..7 and 8..15 of columns 0..7, then of columns 8..15 */
+    load_matrices(a_part, a_tile + ((lane % 16) * 16 + lane / 16 * 8));
+    if (flat) load_matrices(b_part, b_tile + (lane % 8 * 16 + lane / 8 % 2 * 8));
+    else load_matrices_transposed(b_part, b_tile + (lane % 16 * 16));
+    float sums[4] = {};
+    multiply_add(sums, a_part, b_part[0], b_part[1]);
+    for (int i = 0; i < 4; i++) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
+/* What must not be done: the last block to run is seen. */
+__global__ void last_block(int *to) {
+    if (threadIdx.x == 0) to[0] = (int)blockIdx.x;
+}
+
+}  // namespace
+
+extern "C" {
+void emulation_reverse(int *to, const int *from, int fault) { launch(Grid(1, THREADS), reverse, to, from, fault); }
+void emulation_reverse_warp(int *to, const int *from, int fault) {
+    launch(Grid(1, THREADS), reverse_warp, to, from, fault);
+}
+void emulation_reverse_async(int *to, const int *from, int rounds, int fault) {
+    launch(Grid(1, THREADS, 2 * THREADS * sizeof(int)), reverse_async, to, from, rounds, fault);
+}
+void emulation_hand_over(int *to, const int *from, int fault) { launch(Grid(1, THREADS), hand_over, to, from, fault); }
+void emulation_product(float *d, const bf16 *a, const bf16 *b, int flat) {
+    launch(Grid(1, WARP), product, d, a, b, flat);
+}
+void emulation_last_block(int *to) { launch(Grid(20, WARP), last_block, to); }
+}
