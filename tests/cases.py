@@ -70,6 +70,8 @@ EMBEDDING = [
     *(case("one past a vector", B=3, T=23, C=17, V=5, P=31, wpe=True, starts=kind) for kind in STARTS),
     case("many tokens of few kinds", B=4, T=100, C=33, V=3, P=100, wpe=True, starts="packed"),
     case("more rows than tokens", B=1, T=3, C=8, V=1000, P=64, wpe=True, starts=None),
+    case("wider than a block of threads", B=1, T=3, C=2051, V=4, P=3, wpe=True, starts=None),
+    case("several tiles and digits of a sort", B=3, T=400, C=5, V=700, P=400, wpe=True, starts="packed"),
     case("GPT-2", big=True, B=4, T=1024, C=768, V=50304, P=1024, wpe=True, starts=None),
 ]
 
@@ -83,6 +85,7 @@ NORM = [  # dweight: backward is asked for it
     case("many rows, odd", N=301, C=131, options=True, offset=0, dweight=True),
     case("wide, few rows", N=2, C=1601, options=False, offset=0, dweight=True),
     case("a weight that is not trained", N=19, C=37, options=False, offset=0, dweight=False),
+    case("too wide for shared memory", N=3, C=3501, options=True, offset=0, dweight=True),
     case("GPT-2", big=True, N=1024, C=768, options=True, offset=0, dweight=True),
 ]
 
@@ -153,6 +156,7 @@ SWIGLU = [
     case("one past a vector of 8", N=2, F=9),
     case("one past a vector of 16", N=5, F=17),
     case("many rows", N=200, F=33),
+    case("wider than a block of threads", N=2, F=2051),
     case("GPT-2's size", big=True, N=1024, F=2048),
 ]
 
@@ -161,6 +165,7 @@ ROPE = [
     *(case("odd half head", B=2, T=19, NH=3, NKV=3, HS=6, starts=kind) for kind in STARTS),
     case("one past a vector of 8, grouped", B=2, T=5, NH=4, NKV=2, HS=18, starts=None),
     case("one past a vector of 16, grouped", B=1, T=70, NH=4, NKV=1, HS=34, starts="packed"),
+    case("more pairs than a block has threads", B=1, T=2, NH=30, NKV=3, HS=130, starts=None),
     case("GPT-2's size", big=True, B=1, T=1024, NH=12, NKV=12, HS=64, starts=None),
 ]
 
@@ -193,6 +198,7 @@ LOGPROB = [
     case("one past two vectors of 16", N=4, V=33, Vp=40, invtemp=0.6, entropy=True),
     case("one past a vector of 8", N=2, V=9, Vp=64, invtemp=1.0, entropy=True),
     case("many rows", N=131, V=100, Vp=128, invtemp=1.3, entropy=True),
+    case("wider than a block of threads", N=3, V=4999, Vp=5003, invtemp=1.0, entropy=True),
     case("GPT-2", big=True, N=16, V=50257, Vp=50304, invtemp=1.0, entropy=True),
 ]
 
@@ -239,6 +245,7 @@ SQUARE_SUMS = [
     case("empty ones between", lengths=(0, 5, 0, 17, 1, 0)),
     case("odd", lengths=(7, 9, 16, 33, 1000, 3)),
     case("one long", lengths=(300001,)),
+    case("shares longer than a block of threads", lengths=(70001, 0, 3, 1_000_000)),
     case("GPT-2 block", big=True, lengths=(768 * 2304, 768 * 768, 768 * 3072, 3072 * 768) + (768,) * 6),
 ]
 

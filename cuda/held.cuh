@@ -1,0 +1,38 @@
+/* held.cuh -- weights as they are held in memory, see `held` in csrc/ops.def: rows of floats, of bf16, or in int8 of
+ * groups of 64 values with a scale each. */
+#pragma once
+#include "ops.cuh"
+
+namespace {
+
+struct Group {
+    float scale;
+    int8_t q[INT8_GROUP];
+};
+
+__host__ __device__ inline int groups_of(int C) { return (C + INT8_GROUP - 1) / INT8_GROUP; }
+
+inline int64_t bytes_of_held(int held, int C, int64_t OC) {
+    if (held == PREC_INT8) return OC * groups_of(C) * (int64_t)sizeof(Group);
+    return OC * C * (held == PREC_BF16 ? 2 : 4);
+}
+
+/* Value c of row o. */
+__device__ inline float held_value(const void *weight, int held, int C, int64_t o, int c) {
+    if (held == PREC_FP32) return ((const float *)weight)[o * C + c];
+    if (held == PREC_BF16) return to_float(((const bf16 *)weight)[o * C + c]);
+    const Group &g = ((const Group *)weight)[o * groups_of(C) + c / INT8_GROUP];
+    return (float)g.q[c % INT8_GROUP] * g.scale;
+}
+
+/* The first `count` of N values from value c of row o on; the others are 0. */
+template <int N>
+__device__ inline Pack<float, N> load_held(const void *weight, int held, int C, int64_t o, int c, int count) {
+    if (held == PREC_FP32) return load<N>((const float *)weight + o * C + c, count);
+    Pack<float, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; i++) pack.x[i] = i < count ? held_value(weight, held, C, o, c + i) : 0.0f;
+    return pack;
+}
+
+}  // namespace

@@ -1,0 +1,215 @@
+"""The kernels of cuda/ on the CPU, thread by thread, against tests/reference.py: values, and the same bits in whatever
+order blocks and threads run, and wherever arrays lie.  What this can find, and what not, is in cuda/README.md.
+
+Calls, references and tolerances are those of test_ops.py.  For activations in bf16 the reference gets inputs that were
+rounded to it, and an output may be half a unit in the last place of bf16 further off: it is rounded once, at the end.
+
+With BARELM_CUDA_LIBRARY=.../libbarelm_cuda.so the same calls go to a GPU instead.
+"""
+
+import os
+import subprocess
+from dataclasses import replace
+from functools import cache
+from unittest import mock
+
+import numpy as np
+import pytest
+import reference
+import test_ops
+from cases import CASES
+from conftest import guarded, prefilled
+from emulated import (
+    ACTS,
+    COMPILER,
+    ROOT,
+    Backend,
+    activations,
+    compile_object,
+    compile_objects,
+    link,
+    signatures,
+    sources,
+)
+from faults import FAULTS
+from test_ops import assert_close, filled, same_bits
+
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
+
+SEEDS = (1, 2, 3)  # of the unfair schedules, beside the one in order
+
+
+@cache
+def operators():
+    """{operator: the file that has it}"""
+    text = {path.name: path.read_text() for path in sources()}
+    return {op: name for op in signatures() for name in text if f"OPERATOR({op})(" in text[name]}
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory):
+    return compile_objects(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="session")
+def library(request, tmp_path_factory):
+    on_gpu = os.environ.get("BARELM_CUDA_LIBRARY")
+    if on_gpu:
+        return on_gpu
+    objects = request.getfixturevalue("objects")
+    return link(objects.values(), tmp_path_factory.mktemp("cuda") / "emulated.so")
+
+
+@pytest.fixture
+def cuda(request, library):
+    emulated = Backend(library, request.param)
+    emulated.schedule(0)
+    return emulated
+
+
+class Stored(test_ops.Call):
+    """A call whose activations are bf16 numbers, as its reference sees them."""
+
+    def __post_init__(self):
+        for i in activations(self.op):
+            a = self.args[list(self.args)[i]]
+            a = a.spec[0] if isinstance(a, test_ops.Out) else a
+            if isinstance(a, np.ndarray):
+                a[...] = reference.bf16(a)
+        super().__post_init__()
+
+
+def rounded_logits(rng, c, draw=test_ops.logprob_arguments):  # what is saved by forward is computed from them
+    logits, *others = draw(rng, c)
+    return reference.bf16(logits).astype(np.float32), *others
+
+
+def build(act, op, number):
+    c = CASES[op][number]
+    if op.startswith("logprob"):
+        c = replace(c, sizes=c.sizes | dict(N=min(c.N, 12)))  # rows repeat, and a block has many threads
+    if act == "float":
+        return test_ops.OPERATORS[op](np.random.default_rng(number), c)
+    with mock.patch.multiple(test_ops, Call=Stored, logprob_arguments=rounded_logits):
+        return test_ops.OPERATORS[op](np.random.default_rng(number), c)
+
+
+def run_into(cuda, call, **arrays):
+    cuda(call.op, *(arrays.get(name, a) for name, a in call.args.items()))
+
+
+def run(cuda, call):
+    out = {name: filled(*spec) for name, spec in call.outputs.items()}
+    run_into(cuda, call, **out)
+    return out
+
+
+def half_a_unit(x):
+    """Of the last place of bf16, which keeps 8 bits."""
+    return np.ldexp(1.0, np.frexp(x)[1] - 9)
+
+
+def answer(cuda, call):
+    """{output: (value, tolerance)}"""
+    stored = [list(call.args)[i] for i in activations(call.op)] if cuda.act == "bf16" else []
+    return {
+        name: (value, tol + half_a_unit(np.abs(value) + tol) * (value != 0) if name in stored else tol)
+        for name, (value, tol) in call.want().items()
+    }
+
+
+def worth_its_time(act, op, c):
+    """A thread here is a thousand times slower than there.  What holds no activations is run once; products in the
+    precision that goes with the type of activations, and one case in the other; and each is at least one tile."""
+    if c.big or max(c.sizes.get("C", 0), c.sizes.get("OC", 0)) > 5000:
+        return False
+    if op.startswith("linear"):
+        if c.why in ("one past a vector of 8", "one past a vector of 16", "one past two K blocks of C"):
+            return False
+        return c.prec == {"float": "fp32", "bf16": "bf16"}[act] or c.why == "one past two tiles"
+    return act == "float" or bool(activations(op))
+
+
+def small_cases(act, keep=lambda op, c: True):
+    """(operator, number of its case)"""
+    found = [(op, i, c) for op in operators() if op in CASES for i, c in enumerate(CASES[op])]
+    return [(op, i) for op, i, c in found if worth_its_time(act, op, c) and keep(op, c)]
+
+
+def every_case(keep=lambda op, c: True):
+    found = [(act, which) for act in ACTS for which in small_cases(act, keep)]
+    ids = [f"{act}-{op}-{CASES[op][i]}" for act, (op, i) in found]
+    return pytest.mark.parametrize(("cuda", "which"), found, ids=ids, indirect=["cuda"])
+
+
+def check_values(cuda, call, seeds=SEEDS):
+    """Values, and the same bits under every schedule."""
+    cuda.schedule(0)
+    results = prefilled(lambda **out: run_into(cuda, call, **out), **call.outputs)
+    for name, (value, tol) in answer(cuda, call).items():
+        assert_close(name, results[name], value, tol)
+    for seed in seeds:
+        cuda.schedule(seed)
+        other = run(cuda, call)
+        for name in results:
+            assert same_bits(results[name], other[name]), f"{name}, schedule {seed}"
+
+
+@every_case()
+def test_values_and_the_same_bits_under_every_schedule(cuda, which):
+    check_values(cuda, build(cuda.act, *which))
+
+
+def is_small(op, c):
+    return not op.startswith("linear") or c.why in ("one past two tiles", "one past a K block of C")
+
+
+@every_case(keep=lambda op, c: is_small(op, c) and test_ops.has_rows(op, c))
+def test_a_row_alone_has_the_bits_it_has_in_a_batch_and_none_give_nothing(cuda, which):
+    call = build(cuda.act, *which)
+    N = call.args[call.batch]
+    whole = run(cuda, call)
+    for rows in [N // 2], [N - 1], list(range(N // 2)):
+        part = run(cuda, call.part(rows))
+        for name in set(call.batched) & set(call.outputs):
+            assert same_bits(part[name], whole[name][rows]), (name, rows)
+    none = call.part([])
+    results = prefilled(lambda **out: run_into(cuda, none, **out), **none.outputs)
+    assert all((a == 0).all() for a in results.values())
+
+
+@every_case(keep=lambda op, c: is_small(op, c) and test_ops.may_share(op, c))
+def test_in_place_where_the_contract_permits(cuda, which):
+    call = build(cuda.act, *which)
+    output, given = call.aliases
+    whole = run(cuda, call)
+    shared = guarded(call.args[given])
+    others = {name: filled(*spec) for name, spec in call.outputs.items() if name != output}
+    run_into(cuda, call, **others, **{output: shared, given: shared})
+    for name, a in (others | {output: shared}).items():
+        assert same_bits(a, whole[name]), name
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.file.endswith(".cu")], ids=lambda fault: fault.what)
+def test_a_planted_fault_is_caught(fault, objects, tmp_path):
+    source = ROOT / fault.file
+    act = "bf16" if source.name == "linear.cu" else "float"  # tensor cores are where the faults are
+    changed = tmp_path / source.name
+    changed.write_text(source.read_text().replace(fault.old, fault.new))
+    effort = "-O1" if source.name == "linear.cu" else "-O0"  # products take longer to run than to compile
+    broken = compile_object(changed, tmp_path / "broken.o", f"-DACT={act}", effort, "-Wno-unused")
+    cuda = Backend(link([broken, objects["emulate", None]], tmp_path / "broken.so"), act)
+    with pytest.raises((RuntimeError, AssertionError, pytest.fail.Exception)) as caught:
+        mine = [(op, i) for op, i in small_cases(act) if operators()[op] == source.name]
+        for seeds in (), SEEDS:  # most are found in order
+            for op, i in sorted(mine, key=lambda which: which[1]):  # small ones come first
+                check_values(cuda, build(act, op, i), seeds)
+    print(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [("echo fine", 0), ("exit 3", 3), ("echo 'ptxas info : (C7510) ..' >&2", 1)]
+)
+def test_a_strict_build_stops_where_tensor_cores_wait(command, status):
+    done = subprocess.run(["sh", ROOT / "cuda" / "checked.sh", "sh", "-c", command], stderr=subprocess.DEVNULL)
+    assert done.returncode == status
