@@ -33,6 +33,13 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
     return pair;
 }
 
+/* 2^x, within 2 units in the last place; what is below the normal numbers may be 0. */
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* ---- shared memory ---- */
 
 /* A pointer into it.  SHARED(float, sums, 32): an array of 32 floats, in scope like a variable of that name;

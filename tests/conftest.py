@@ -37,6 +37,35 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="session")
+def cuda_objects(tmp_path_factory):
+    """The kernels of cuda/, compiled for their emulation: see emulated.py."""
+    from emulated import compile_objects  # which wants `guarded` of this file
+
+    return compile_objects(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="session")
+def cuda_library(request, tmp_path_factory):
+    """They in one library; or that which BARELM_CUDA_LIBRARY names, for a GPU."""
+    from emulated import link
+
+    if on_gpu := os.environ.get("BARELM_CUDA_LIBRARY"):
+        return on_gpu
+    objects = request.getfixturevalue("cuda_objects")
+    return link(objects.values(), tmp_path_factory.mktemp("cuda") / "emulated.so")
+
+
+@pytest.fixture
+def cuda(request, cuda_library):
+    """All operators of cuda/, for activations of the type that the test is parametrized with; kernels run in order."""
+    from emulated import Backend
+
+    backend = Backend(cuda_library, request.param)
+    backend.schedule(0)
+    return backend
+
+
 def protect(address, size, protection):
     if size and libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), protection):
         raise OSError(ctypes.get_errno(), "mprotect")

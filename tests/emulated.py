@@ -4,6 +4,7 @@
 calls them with arrays.  Arrays of activations are float32 on this side; for bf16 they are stored as such for the call.
 """
 
+import _ctypes
 import ctypes
 import os
 import re
@@ -22,7 +23,8 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 # The arithmetic of the source: nothing is fused.  _FORTIFY_SOURCE takes a change of fibers for an attack.
 # <math.h> as C has it: C++'s takes a third of the time.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-x", "c++"]
-FLAGS += ["-D_GLIBCXX_INCLUDE_NEXT_C_HEADERS", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+# A library with unique symbols would never be closed.
+FLAGS += ["-fno-gnu-unique", "-D_GLIBCXX_INCLUDE_NEXT_C_HEADERS", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
 def sources():
@@ -119,6 +121,13 @@ class Backend:
         for name, (result, arguments) in FUNCTIONS.items():
             function = getattr(self.library, name)
             function.restype, function.argtypes = result, arguments
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Close the library: the stacks of an emulation go back to the system."""
+        _ctypes.dlclose(self.library._handle)
 
     def schedule(self, seed):
         """0: in order; else the seed of an unfair one.  A GPU has its own."""

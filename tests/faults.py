@@ -4,7 +4,7 @@ Each fault is a change of one place, of a kind that is easily made.  The tree is
 built, and the quick tests run until one fails.  A fault that no test catches is a hole in the tests, and makes the
 exit code 1.  `words` choose the faults whose description holds one of them.
 
-Those of cuda/ need no more than a compiler, so tests/test_cuda.py plants each of them in every run.
+Those of cuda/ need no more than a compiler, so tests/test_cuda*.py plant each of them in every run.
 """
 
 import argparse
@@ -52,11 +52,12 @@ ALL = tuple(
         "init",
         "cuda",
         "emulate",
+        "cuda_attention",
     )
 )
 (OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD) = ALL[:9]
 (TRAIN, TRUST, NGRAM, LOOP, DRAWS, SESSION, PACKED, LOAD, ENGINE) = ALL[9:18]
-(FOLDERS, PIECES, FORMATS, FUZZ, IMPORT, HELD, LORA, INIT, CUDA, EMULATE) = ALL[18:]
+(FOLDERS, PIECES, FORMATS, FUZZ, IMPORT, HELD, LORA, INIT, CUDA, EMULATE, CUDA_ATTENTION) = ALL[18:]
 
 
 @dataclass
@@ -1322,6 +1323,153 @@ FAULTS = [
         "        _fill_moments(model, folder, adapter.tensors.shapes)\n",
         "",
         first=LORA,
+    ),
+    Fault(
+        "cuda attention: keys are multiplied before all have come",
+        "cuda/attention.cuh",
+        "        __syncthreads(); /* the keys are there; nobody reads the values of before */\n",
+        "",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: the values are not waited for",
+        "cuda/attention.cuh",
+        "        copy_async_wait<0>();\n        __syncthreads(); /* the values are there",
+        "        __syncthreads(); /* the values are there",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: the next keys overwrite those that are read",
+        "cuda/attention.cuh",
+        "        __syncthreads(); /* the values are there; nobody reads the keys */\n",
+        "",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: a query sees the key behind it",
+        "cuda/attention.cuh",
+        "row <= last ? x.first + row + 1 - k0 : 0;",
+        "row <= last ? x.first + row + 2 - k0 : 0;",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: a block that only the last query sees all of is not masked",
+        "cuda/attention.cuh",
+        "x.first + first + 1 - k0 < KEY_BLOCK) hide",
+        "x.first + last + 1 - k0 < KEY_BLOCK) hide",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: what came before is not rescaled",
+        "cuda/attention.cuh",
+        "keep[m][r] = exp2_fast(so_far.max[m][r] - from);",
+        "keep[m][r] = 1.0f;",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: every run begins at the first key",
+        "cuda/attention.cuh",
+        "return {first, end - 1, start};",
+        "return {first, end - 1, 0};",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: rows of another run take part",
+        "cuda/attention.cuh",
+        "row >= first && row <= last ?",
+        "row <= last ?",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: keys behind the end are fetched",
+        "cuda/attention.cuh",
+        "const bool there = row < count && c < width;",
+        "const bool there = c < width;",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: the heads of a group use another group's keys",
+        "cuda/attention.cu",
+        "return NH + h / (NH / NKV);",
+        "return NH + h % NKV;",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: a query gets no gradient from its own key",
+        "cuda/attention.cu",
+        "const bool seen = key <= t && key >= start[m][j / 2];",
+        "const bool seen = key < t && key >= start[m][j / 2];",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: the stage that is read is overwritten",
+        "cuda/attention.cu",
+        "fetch(k0 + STAGE, stage ^ 1);",
+        "fetch(k0 + STAGE, stage);",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: gradients of keys from the first head of a group alone",
+        "cuda/attention.cu",
+        "for (; head < heads; head++, t0 = first)",
+        "for (; head < 1; head++, t0 = first)",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: a tile of keys is left out by queries that start at its end",
+        "cuda/attention.cu",
+        "<= last_key) return true;",
+        "< last_key) return true;",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: weights are measured from a maximum that is one page old",
+        "cuda/attention_paged.cu",
+        "there && page < pages; page += 4",
+        "there && page < pages - 1; page += 4",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: a warp overwrites the values that it reads",
+        "cuda/attention_paged.cu",
+        "        __syncwarp(); /* the tile is free */\n",
+        "",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda attention: the first new token is looked for in its page",
+        "cuda/attention_paged.cu",
+        "if (there && t < past)",
+        "if (there && t <= past)",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda sample: no barrier before the sums of warps are added",
+        "cuda/sample.cu",
+        "counts[warp_index() * PIECES + i] = n;\n    }\n    __syncthreads();",
+        "counts[warp_index() * PIECES + i] = n;\n    }",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda sample: a piece that just reaches the target is passed",
+        "cuda/sample.cu",
+        "above + p.weight[i] < target",
+        "above + p.weight[i] <= target",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda sample: min_p brings back what top_p dropped",
+        "cuda/sample.cu",
+        "row.from = least > row.from ? least : row.from;",
+        "row.from = least;",
+        CUDA_ATTENTION,
+    ),
+    Fault(
+        "cuda sample: both zeros are not equal",
+        "cuda/sample.cu",
+        "bits_of_float(x + 0.0f)",
+        "bits_of_float(x)",
+        CUDA_ATTENTION,
     ),
     Fault(
         "cuda norm: no barrier before the warps' sums are read",

@@ -1,5 +1,6 @@
 """The kernels of cuda/ on the CPU, thread by thread, against tests/reference.py: values, and the same bits in whatever
 order blocks and threads run, and wherever arrays lie.  What this can find, and what not, is in cuda/README.md.
+Attention and draws are in test_cuda_attention.py.
 
 Calls, references and tolerances are those of test_ops.py.  For activations in bf16 the reference gets inputs that were
 rounded to it, and an output may be half a unit in the last place of bf16 further off: it is rounded once, at the end.
@@ -7,10 +8,10 @@ rounded to it, and an output may be half a unit in the last place of bf16 furthe
 With BARELM_CUDA_LIBRARY=.../libbarelm_cuda.so the same calls go to a GPU instead.
 """
 
-import os
 import subprocess
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -26,7 +27,6 @@ from emulated import (
     Backend,
     activations,
     compile_object,
-    compile_objects,
     link,
     signatures,
     sources,
@@ -37,34 +37,14 @@ from test_ops import assert_close, filled, same_bits
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
 
 SEEDS = (1, 2, 3)  # of the unfair schedules, beside the one in order
+ELSEWHERE = ("attention", "attention_paged", "sample")  # files of operators that test_cuda_attention.py tests
 
 
 @cache
 def operators():
     """{operator: the file that has it}"""
-    text = {path.name: path.read_text() for path in sources()}
+    text = {path.name: path.read_text() for path in sources() if path.stem not in ELSEWHERE}
     return {op: name for op in signatures() for name in text if f"OPERATOR({op})(" in text[name]}
-
-
-@pytest.fixture(scope="session")
-def objects(tmp_path_factory):
-    return compile_objects(tmp_path_factory.mktemp("cuda"))
-
-
-@pytest.fixture(scope="session")
-def library(request, tmp_path_factory):
-    on_gpu = os.environ.get("BARELM_CUDA_LIBRARY")
-    if on_gpu:
-        return on_gpu
-    objects = request.getfixturevalue("objects")
-    return link(objects.values(), tmp_path_factory.mktemp("cuda") / "emulated.so")
-
-
-@pytest.fixture
-def cuda(request, library):
-    emulated = Backend(library, request.param)
-    emulated.schedule(0)
-    return emulated
 
 
 class Stored(test_ops.Call):
@@ -190,21 +170,24 @@ def test_in_place_where_the_contract_permits(cuda, which):
         assert same_bits(a, whole[name]), name
 
 
-@pytest.mark.parametrize("fault", [f for f in FAULTS if f.file.endswith(".cu")], ids=lambda fault: fault.what)
-def test_a_planted_fault_is_caught(fault, objects, tmp_path):
+@pytest.mark.parametrize(
+    "fault", [f for f in FAULTS if Path(f.file).name in operators().values()], ids=lambda fault: fault.what
+)
+def test_a_planted_fault_is_caught(fault, cuda_objects, tmp_path):
     source = ROOT / fault.file
     act = "bf16" if source.name == "linear.cu" else "float"  # tensor cores are where the faults are
     changed = tmp_path / source.name
     changed.write_text(source.read_text().replace(fault.old, fault.new))
     effort = "-O1" if source.name == "linear.cu" else "-O0"  # products take longer to run than to compile
     broken = compile_object(changed, tmp_path / "broken.o", f"-DACT={act}", effort, "-Wno-unused")
-    cuda = Backend(link([broken, objects["emulate", None]], tmp_path / "broken.so"), act)
-    with pytest.raises((RuntimeError, AssertionError, pytest.fail.Exception)) as caught:
+    library = link([broken, cuda_objects["emulate", None]], tmp_path / "broken.so")
+    caught = pytest.raises((RuntimeError, AssertionError, pytest.fail.Exception))
+    with Backend(library, act) as cuda, caught as found:
         mine = [(op, i) for op, i in small_cases(act) if operators()[op] == source.name]
         for seeds in (), SEEDS:  # most are found in order
             for op, i in sorted(mine, key=lambda which: which[1]):  # small ones come first
                 check_values(cuda, build(act, op, i), seeds)
-    print(caught.value)
+    print(found.value)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,14 @@ struct Fiber {
 Fiber fibers[MOST_THREADS];
 char *stacks;
 
+/* Each stack with its unreadable page is two mappings, of which a process may have some 65,000: a library that is
+ * closed gives them back. */
+struct Closing {
+    ~Closing() {
+        if (stacks) munmap(stacks, (size_t)MOST_THREADS * STACK);
+    }
+} closing;
+
 void suspend() {
     if (!_setjmp(fibers[current].at)) _longjmp(scheduler, 1);
 }

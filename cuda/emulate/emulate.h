@@ -126,6 +126,7 @@ inline uint32_t bf16_bits(float x) {
     return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline float exp2_fast(float x) { return exp2f(x); }
 
 /* ---- warps ---- */
 

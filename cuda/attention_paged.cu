@@ -1,0 +1,320 @@
+/* attention_paged.cu -- causal attention of a session's rows: earlier keys and values lie in pages.
+ *
+ * A page holds, head by head, 64 rows of keys and then 64 of values; a row is the head, in bf16 with zeros up to a
+ * multiple of 8 values, or in fp32.  New keys and values are taken from qkv, those before from pages, so that nobody
+ * waits for the new ones to be written.
+ *
+ * How many queries a row has stands in the device's memory, so every launch is made for all rows.  Many queries (a
+ * prompt) go tile by tile as in attention.cu.  Few are a matter of how fast keys and values come: their blocks of keys
+ * are spread over the GPU, a warp each, and all query heads that share a key meet it together, as rows of one product.
+ * To have the bits of one pass over the keys, the weights of a block must know the greatest score of the blocks before,
+ * and sums of blocks are added in order.  So it takes three kernels: scores; weights, and their sums of values; the
+ * sums over blocks.  Between them pass 4 (64 + HS) bytes a query and block, where keys and values are 256 HS. */
+#include "attention.cuh"
+#include "attention_plain.cuh"
+
+namespace {
+
+enum { FEW = 4, MOST_SLOTS = 16 };
+
+struct Paged {
+    act *out;
+    void *pages;
+    const act *qkv;
+    const int32_t *table, *first, *past;
+    int R, P, NH, NKV, HS, slots;
+    float scale, factor;
+    /* of each of FEW queries of each head of each row, and each page */
+    float *scores;  /* (.., P, 64) */
+    float *maxima;  /* (.., P) of the scores, in factors of 2 */
+    float *sums;    /* (.., P) of the weights */
+    float *outputs; /* (.., P, HS) sums of weights times values */
+
+    __host__ __device__ int group() const { return NH / NKV; }
+    __device__ int64_t query(int r, int kv, int row) const { return ((int64_t)r * NKV + kv) * FEW * group() + row; }
+};
+
+/* What a block works on: a row and a head of it, shared by `slots` blocks. */
+struct Part {
+    int r, h, kv, slot, begin, count, past, length;
+
+    __device__ Part(const Paged &p) {
+        slot = (int)blockIdx.x % p.slots, h = (int)blockIdx.x / p.slots % p.NH, r = (int)blockIdx.x / p.slots / p.NH;
+        kv = h / p.group(), begin = p.first[r], count = p.first[r + 1] - begin, past = p.past[r], length = past + count;
+    }
+    __device__ int64_t row(const Paged &p) const { return (int64_t)(p.NH + 2 * p.NKV) * p.HS; }
+    /* The head, of all heads, of token i of this row. */
+    __device__ const act *head(const Paged &p, int i, int head) const {
+        return p.qkv + (begin + i) * row(p) + (int64_t)head * p.HS;
+    }
+};
+
+__host__ __device__ inline int row_width(bf16, int HS) { return (HS + CHUNK - 1) / CHUNK * CHUNK; }
+__host__ __device__ inline int row_width(float, int HS) { return HS; }
+
+/* Keys and values of a row's head: up to `past` in pages of T. */
+template <class T>
+struct Cached {
+    T *head; /* in page 0 */
+    int64_t page;
+    const int32_t *table;
+    const act *fresh_keys; /* values lie `to_values` behind them */
+    int64_t stride, to_values;
+    int past, width, HS;
+
+    __device__ Cached(const Paged &p, const Part &part)
+        : table(p.table + (int64_t)part.r * p.P),
+          fresh_keys(part.head(p, 0, p.NH + part.kv)),
+          stride(part.row(p)),
+          to_values((int64_t)p.NKV * p.HS),
+          past(part.past),
+          width(row_width(T{}, p.HS)),
+          HS(p.HS) {
+        const int64_t values = (int64_t)2 * KEY_BLOCK * width;
+        head = (T *)p.pages + part.kv * values, page = p.NKV * values;
+    }
+    __device__ T *row(int side, int t) const {
+        return head + table[t / KEY_BLOCK] * page + (int64_t)(side * KEY_BLOCK + t % KEY_BLOCK) * width;
+    }
+    __device__ const act *fresh(int side, int t) const { return fresh_keys + side * to_values + (t - past) * stride; }
+    __device__ float at(int side, int t, int i) const {
+        return t < past ? to_float(row(side, t)[i]) : to_float(fresh(side, t)[i]);
+    }
+    /* Share `thread` of `threads`. */
+    template <int W, bool fast>
+    __device__ void fetch_share(Shared<bf16> tile, int side, int k0, int count, int thread, int threads) const {
+        const bf16 *cached = row(side, k0);
+#pragma unroll 1
+        for (int i = thread; i < KEY_BLOCK * (W / CHUNK); i += threads) {
+            const int r = i / (W / CHUNK), chunk = i % (W / CHUNK), c = chunk * CHUNK, t = k0 + r;
+            const bool there = r < count && c < HS;
+            if (there && t < past) copy_async(chunk_at<W>(tile, r, chunk), cached + r * width + c);
+            else fetch_chunk<W, fast>(tile, r, chunk, there ? fresh(side, t) + c : fresh_keys, there ? HS - c : 0);
+        }
+    }
+    template <int W, bool fast>
+    __device__ void fetch(Shared<bf16> tile, int side, int k0, int count) const {
+        fetch_share<W, fast>(tile, side, k0, count, (int)threadIdx.x, (int)blockDim.x);
+    }
+    /* This block's share of the new ones goes to its pages. */
+    __device__ void write(const Part &part, int slots) const {
+        const int values = part.count * 2 * width, threads = (int)blockDim.x;
+        for (int n = part.slot * threads + (int)threadIdx.x; n < values; n += slots * threads) {
+            const int i = n % width, side = n / width % 2, t = past + n / width / 2;
+            from_float(row(side, t)[i], i < HS ? to_float(fresh(side, t)[i]) : 0.0f);
+        }
+    }
+};
+
+/* ---- few queries ---- */
+
+/* Of a warp: a page's keys or values, and 16 queries. */
+template <int W>
+struct FewShape {
+    static constexpr int TILE = (KEY_BLOCK + 16) * W;
+    static constexpr size_t FEW_BYTES = TILE_WARPS * TILE * sizeof(bf16);
+    static constexpr size_t BYTES = FEW_BYTES > Shape<W>::BYTES ? FEW_BYTES : Shape<W>::BYTES;
+};
+
+/* The pages of this warp: the blocks of all heads of a group share them. */
+struct PageWalk {
+    int page, step, pages;
+
+    __device__ PageWalk(const Paged &p, const Part &part) {
+        const int group = p.group();
+        page = (part.slot * group + part.h % group) * TILE_WARPS + warp_index();
+        step = p.slots * group * TILE_WARPS, pages = (part.length + KEY_BLOCK - 1) / KEY_BLOCK;
+    }
+    __device__ int keys(const Part &part) const {
+        const int left = part.length - page * KEY_BLOCK;
+        return left < KEY_BLOCK ? left : KEY_BLOCK;
+    }
+};
+
+/* Rows are queries token by token, and of each token the heads of the group.  Row g or g + 8 of this lane, from row0.
+ */
+__device__ int row_of(int row0, int r) { return row0 + 8 * r + lane_index() / 4; }
+
+template <int W, bool fast>
+__device__ void score_pages(const Paged &p, const Part &part, const Cached<bf16> &keys) {
+    SHARED_DYNAMIC(bf16, memory);
+    const Shared<bf16> K = memory + warp_index() * FewShape<W>::TILE, Q = K + KEY_BLOCK * W;
+    const int group = p.group(), rows = part.count * group, steps = fast ? W / 16 : (p.HS + 15) / 16;
+    for (PageWalk walk(p, part); walk.page < walk.pages; walk.page += walk.step) {
+        const int k0 = walk.page * KEY_BLOCK, count = walk.keys(part);
+        keys.fetch_share<W, fast>(K, 0, k0, count, lane_index(), WARP);
+        for (int row0 = 0; row0 < rows; row0 += 16) {
+            for (int i = lane_index(); i < 16 * (W / CHUNK); i += WARP) {
+                const int row = row0 + i / (W / CHUNK), c = i % (W / CHUNK) * CHUNK;
+                const bool there = row < rows && c < p.HS;
+                const act *q = part.head(p, there ? row / group : 0, part.kv * group + (there ? row % group : 0));
+                fetch_chunk<W, fast>(Q, row - row0, c / CHUNK, there ? q + c : q, there ? p.HS - c : 0);
+            }
+            copy_async_commit();
+            copy_async_wait<0>();
+            __syncwarp();
+            float s[1][KEY_BLOCK / 8][4];
+            int seen[1][2];
+            multiply_rows<W>(s, Q, 0, K, 0, count, steps);
+            for (int r = 0; r < 2; r++) seen[0][r] = part.past + row_of(row0, r) / group + 1 - k0;
+            hide(s, seen);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int row = row_of(row0, r);
+                const int64_t at = p.query(part.r, part.kv, row) * p.P + walk.page;
+                float top = -INFINITY;
+#pragma unroll
+                for (int n = 0; n < KEY_BLOCK / 8; n++) top = fmaxf(top, fmaxf(s[0][n][2 * r], s[0][n][2 * r + 1]));
+                top = row_max(top) * p.factor;
+                if (row >= rows) continue;
+                p.maxima[at] = top; /* all four lanes write the same */
+#pragma unroll
+                for (int n = 0; n < KEY_BLOCK / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) p.scores[at * KEY_BLOCK + column_of(n, i)] = s[0][n][2 * r + i];
+            }
+            __syncwarp(); /* the tiles are free */
+        }
+    }
+}
+
+/* The greatest score of a query in the pages before this one; the four lanes of a row share the pages. */
+__device__ float max_before(const float *maxima, int pages, bool there) {
+    float max = -INFINITY;
+    for (int page = lane_index() % 4; there && page < pages; page += 4) max = fmaxf(max, maxima[page]);
+    return row_max(max);
+}
+
+template <int W, bool fast>
+__global__ void __launch_bounds__(TILE_THREADS, 4) weigh_pages(Paged p) {
+    SHARED_DYNAMIC(bf16, memory);
+    const Part part(p);
+    if (part.count > FEW) return;
+    const Cached<bf16> keys(p, part);
+    const Shared<bf16> V = memory + warp_index() * KEY_BLOCK * W;
+    const int rows = part.count * p.group(), steps = fast ? W / 16 : (p.HS + 15) / 16;
+    for (PageWalk walk(p, part); walk.page < walk.pages; walk.page += walk.step) {
+        const int count = walk.keys(part);
+        keys.fetch_share<W, fast>(V, 1, walk.page * KEY_BLOCK, count, lane_index(), WARP);
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncwarp();
+        for (int row0 = 0; row0 < rows; row0 += 16) {
+            Softmax<1> softmax = {};
+            float s[1][KEY_BLOCK / 8][4], keep[1][2];
+            int64_t at[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const bool there = row_of(row0, r) < rows;
+                at[r] = p.query(part.r, part.kv, row_of(row0, r)) * p.P + walk.page;
+                softmax.max[0][r] = max_before(p.maxima + at[r] - walk.page, walk.page, there);
+#pragma unroll
+                for (int n = 0; n < KEY_BLOCK / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        s[0][n][2 * r + i] = there ? p.scores[at[r] * KEY_BLOCK + column_of(n, i)] : -INFINITY;
+            }
+            weigh(softmax, keep, s, p.factor);
+            uint32_t weights[1][KEY_BLOCK / 16][4];
+            round_weights(weights, s);
+#pragma unroll
+            for (int n = 0; n < W / 16; n++) {
+                if (n >= steps) break;
+                float c[1][2][4];
+                values_of_block<W>(c, weights, V, n, count);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const int r = i % 4 / 2, column = column_of(2 * n + i / 4, i);
+                    if (row_of(row0, r) < rows && column < p.HS) p.outputs[at[r] * p.HS + column] = c[0][i / 4][i % 4];
+                }
+            }
+            for (int r = 0; r < 2; r++)
+                if (row_of(row0, r) < rows) p.sums[at[r]] = softmax.sum[0][r];
+        }
+        __syncwarp(); /* the tile is free */
+    }
+}
+
+/* A block for each of FEW queries of a head of a row, a thread for each value: the pages in order. */
+__global__ void __launch_bounds__(MOST_ON_TENSOR_CORES) add_pages(Paged p) {
+    const int token = (int)blockIdx.x % FEW, h = (int)blockIdx.x / FEW % p.NH, r = (int)blockIdx.x / FEW / p.NH;
+    const int begin = p.first[r], count = p.first[r + 1] - begin, i = (int)threadIdx.x;
+    if (count > FEW || token >= count || i >= p.HS) return;
+    const int group = p.group(), pages = (p.past[r] + token) / KEY_BLOCK + 1;
+    const int64_t at = p.query(r, h / group, token * group + h % group) * p.P;
+    float max = -INFINITY, sum = 0.0f, out = 0.0f;
+#pragma unroll 4
+    for (int page = 0; page < pages; page++) {
+        const float new_max = fmaxf(max, p.maxima[at + page]), keep = exp2_fast(max - origin(new_max));
+        sum = fmaf(sum, keep, p.sums[at + page]);
+        out = fmaf(out, keep, p.outputs[(at + page) * p.HS + i]);
+        max = new_max;
+    }
+    from_float(p.out[((int64_t)(begin + token) * p.NH + h) * p.HS + i], out * (1.0f / sum));
+}
+
+/* ---- all rows ---- */
+
+template <int W, bool fast>
+__global__ void __launch_bounds__(TILE_THREADS, 2) write_and_attend(Paged p) {
+    const Part part(p);
+    const Cached<bf16> keys(p, part);
+    if (part.count == 0) return;
+    if (part.h % p.group() == 0) keys.write(part, p.slots);
+    if (part.count <= FEW) return score_pages<W, fast>(p, part, keys);
+    constexpr int ROWS = Shape<W>::ROWS;
+    for (int tile = (part.count - 1) / ROWS - part.slot; tile >= 0; tile -= p.slots) {
+        const int i = tile * ROWS;
+        Queries x;
+        x.q = part.head(p, i, part.h), x.q_stride = part.row(p);
+        x.out = p.out + ((int64_t)(part.begin + i) * p.NH + part.h) * p.HS, x.out_stride = (int64_t)p.NH * p.HS;
+        x.lse = NULL, x.starts = NULL;
+        x.first = part.past + i, x.count = part.count - i < ROWS ? part.count - i : ROWS;
+        x.width = p.HS, x.factor = p.factor;
+        attend<W, fast>(x, keys);
+        __syncthreads(); /* the tiles are free */
+    }
+}
+
+template <bool rounded, class T>
+__global__ void __launch_bounds__(TILE_THREADS, 4) write_and_attend_plain(Paged p) {
+    const Part part(p);
+    const Cached<T> keys(p, part);
+    if (part.h % p.group() == 0) keys.write(part, p.slots);
+    for (int i = part.slot * TILE_WARPS + warp_index(); i < part.count; i += p.slots * TILE_WARPS) {
+        act *out = p.out + ((int64_t)(part.begin + i) * p.NH + part.h) * p.HS;
+        plain_query<rounded>(out, NULL, part.head(p, i, part.h), keys, 0, part.past + i, p.HS, p.scale);
+    }
+}
+
+template <int W, bool fast>
+void launch_paged(Paged p, const char *op) {
+    const int64_t blocks = (int64_t)p.R * p.NH * p.slots, queries = (int64_t)p.R * p.NH * FEW, pages = queries * p.P;
+    p.scores = (float *)scratch((size_t)pages * (KEY_BLOCK + 2 + p.HS) * sizeof(float));
+    p.maxima = p.scores + pages * KEY_BLOCK, p.sums = p.maxima + pages, p.outputs = p.sums + pages;
+    launch(Grid(blocks, TILE_THREADS, FewShape<W>::BYTES, op), write_and_attend<W, fast>, p);
+    launch(Grid(blocks, TILE_THREADS, TILE_WARPS * KEY_BLOCK * W * sizeof(bf16), op), weigh_pages<W, fast>, p);
+    launch(Grid(queries, threads_for(p.HS, MOST_ON_TENSOR_CORES), 0, op), add_pages, p);
+}
+
+}  // namespace
+
+extern "C" int64_t OPERATOR(page_bytes)(int prec, int NKV, int HS) {
+    const int64_t row = prec == PREC_BF16 ? row_width(bf16{}, HS) * sizeof(bf16) : HS * sizeof(float);
+    return row * 2 * KEY_BLOCK * NKV;
+}
+
+void OPERATOR(attention_paged)(act *out, void *pages, const act *qkv, const int32_t *table, const int32_t *first,
+                               const int32_t *past, int prec, int R, int P, int NH, int NKV, int HS) {
+    Paged p = {};
+    p.out = out, p.pages = pages, p.qkv = qkv, p.table = table, p.first = first, p.past = past;
+    p.R = R, p.P = P, p.NH = NH, p.NKV = NKV, p.HS = HS, p.slots = P < MOST_SLOTS ? P : MOST_SLOTS;
+    p.scale = score_scale(HS), p.factor = LOG2_E * p.scale;
+    if (!on_tensor_cores(prec, HS)) {
+        const Grid grid((int64_t)R * NH * p.slots, TILE_THREADS, plain_bytes(HS));
+        launch(grid, prec == PREC_BF16 ? write_and_attend_plain<true, bf16> : write_and_attend_plain<false, float>, p);
+    } else if (is_fast(64, HS, qkv)) launch_paged<64, sizeof(act) == 2>(p, __func__);
+    else if (HS <= 64) launch_paged<64, false>(p, __func__);
+    else if (is_fast(128, HS, qkv)) launch_paged<128, sizeof(act) == 2>(p, __func__);
+    else launch_paged<128, false>(p, __func__);
+}
