@@ -27,10 +27,10 @@ void bind_cuda(py::module_ &m);
 void ready();
 // By its name, or with "" the one that new models use.
 const Ops &backend(const std::string &name);
-// That of the GPU, with activations in fp32 or bf16.
-const Ops &cuda_backend(const std::string &precision);
 // The same as backend, timed where a profile was begun.
 const Ops &profiled(const Ops &ops);
+// What computes on "cpu" or "cuda".  On a GPU activations are fp32 with that precision, else bf16.
+const Ops &ops_on(const std::string &device, const std::string &precision);
 
 // ---- what a caller may hand over -----------------------------------------------------------------------------------
 

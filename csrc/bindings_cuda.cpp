@@ -23,8 +23,9 @@ F symbol(void *library, const std::string &path, const char *name) {
 }
 }  // namespace
 
-const Ops &cuda_backend(const std::string &precision) {
-    const Ops *ops = precision == "bf16" ? cuda.bf16 : cuda.fp32;
+const Ops &ops_on(const std::string &device, const std::string &precision) {
+    if (device == "cpu") return profiled(backend(""));
+    const Ops *ops = precision == "fp32" ? cuda.fp32 : cuda.bf16;
     if (!ops) throw std::runtime_error("device: the CUDA library is not open");
     return *ops;
 }

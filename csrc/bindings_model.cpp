@@ -54,7 +54,7 @@ class PyModel {
         const int held = held_as(weights);
         if (precision != "fp32" && precision != "bf16")
             throw py::value_error("precision: is '" + precision + "', must be 'fp32' or 'bf16'");
-        const Ops &ops = device == "cpu" ? profiled(backend("")) : cuda_backend(precision);
+        const Ops &ops = ops_on(device, precision);
         ready();
         char error[512];
         {

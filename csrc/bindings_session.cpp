@@ -18,9 +18,10 @@ class PySession {
         create(model_ops(m_), max_tokens, weights ? precision(*weights) : model_precision(m_));
     }
     // Stands alone: its weights come in parts, see put.
-    PySession(const Config &config, int64_t max_tokens, const std::string &weights)
+    PySession(const Config &config, int64_t max_tokens, const std::string &weights, const std::string &device)
         : m_(nullptr), gate_(own_gate_), config_(config), parts_(tensors_of(config)) {
-        create(&profiled(backend("")), max_tokens, precision(weights));
+        int prec = precision(weights);
+        create(&ops_on(device, weights), max_tokens, prec);
         std::sort(parts_.begin(), parts_.end(), [](auto &a, auto &b) { return a.offset < b.offset; });
     }
     PySession(const PySession &) = delete;
@@ -238,10 +239,11 @@ void bind_session(py::module_ &m) {
     py::class_<PySession>(m, "Session")
         .def(py::init<const py::object &, int64_t, const std::optional<std::string> &>(), py::arg("model"),
              py::arg("max_tokens"), py::arg("weights"))
-        .def(py::init([](const py::object &config, int64_t max_tokens, const std::string &weights) {
-                 return std::make_unique<PySession>(config_of(config), max_tokens, weights);
+        .def(py::init([](const py::object &config, int64_t max_tokens, const std::string &weights,
+                         const std::string &device) {
+                 return std::make_unique<PySession>(config_of(config), max_tokens, weights, device);
              }),
-             py::kw_only(), py::arg("config"), py::arg("max_tokens"), py::arg("weights"))
+             py::kw_only(), py::arg("config"), py::arg("max_tokens"), py::arg("weights"), py::arg("device"))
         .def("order", &PySession::order)
         .def("put", &PySession::put, py::arg("name"), py::arg("values"))
         .def("add", &PySession::add)

@@ -66,15 +66,15 @@ template <int W, bool fast>
 __global__ void __launch_bounds__(TILE_THREADS) forward(Attention a) {
     const int heads = a.B * a.NH, tiles = (int)gridDim.x / heads, head = (int)blockIdx.x % heads;
     const int b = head / a.NH, h = head % a.NH, t0 = (tiles - 1 - (int)blockIdx.x / heads) * Shape<W>::ROWS;
-    const int64_t first = (int64_t)b * a.T + t0;
     Queries x;
-    x.q = a.head(b, h) + t0 * a.row(), x.q_stride = a.row();
-    x.out = a.out + (first * a.NH + h) * a.HS, x.out_stride = (int64_t)a.NH * a.HS;
-    x.lse = a.lse + (int64_t)head * a.T + t0;
-    x.starts = a.starts ? a.starts + first : NULL;
+    x.q = a.head(b, h) + t0 * a.row(), x.stride = a.row();
+    x.starts = a.starts ? a.starts_of(b) + t0 : NULL;
     x.first = t0, x.count = a.T - t0 < Shape<W>::ROWS ? a.T - t0 : Shape<W>::ROWS;
     x.width = a.HS, x.factor = a.factor;
-    attend<W, fast>(x, Fresh(a, b, h));
+    /* worked out at the end: as pointers they would take registers all the way */
+    auto out = [&](int i) { return a.out + (((int64_t)b * a.T + t0 + i) * a.NH + h) * a.HS; };
+    auto save = [&](int i, float lse) { a.lse[(int64_t)head * a.T + t0 + i] = lse; };
+    attend<W, fast>(x, Fresh(a, b, h), out, save);
 }
 
 template <bool rounded>
@@ -89,9 +89,10 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) forward_plain(Attention a) {
 /* ---- backward: with p = exp(score - lse), dp = dout.v and d = dout.out, the gradient of a score is p (dp - d) ---- */
 
 struct Backward {
-    Attention a; /* its lse is read */
+    Attention a; /* without outputs */
     act *dqkv;
     const act *dout, *out;
+    const float *lse;
     float *averages; /* (B, NH, T) d */
 
     __device__ act *gradient(int b, int h) const { return dqkv + b * a.T * a.row() + (int64_t)h * a.HS; }
@@ -132,7 +133,7 @@ __device__ int least_start(const int32_t *starts, int count) {
 }
 
 /* sums, the rows of a warp from row0 on, to rows of a head; `count` rows of the tile are there. */
-template <int W, int MT>
+template <int W, bool fast, int MT>
 __device__ void store_sums(act *to, int64_t stride, const float (&sums)[MT][W / 8][4], int row0, int count, int width,
                            float scale) {
 #pragma unroll
@@ -143,7 +144,7 @@ __device__ void store_sums(act *to, int64_t stride, const float (&sums)[MT][W / 
         for (int n = 0; n < W / 8; n++) {
             const float(&x)[4] = sums[i / 2][n];
             const int c = column_of(n, 0);
-            store_two(to + row * stride + c, x[i % 2 * 2] * scale, x[i % 2 * 2 + 1] * scale, width - c);
+            store_two<fast>(to + row * stride + c, x[i % 2 * 2] * scale, x[i % 2 * 2 + 1] * scale, width - c);
         }
     }
 }
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(TILE_THREADS) query_gradients(Backward p) {
     for (int i = 0; i < 2 * MT; i++) {
         const int t = t0 + row0 + i / 2 * 16 + i % 2 * 8 + lane_index() / 4;
         const bool there = t < end;
-        lse[i / 2][i % 2] = there ? a.lse[(int64_t)head * a.T + t] * LOG2_E : 0.0f;
+        lse[i / 2][i % 2] = there ? p.lse[(int64_t)head * a.T + t] * LOG2_E : 0.0f;
         average[i / 2][i % 2] = there ? p.averages[(int64_t)head * a.T + t] : 0.0f;
         start[i / 2][i % 2] = there && starts ? starts[t] : 0;
     }
@@ -193,10 +194,11 @@ __global__ void __launch_bounds__(TILE_THREADS) query_gradients(Backward p) {
 #pragma unroll 1
         for (int strip = 0; strip < STAGE; strip += STRIP) {
             const int k = k0 + strip, last = t0 + row0 + 16 * MT - 1, left = (last < end - 1 ? last : end - 1) + 1 - k;
+            const int columns = fast ? STRIP : left;
             if (left <= 0 || row0 >= count) break;
             float s[MT][STRIP / 8][4], dp[MT][STRIP / 8][4];
-            multiply_rows<W>(s, Q, row0, K, strip, left, steps);
-            multiply_rows<W>(dp, dO, row0, V, strip, left, steps);
+            multiply_rows<W>(s, Q, row0, K, strip, columns, steps);
+            multiply_rows<W>(dp, dO, row0, V, strip, columns, steps);
 #pragma unroll
             for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -210,10 +212,10 @@ __global__ void __launch_bounds__(TILE_THREADS) query_gradients(Backward p) {
                     }
             uint32_t ds[MT][STRIP / 16][4];
             round_weights(ds, s);
-            multiply_columns<W>(dq, ds, K, strip, left, steps);
+            multiply_columns<W>(dq, ds, K, strip, columns, steps);
         }
     }
-    store_sums<W>(p.gradient(b, h) + t0 * a.row(), a.row(), dq, row0, count, a.HS, a.scale);
+    store_sums<W, fast>(p.gradient(b, h) + t0 * a.row(), a.row(), dq, row0, count, a.HS, a.scale);
 }
 
 /* Blocks of queries of the heads of a group that see a tile of keys, head by head. */
@@ -261,7 +263,7 @@ __global__ void __launch_bounds__(TILE_THREADS) key_gradients(Backward p) {
         copy_async_commit();
         for (int i = (int)threadIdx.x; i < STAGE; i += TILE_THREADS) {
             const int64_t at = ((int64_t)b * a.NH + h) * a.T + walk.t0 + i;
-            lse[stage * STAGE + i] = i < left ? a.lse[at] * LOG2_E : 0.0f;
+            lse[stage * STAGE + i] = i < left ? p.lse[at] * LOG2_E : 0.0f;
             average[stage * STAGE + i] = i < left ? p.averages[at] : 0.0f;
             start[stage * STAGE + i] = i < left && starts ? starts[walk.t0 + i] : 0;
         }
@@ -281,12 +283,12 @@ __global__ void __launch_bounds__(TILE_THREADS) key_gradients(Backward p) {
         const Shared<bf16> q = stages + stage * 2 * STAGE * W, dO = q + STAGE * W;
 #pragma unroll 1
         for (int strip = 0; strip < STAGE; strip += STRIP) {
-            const int t = t0 + strip, left = a.T - t;
+            const int t = t0 + strip, left = a.T - t, columns = fast ? STRIP : left;
             if (left <= 0) break;
             if (row0 >= count || t + STRIP <= k0 + row0) continue;
             float s[MT][STRIP / 8][4], dp[MT][STRIP / 8][4];
-            multiply_rows<W>(s, K, row0, q, strip, left, steps);
-            multiply_rows<W>(dp, V, row0, dO, strip, left, steps);
+            multiply_rows<W>(s, K, row0, q, strip, columns, steps);
+            multiply_rows<W>(dp, V, row0, dO, strip, columns, steps);
 #pragma unroll
             for (int i = 0; i < STRIP / 4; i++) { /* of a lane's columns */
                 const int n = i / 2, column = column_of(n, i), at = stage * STAGE + strip + column;
@@ -303,14 +305,14 @@ __global__ void __launch_bounds__(TILE_THREADS) key_gradients(Backward p) {
             }
             uint32_t rounded[MT][STRIP / 16][4];
             round_weights(rounded, s);
-            multiply_columns<W>(dv, rounded, dO, strip, left, steps);
+            multiply_columns<W>(dv, rounded, dO, strip, columns, steps);
             round_weights(rounded, dp);
-            multiply_columns<W>(dk, rounded, q, strip, left, steps);
+            multiply_columns<W>(dk, rounded, q, strip, columns, steps);
         }
     }
     act *to = p.gradient(b, a.NH + kv) + k0 * a.row();
-    store_sums<W>(to, a.row(), dk, row0, count, a.HS, a.scale);
-    store_sums<W>(to + (int64_t)a.NKV * a.HS, a.row(), dv, row0, count, a.HS, 1.0f);
+    store_sums<W, fast>(to, a.row(), dk, row0, count, a.HS, a.scale);
+    store_sums<W, fast>(to + (int64_t)a.NKV * a.HS, a.row(), dv, row0, count, a.HS, 1.0f);
 }
 
 /* ---- backward, plain: a warp for each query, then one for each key ---- */
@@ -340,7 +342,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) query_gradients_plain(Backwar
     const int b = at.b, t = at.t, h = at.head;
     const int64_t saved = ((int64_t)b * a.NH + h) * a.T + t;
     const Fresh keys(a, b, h);
-    const float scale = a.scale, lse = a.lse[saved], average = p.averages[saved];
+    const float scale = a.scale, lse = p.lse[saved], average = p.averages[saved];
     for (int i = lane; i < HS; i += WARP) {
         q[i] = operand<rounded>(to_float(a.head(b, h)[t * a.row() + i]));
         dout[i] = operand<rounded>(to_float(p.dout_of(b, h)[t * p.dout_row() + i]));
@@ -387,7 +389,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) key_gradients_plain(Backward 
             auto dout = [&](int t) { return p.dout_of(b, h) + t * p.dout_row(); };
             const int mine = t0 + lane;
             if (sees(mine)) {
-                const float weight = expf(a.scale * dot<rounded>(k, query(mine), HS) - a.lse[saved + mine]);
+                const float weight = expf(a.scale * dot<rounded>(k, query(mine), HS) - p.lse[saved + mine]);
                 weights[lane] = operand<rounded>(weight);
                 const float dp = dot<rounded>(v, dout(mine), HS);
                 dscores[lane] = operand<rounded>(weight * (dp - p.averages[saved + mine]));
@@ -429,18 +431,17 @@ void OPERATOR(attention_forward)(act *out, float *lse, const act *qkv, const int
     if (!on_tensor_cores(prec, HS)) {
         const Grid grid(blocks_for(a, NH), TILE_THREADS, plain_bytes(HS));
         launch(grid, prec == PREC_BF16 ? forward_plain<true> : forward_plain<false>, a);
-    } else if (is_fast(64, HS, qkv)) launch_forward<64, sizeof(act) == 2>(a, __func__);
+    } else if (is_fast(64, HS, qkv, out)) launch_forward<64, sizeof(act) == 2>(a, __func__);
     else if (HS <= 64) launch_forward<64, false>(a, __func__);
-    else if (is_fast(128, HS, qkv)) launch_forward<128, sizeof(act) == 2>(a, __func__);
+    else if (is_fast(128, HS, qkv, out)) launch_forward<128, sizeof(act) == 2>(a, __func__);
     else launch_forward<128, false>(a, __func__);
 }
 
 void OPERATOR(attention_backward)(act *dqkv, const act *dout, const act *qkv, const act *out, const float *lse,
                                   const int32_t *starts, int prec, int B, int T, int NH, int NKV, int HS) {
     float *d = (float *)scratch((size_t)B * NH * T * sizeof(float));
-    const Attention a = {
-        NULL, const_cast<float *>(lse), qkv, starts, B, T, NH, NKV, HS, score_scale(HS), LOG2_E * score_scale(HS)};
-    const Backward p = {a, dqkv, dout, out, d};
+    const Attention a = {NULL, NULL, qkv, starts, B, T, NH, NKV, HS, score_scale(HS), LOG2_E * score_scale(HS)};
+    const Backward p = {a, dqkv, dout, out, lse, d};
     launch(Grid(blocks_for(a, NH), TILE_THREADS), averages, p);
     if (!on_tensor_cores(prec, HS)) {
         const size_t bytes = plain_backward_bytes(HS);
@@ -448,8 +449,8 @@ void OPERATOR(attention_backward)(act *dqkv, const act *dout, const act *qkv, co
                prec == PREC_BF16 ? query_gradients_plain<true> : query_gradients_plain<false>, p);
         launch(Grid(blocks_for(a, NKV), TILE_THREADS, bytes),
                prec == PREC_BF16 ? key_gradients_plain<true> : key_gradients_plain<false>, p);
-    } else if (is_fast(64, HS, qkv, dout)) launch_backward<64, sizeof(act) == 2>(p, __func__);
+    } else if (is_fast(64, HS, qkv, dout, dqkv)) launch_backward<64, sizeof(act) == 2>(p, __func__);
     else if (HS <= 64) launch_backward<64, false>(p, __func__);
-    else if (is_fast(128, HS, qkv, dout)) launch_backward<128, sizeof(act) == 2>(p, __func__);
+    else if (is_fast(128, HS, qkv, dout, dqkv)) launch_backward<128, sizeof(act) == 2>(p, __func__);
     else launch_backward<128, false>(p, __func__);
 }

@@ -20,8 +20,8 @@ inline float score_scale(int HS) { return 1.0f / sqrtf((float)HS); }
 inline bool on_tensor_cores(int prec, int HS) { return prec == PREC_BF16 && HS <= MOST_ON_TENSOR_CORES; }
 
 /* Whether heads are W values in bf16, on 16 bytes. */
-inline bool is_fast(int W, int HS, const act *x, const act *y = NULL) {
-    return sizeof(act) == 2 && HS == W && ((uintptr_t)x | (uintptr_t)y) % 16 == 0;
+inline bool is_fast(int W, int HS, const act *x, const act *y, const act *z = NULL) {
+    return sizeof(act) == 2 && HS == W && ((uintptr_t)x | (uintptr_t)y | (uintptr_t)z) % 16 == 0;
 }
 
 /* ---- memory ---- */
@@ -32,9 +32,10 @@ __device__ uint4 rounded_chunk(const act *x, int count) {
     return {pack_bf16(p[0], p[1]), pack_bf16(p[2], p[3]), pack_bf16(p[4], p[5]), pack_bf16(p[6], p[7])};
 }
 
-/* Two neighbours of a row, of which `count` columns are left. */
+/* Two neighbours of a row, of which `count` columns are left; `whole`: two, on 4 bytes. */
+template <bool whole>
 __device__ void store_two(act *p, float x, float y, int count) {
-    if (sizeof(act) == 2 && count >= 2 && ((uintptr_t)p & 3) == 0) {
+    if (sizeof(act) == 2 && (whole || (count >= 2 && ((uintptr_t)p & 3) == 0))) {
         *reinterpret_cast<uint32_t *>(p) = pack_bf16(x, y);
         return;
     }
@@ -88,6 +89,8 @@ template <int W>
 __device__ void right_operand(uint32_t (&b)[4], Shared<bf16> tile, int row, int n) {
     load_matrices_transposed(b, chunk_at<W>(tile, row + lane_index() % 16, 2 * n + lane_index() / 16));
 }
+
+/* Where these products may stop early, constants keep them free of branches: what is left out is 0 in any case. */
 
 /* s (16 MT, 8 N) = A B^T: rows from a_row and b_row on, one chain over the head.  Columns from `count` on may stay 0.
  * `steps`: of 16 values, as many as the head has. */
@@ -239,10 +242,8 @@ __device__ void values_of_block(float (&c)[MT][2][4], const uint32_t (&p)[MT][KE
 /* Queries of one head that lie one behind the other; the first is at position `first` of its keys. */
 struct Queries {
     const act *q;
-    act *out;
-    float *lse;            /* or NULL */
+    int64_t stride;
     const int32_t *starts; /* of each, or NULL */
-    int64_t q_stride, out_stride;
     int first, count, width;
     float factor; /* exp(score) = 2^(factor * q.k) */
 };
@@ -298,21 +299,22 @@ struct Shape {
 
 /* A block of TILE_THREADS, at most Shape<W>::ROWS queries, a block of keys after the other.  While keys are multiplied
  * the values come, and while values are multiplied the next keys.  keys.fetch<W, fast>(tile, side, k0, count) fetches
- * keys (side 0) or values (side 1). */
-template <int W, bool fast, class Keys>
-__device__ void attend(const Queries &x, const Keys &keys) {
+ * keys (side 0) or values (side 1); out(i) is where the output of query i goes, and save(i, lse) gets the logarithm of
+ * its sum. */
+template <int W, bool fast, class Keys, class Out, class Save>
+__device__ void attend(const Queries &x, const Keys &keys, Out out, Save save) {
     constexpr int MT = Shape<W>::PRODUCTS, ROWS = Shape<W>::ROWS;
     SHARED_DYNAMIC(bf16, memory);
     const Shared<bf16> Q = memory, K = Q + ROWS * W, V = K + KEY_BLOCK * W;
     const int lane = lane_index(), row0 = warp_index() * 16 * MT, steps = fast ? W / 16 : (x.width + 15) / 16;
     const int row_end = row0 + 16 * MT < x.count ? row0 + 16 * MT : x.count;
     Softmax<MT> softmax;
-    float out[MT][W / 8][4] = {};
+    float sums[MT][W / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < 2 * MT; i++) softmax.max[i / 2][i % 2] = -INFINITY, softmax.sum[i / 2][i % 2] = 0.0f;
 
     Walk walk(x);
-    fetch_rows<W, fast>(Q, ROWS, x.q, x.q_stride, x.count, x.width);
+    fetch_rows<W, fast>(Q, ROWS, x.q, x.stride, x.count, x.width);
     keys.template fetch<W, fast>(K, 0, walk.k0, walk.keys(x));
     copy_async_commit();
     for (bool more = true; more;) {
@@ -327,7 +329,8 @@ __device__ void attend(const Queries &x, const Keys &keys) {
         int count = first <= last ? x.first + last + 1 - k0 : 0;
         count = count < here ? count : here;
         float s[MT][KEY_BLOCK / 8][4];
-        if (count > 0) multiply_rows<W>(s, Q, row0, K, 0, count, steps);
+        const int columns = fast ? KEY_BLOCK : count;
+        if (count > 0) multiply_rows<W>(s, Q, row0, K, 0, columns, steps);
         copy_async_wait<0>();
         __syncthreads(); /* the values are there; nobody reads the keys */
         more = walk.next(x);
@@ -355,8 +358,8 @@ __device__ void attend(const Queries &x, const Keys &keys) {
 #pragma unroll
                 for (int i = 0; i < 8; i++) /* a row of another run keeps what it has: 0 * NaN would be NaN */
                     if (seen[m][i % 4 / 2] > 0)
-                        out[m][2 * n + i / 4][i % 4] =
-                            fmaf(out[m][2 * n + i / 4][i % 4], keep[m][i % 4 / 2], c[m][i / 4][i % 4]);
+                        sums[m][2 * n + i / 4][i % 4] =
+                            fmaf(sums[m][2 * n + i / 4][i % 4], keep[m][i % 4 / 2], c[m][i / 4][i % 4]);
         }
     }
 #pragma unroll
@@ -364,13 +367,13 @@ __device__ void attend(const Queries &x, const Keys &keys) {
         const int m = i / 2, r = i % 2, row = row0 + 16 * m + 8 * r + lane / 4;
         if (row >= x.count) continue;
         const float inverse = 1.0f / softmax.sum[m][r];
+        act *to = out(row);
 #pragma unroll
         for (int n = 0; n < W / 8; n++) {
             const int c = column_of(n, 0);
-            store_two(x.out + row * x.out_stride + c, out[m][n][2 * r] * inverse, out[m][n][2 * r + 1] * inverse,
-                      x.width - c);
+            store_two<fast>(to + c, sums[m][n][2 * r] * inverse, sums[m][n][2 * r + 1] * inverse, x.width - c);
         }
-        if (x.lse && lane % 4 == 0) x.lse[row] = LN_2 * softmax.max[m][r] + logf(softmax.sum[m][r]);
+        if (lane % 4 == 0) save(row, LN_2 * softmax.max[m][r] + logf(softmax.sum[m][r]));
     }
 }
 

@@ -155,7 +155,7 @@ __device__ void score_pages(const Paged &p, const Part &part, const Cached<bf16>
             __syncwarp();
             float s[1][KEY_BLOCK / 8][4];
             int seen[1][2];
-            multiply_rows<W>(s, Q, 0, K, 0, count, steps);
+            multiply_rows<W>(s, Q, 0, K, 0, fast ? KEY_BLOCK : count, steps);
             for (int r = 0; r < 2; r++) seen[0][r] = part.past + row_of(row0, r) / group + 1 - k0;
             hide(s, seen);
 #pragma unroll
@@ -181,6 +181,7 @@ __device__ void score_pages(const Paged &p, const Part &part, const Cached<bf16>
 /* The greatest score of a query in the pages before this one; the four lanes of a row share the pages. */
 __device__ float max_before(const float *maxima, int pages, bool there) {
     float max = -INFINITY;
+#pragma unroll 4
     for (int page = lane_index() % 4; there && page < pages; page += 4) max = fmaxf(max, maxima[page]);
     return row_max(max);
 }
@@ -266,12 +267,11 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) write_and_attend(Paged p) {
     for (int tile = (part.count - 1) / ROWS - part.slot; tile >= 0; tile -= p.slots) {
         const int i = tile * ROWS;
         Queries x;
-        x.q = part.head(p, i, part.h), x.q_stride = part.row(p);
-        x.out = p.out + ((int64_t)(part.begin + i) * p.NH + part.h) * p.HS, x.out_stride = (int64_t)p.NH * p.HS;
-        x.lse = NULL, x.starts = NULL;
+        x.q = part.head(p, i, part.h), x.stride = part.row(p), x.starts = NULL;
         x.first = part.past + i, x.count = part.count - i < ROWS ? part.count - i : ROWS;
         x.width = p.HS, x.factor = p.factor;
-        attend<W, fast>(x, keys);
+        auto out = [&](int row) { return p.out + ((int64_t)(part.begin + i + row) * p.NH + part.h) * p.HS; };
+        attend<W, fast>(x, keys, out, [](int, float) {});
         __syncthreads(); /* the tiles are free */
     }
 }
@@ -313,8 +313,8 @@ void OPERATOR(attention_paged)(act *out, void *pages, const act *qkv, const int3
     if (!on_tensor_cores(prec, HS)) {
         const Grid grid((int64_t)R * NH * p.slots, TILE_THREADS, plain_bytes(HS));
         launch(grid, prec == PREC_BF16 ? write_and_attend_plain<true, bf16> : write_and_attend_plain<false, float>, p);
-    } else if (is_fast(64, HS, qkv)) launch_paged<64, sizeof(act) == 2>(p, __func__);
+    } else if (is_fast(64, HS, qkv, out)) launch_paged<64, sizeof(act) == 2>(p, __func__);
     else if (HS <= 64) launch_paged<64, false>(p, __func__);
-    else if (is_fast(128, HS, qkv)) launch_paged<128, sizeof(act) == 2>(p, __func__);
+    else if (is_fast(128, HS, qkv, out)) launch_paged<128, sizeof(act) == 2>(p, __func__);
     else launch_paged<128, false>(p, __func__);
 }

@@ -21,30 +21,23 @@ __global__ void __launch_bounds__(THREADS) write_bf16(bf16 *out, const float *we
     if (i < values) from_float(out[i], weight[i]);
 }
 
-/* A warp for each group.  A value that is not finite makes the scale so. */
+/* A warp for each group. */
 __global__ void __launch_bounds__(THREADS) write_int8(Group *out, const float *weight, int C, int64_t groups) {
     const int64_t g = (int64_t)blockIdx.x * WARPS + warp_index();
     if (g >= groups) return;
     const int64_t o = g / groups_of(C);
     const int first = (int)(g % groups_of(C)) * INT8_GROUP;
-    float x[2], most = 0.0f, bad = 0.0f;
+    float x[2];
     for (int i = 0; i < 2; i++) {
         const int c = first + lane_index() + i * WARP;
         x[i] = c < C ? weight[o * C + c] : 0.0f;
-        most = fmaxf(most, fabsf(x[i])), bad += x[i] * 0.0f;
     }
-    most = warp_max(most), bad = warp_sum(bad);
-    const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-    for (int i = 0; i < 2; i++) {
-        const float q = x[i] * inverse;
-        out[g].q[lane_index() + i * WARP] = fabsf(q) <= 127.5f ? (int8_t)rintf(q) : (int8_t)0;
-    }
-    if (lane_index() == 0) out[g].scale = most / 127.0f + bad;
+    write_group(out[g], x);
 }
 
 }  // namespace
 
-int64_t OPERATOR(held_bytes)(int held, int C, int OC) { return bytes_of_held(held, C, OC); }
+extern "C" int64_t OPERATOR(held_bytes)(int held, int C, int OC) { return bytes_of_held(held, C, OC); }
 
 void OPERATOR(held_write)(void *out, const float *weight, int held, int C, int OC) {
     const int64_t values = (int64_t)OC * C, groups = (int64_t)OC * groups_of(C);

@@ -25,6 +25,17 @@ __device__ inline float held_value(const void *weight, int held, int C, int64_t 
     return (float)g.q[c % INT8_GROUP] * g.scale;
 }
 
+/* The group of a warp's 64 values, of which a lane brings two.  A value that is not finite makes the scale so. */
+__device__ inline void write_group(Group &out, const float (&x)[2]) {
+    const float most = warp_max(fmaxf(fabsf(x[0]), fabsf(x[1]))), bad = warp_sum(x[0] * 0.0f + x[1] * 0.0f);
+    const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    for (int i = 0; i < 2; i++) {
+        const float q = x[i] * inverse;
+        out.q[lane_index() + i * WARP] = fabsf(q) <= 127.5f ? (int8_t)rintf(q) : (int8_t)0;
+    }
+    if (lane_index() == 0) out.scale = most / 127.0f + bad;
+}
+
 /* The first `count` of N values from value c of row o on; the others are 0. */
 template <int N>
 __device__ inline Pack<float, N> load_held(const void *weight, int held, int C, int64_t o, int c, int count) {

@@ -50,6 +50,34 @@ bool may_launch(const Grid &g, const void *kernel) {
 
 void after_launch(const Grid &g) { worked(cudaGetLastError(), g.op); }
 
+const char *barelm_cuda_open(int device) {
+    static char why[256];
+    static int opened = -1;
+    if (opened >= 0 && opened != device) {
+        snprintf(why, sizeof why, "this process has opened GPU %d, it cannot use %d too", opened, device);
+        return why;
+    }
+    int count = 0;
+    cudaError_t e = cudaGetDeviceCount(&count);
+    if (e == cudaSuccess && device >= count) {
+        snprintf(why, sizeof why, "there is no GPU %d, but %d from 0 on", device, count);
+        return why;
+    }
+    if (e == cudaSuccess) e = cudaSetDevice(device);
+    if (e != cudaSuccess) {
+        snprintf(why, sizeof why, "no NVIDIA GPU that can be used: %s", cudaGetErrorString(e));
+        return why;
+    }
+    opened = device;
+    return NULL;
+}
+
+int64_t cuda_memory_free(void) {
+    size_t there = 0, all = 0;
+    worked(cudaMemGetInfo(&there, &all), "cuda_memory_free");
+    return (int64_t)there;
+}
+
 void *cuda_alloc(size_t bytes) {
     void *p = NULL;
     const cudaError_t e = cudaMalloc(&p, bytes ? bytes : 1);

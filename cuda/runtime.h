@@ -36,6 +36,9 @@ void cuda_copy_in(void *dst, const void *src, size_t bytes);
 void cuda_copy_out(void *dst, const void *src, size_t bytes);
 void cuda_copy(void *dst, const void *src, size_t bytes);
 void cuda_zero(void *p, size_t bytes);
+int64_t cuda_memory_free(void);
+/* Make the GPU of that number ours, before anything else; what is missing, in words, or NULL. */
+__attribute__((visibility("default"))) const char *barelm_cuda_open(int device);
 }
 
 #ifdef __CUDACC__

@@ -50,6 +50,7 @@ def compile_objects(folder):
     jobs = {
         (path.name, act): (path, folder / f"{path.stem}_{act}.o", f"-DACT={act}") for path in sources() for act in ACTS
     }
+    jobs["library", None] = (ROOT / "cuda" / "library.cpp", folder / "library.o")
     jobs["emulate", None] = (EMULATION, folder / "emulate.o", "-O2", "-U_GLIBCXX_INCLUDE_NEXT_C_HEADERS")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(jobs, pool.map(lambda job: compile_object(*job), jobs.values()), strict=True))

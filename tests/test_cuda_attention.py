@@ -42,6 +42,7 @@ FAST = [
     case("one past 64 values", **(ONE | dict(T=66, NH=1, NKV=1, HS=65))),
     case("128 values", **(ONE | dict(T=97, NH=1, NKV=1, HS=128, starts="ragged"))),
 ]
+QUICK = [SHORT[i] for i, c in enumerate(SHORT) if c.prec == "bf16" and (c.T == 1 or (c.why == "short" and c.starts))]
 CASES = [("float", c) for c in SHORT if c.prec == "fp32" or c.T < 100]
 # fp32 products of bf16 activations: the kernels are those of fp32, only what they load and store differs
 CASES += [("bf16", c) for c in [*SHORT, *FAST] if c.prec == "bf16" or c.T < 20]
@@ -132,6 +133,13 @@ def test_a_packed_document_has_the_bits_of_the_document_alone(cuda, rng, prec):
         last = np.flatnonzero(starts[0] == first)[-1] + 1
         alone = attention(cuda, qkv[:, first:last], None, prec, NH, NKV)
         assert same_bits(alone[0][0], out[0, first:last]) and same_bits(alone[1][0], lse[0, :, first:last]), first
+
+
+@by_prec
+@pytest.mark.parametrize("op", ["attention_forward", "attention_backward"])
+def test_no_rows(cuda, op, prec):
+    call = build(cuda.act, op, replace(QUICK[0], sizes=QUICK[0].sizes | dict(prec=prec))).part([])
+    assert all(a.size == 0 for a in run(cuda, call).values())
 
 
 @by_prec
@@ -319,9 +327,6 @@ def test_draws_with_a_story(cuda):
 
 
 # ---- planted faults
-
-
-QUICK = [SHORT[i] for i, c in enumerate(SHORT) if c.prec == "bf16" and (c.T == 1 or (c.why == "short" and c.starts))]
 
 
 def check_all(cuda, file):

@@ -102,7 +102,7 @@ def test_what_cannot_be_loaded(saved, tmp_path):
 
 
 def test_parts_come_in_order_and_fit():
-    core = _core.Session(config=Config(**CONFIGS["gpt2"]), max_tokens=100, weights="int8")
+    core = _core.Session(config=Config(**CONFIGS["gpt2"]), max_tokens=100, weights="int8", device="cpu")
     (first, _), (second, _) = core.order()[:2]
     V, C = WIDE["vocab_size"], WIDE["n_embd"]
     with pytest.raises(RuntimeError, match="has not got all of its weights"):

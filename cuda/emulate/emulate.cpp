@@ -543,6 +543,8 @@ void cuda_copy_in(void *dst, const void *src, size_t bytes) { copy(dst, src, byt
 void cuda_copy_out(void *dst, const void *src, size_t bytes) { copy(dst, src, bytes); }
 void cuda_copy(void *dst, const void *src, size_t bytes) { copy(dst, src, bytes); }
 void cuda_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+int64_t cuda_memory_free(void) { return (int64_t)1 << 30; }
+const char *barelm_cuda_open(int device) { return device ? "only one GPU is emulated" : nullptr; }
 
 extern "C" const char *cuda_error(void) { return emulate::failed ? emulate::message : nullptr; }
 

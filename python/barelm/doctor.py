@@ -46,7 +46,7 @@ def examine() -> dict:
     if settings:
         report["settings"] = settings
     if report["barelm"]:
-        report["barelm"] |= {"CUDA": "not built in this version"}
+        report["barelm"] |= {"CUDA": _cuda()}
         report["speed"] = _try(broken, "the kernels do not run", _speed)
     return report | {"broken": broken}
 
@@ -73,6 +73,17 @@ def _build() -> dict:
         "threads": f"{_core.threads_get()} ({_threads_reason()})",
         "memory free": count(_core.memory_available(), "B"),
     }
+
+
+def _cuda() -> str:
+    """What a GPU lacks here; it is no fault that there is none."""
+    from .model import open_device
+
+    try:
+        open_device("cuda")
+        return "usable (--device cuda)"
+    except RuntimeError as error:
+        return str(error).removeprefix("device: ")
 
 
 def _threads_reason() -> str:

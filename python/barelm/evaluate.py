@@ -21,7 +21,7 @@ from .data.shards import Dataset, check_found, is_dataset
 from .data.tokens import Tokens
 from .model import Model
 from .report import Progress, console, printable
-from .settings import flag
+from .settings import check_device, flag
 from .tokenizer import Tokenizer
 
 __all__ = ["EvalConfig", "Evaluation", "Scores", "evaluate", "evaluation", "main", "score", "together"]
@@ -64,6 +64,7 @@ class EvalConfig:
         "there; left out: evals/step_N in the run's folder, or evals in the checkpoint's",
     ] = ""
     precision: Annotated[Literal["fp32", "bf16"], "bf16 rounds the operands of matrix products"] = "fp32"
+    device: Annotated[str, "where the model is: cpu, or a GPU: cuda, cuda:1"] = "cpu"
     threads: Annotated[int, "0: as many as the machine grants"] = 0
     json: Annotated[bool, "print the result as JSON on standard output, everything else on standard error"] = False
     # Which fields the user named (the command line says); None: those that differ from their defaults.
@@ -173,12 +174,13 @@ MODES = {
     "in_context": (incontext.main, {"shots", "questions", "seed", "batch", "context", "out"}),
 }
 TEXTS = {"data", "field", "split_at", "batch", "context", "max_tokens"}
-ALWAYS = {"checkpoint", "precision", "threads", "json"}
+ALWAYS = {"checkpoint", "precision", "device", "threads", "json"}
 
 
 def main(config: EvalConfig) -> int:
     _check(config)
     mode = _mode(config)
+    check_device(config.device)
     if config.threads:
         _core.threads_set(config.threads)
     return MODES[mode][0](config) if mode else _texts(config)

@@ -36,8 +36,8 @@ def vocabulary(source: Source, asked: Tokenizer | None) -> Tokenizer:
     return tok
 
 
-def make(source: Source, precision: str, weights: str = "fp32", lora: Lora | None = None, seed: int = 0) -> Model:
-    """The model, read to be trained; with `lora` an adapter on it, drawn by the seed, its own weights held as said.
+def make(source: Source, lora: Lora | None = None, seed: int = 0, **options) -> Model:
+    """The model, read to be trained; with `lora` an adapter on it, drawn by the seed.  options: those of Model.empty.
 
     ValueError: the adapter could not find its model again, or the model has no such module.
     """
@@ -45,7 +45,7 @@ def make(source: Source, precision: str, weights: str = "fp32", lora: Lora | Non
         raise ValueError(
             f"--lora-rank: {source.path} is no folder with a whole model; barelm import or export makes one"
         )
-    model = Model.empty(source.config, precision=precision, weights=weights)
+    model = Model.empty(source.config, **options)
     source.fill_model(model)
     if lora:
         model.source = str(source.path.resolve())

@@ -203,7 +203,7 @@ class Model:
         self.config, self.precision, self.device, self.weights = config, precision, device, weights
         self.adapter: Lora | None = None
         self.source = ""  # the folder that `load` has read
-        self._core = _core.Model(config, precision, seed, weights, device.partition(":")[0])
+        self._core = _core.Model(config, precision, seed, weights, kind_of(device))
 
     def forward(self, tokens, targets, hidden=False, entropy=False, temperature=1.0, starts=None):
         """Log-probability of each target under the model.
@@ -398,6 +398,11 @@ class Copies(Mapping):
 
     def __len__(self):
         return len(self._shapes)
+
+
+def kind_of(device: str) -> str:
+    """ "cpu" or "cuda"."""
+    return device.partition(":")[0]
 
 
 def open_device(device: str) -> None:

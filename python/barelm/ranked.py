@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from . import checkpoint, choice
 from .kept import Kept, evals_folder, weights_digest
-from .model import Model
+from .model import Model, kind_of
 from .report import console
 from .runs import newest_checkpoint
 from .tables import aligned, with_error
@@ -35,7 +35,8 @@ class Scorer(NamedTuple):
         """From the flags of `barelm eval`.  ValueError: --context is more than the model sees."""
         folder, model, tok, T = load(config)
         of = {"form": FORM, "weights": weights_digest(folder), "tokenizer": tok.hash()}
-        return cls(folder, model, tok, config.batch, T, of | {"context": T, "precision": config.precision})
+        of |= {"context": T, "precision": config.precision, "device": kind_of(config.device)}
+        return cls(folder, model, tok, config.batch, T, of)
 
     def head(self) -> dict:
         """What --json says of it."""
@@ -56,7 +57,8 @@ def load(config) -> tuple[Path, Model, Tokenizer, int]:
     """(folder, model, tokenizer, tokens in a window) that the flags of `barelm eval` ask for.  ValueError: --context is
     more than the model sees."""
     folder = newest_checkpoint(config.checkpoint)
-    model, tok = Model.load(folder, precision=config.precision), checkpoint.load_tokenizer(folder)
+    model = Model.load(folder, precision=config.precision, device=config.device)
+    tok = checkpoint.load_tokenizer(folder)
     T = config.context or model.config.context
     if model.config.context < T:
         raise ValueError(f"--context: {T} is more than the {model.config.context} tokens that the model sees")

@@ -20,6 +20,7 @@ from .data.shards import Dataset, check_found, is_dataset
 from .data.tokens import Tokens
 from .engine import Engine, Row, Sampling
 from .kept import Kept, evals_folder, weights_digest
+from .model import kind_of
 from .report import Bar, console, count
 from .runs import newest_checkpoint
 from .session import PAGE, Session
@@ -231,7 +232,8 @@ def main(config) -> int:
             each=lambda done: bar.show(f"counting passages  {count(done)} of {count(total)} tokens", done, total),
         )
     kept = Kept(evals_folder(folder, config.out) / "regurgitation", _identity(config, folder, tok, texts))
-    session = Session.load(folder, max_tokens=config.batch * (W + PAGE), weights=config.precision)
+    room = config.batch * (W + PAGE)
+    session = Session.load(folder, max_tokens=room, weights=config.precision, device=config.device)
     records = _continue_all(Engine(session, tok), chosen, kept, config)
     groups = [group._asdict() for group in summary(records)]
     head = {"checkpoint": str(folder), "precision": config.precision}
@@ -258,7 +260,7 @@ def _texts(config, tok: Tokenizer) -> Texts:
 def _identity(config, folder, tok: Tokenizer, texts: Texts) -> dict:
     of = {"form": FORM, "weights": weights_digest(folder), "tokenizer": tok.hash(), "data": texts.identity}
     names = ("precision", "prompts", "prompt_tokens", "continuation_tokens", "seed")
-    return of | {name: getattr(config, name) for name in names}
+    return of | {name: getattr(config, name) for name in names} | {"device": kind_of(config.device)}
 
 
 def _continue_all(engine: Engine, chosen: list[Passage], kept: Kept, config) -> list[dict]:

@@ -115,9 +115,7 @@ def prune(folder: Path, keep: int, step: int, best: int | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load_newest(
-    folder: Path, identity: dict, say, precision: str, **options
-) -> tuple[Model, Tokenizer, dict, Path] | None:
+def load_newest(folder: Path, identity: dict, say, **options) -> tuple[Model, Tokenizer, dict, Path] | None:
     """The newest checkpoint that is whole and of a run on `identity`: model, tokenizer, the state saved with it, path.
     options: those of Model.load.
     One that is not is named through `say` and passed over.  None: there is no step_N at all.  ValueError: none of them
@@ -134,7 +132,7 @@ def load_newest(
             for name, value in identity.items():
                 if state["identity"].get(name) != value:
                     raise ValueError(f"it learned from another {name}")
-            return Model.load(path, precision=precision, **options), Tokenizer.load(path), state, path
+            return Model.load(path, **options), Tokenizer.load(path), state, path
         except (ValueError, OSError, KeyError, TypeError) as error:
             say(f"refused   {path}: {error}")
     if found:

@@ -14,6 +14,7 @@ from .engine import Engine, Row, Sampling, row_tokens
 from .report import printable
 from .runs import newest_checkpoint
 from .session import PAGE, Session
+from .settings import check_device
 from .tokenizer import Tokenizer
 
 __all__ = ["SampleConfig", "main"]
@@ -38,6 +39,7 @@ class SampleConfig:
     weights: Annotated[str, "fp32, bf16 or int8: how they are held while sampling"] = "fp32"
     seed: Annotated[int, "another seed, another text; the same seed, the same"] = 0
     n: Annotated[int, "texts to write, side by side"] = 1
+    device: Annotated[str, "where the model is: cpu, or a GPU: cuda, cuda:1"] = "cpu"
     threads: Annotated[int, "0: as many as the machine grants"] = 0
     json: Annotated[bool, "one JSON object a text, when it is whole, with its ids and their log-probabilities"] = False
 
@@ -47,6 +49,7 @@ def main(config: SampleConfig) -> int:
         raise ValueError(f"--n: must be 1 or more, got {config.n}")
     if config.threads < 0:
         raise ValueError(f"--threads: must be 0 or more, got {config.threads}")
+    check_device(config.device)
     text, stops = _asked(config)
     sampling = _sampling(config, stops)
     if config.threads:
@@ -55,7 +58,8 @@ def main(config: SampleConfig) -> int:
     context, tok = checkpoint.read_config(folder).context, checkpoint.load_tokenizer(folder)
     prompt = tok.encode_prompt(text)
     room = row_tokens(context, len(prompt), config.max_tokens) + PAGE  # a row's last page is partly empty
-    session = Session.load(folder, max_tokens=min(config.n, AT_ONCE) * room, weights=config.weights)
+    room *= min(config.n, AT_ONCE)
+    session = Session.load(folder, max_tokens=room, weights=config.weights, device=config.device)
     engine = Engine(session, tok)
     rows = engine.add(prompt, sampling, n=config.n)
     if hasattr(sys.stdout, "reconfigure"):

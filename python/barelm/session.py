@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _core
 from ._core import CacheFull, StaleRow
-from .model import Config, Model
+from .model import Config, Model, kind_of, open_device
 
 __all__ = ["PAGE", "CacheFull", "Session", "StaleRow"]
 
@@ -37,17 +37,20 @@ class Session:
         self._core = _core.Session(model._core, max_tokens, weights)
 
     @classmethod
-    def load(cls, folder, max_tokens: int, weights: str = "fp32") -> Session:
+    def load(cls, folder, max_tokens: int, weights: str = "fp32", device: str = "cpu") -> Session:
         """A session on the weights of a checkpoint, which are packed as they are read: there is no model beside it, and
         an "int8" session of 124M parameters has 135 MB of them.  The bits are those of a session on
-        `Model.load(folder)`.  CheckpointError names what is wrong with the folder."""
+        `Model.load(folder)` on the same device.  CheckpointError names what is wrong with the folder."""
         from . import checkpoint  # as Model.load does
 
+        open_device(device)
         checkpoint.verify(folder)
         source = checkpoint.open_weights(folder)
         session = cls.__new__(cls)
         session.config = source.config
-        session._core = _core.Session(config=source.config, max_tokens=max_tokens, weights=weights)
+        session._core = _core.Session(
+            config=source.config, max_tokens=max_tokens, weights=weights, device=kind_of(device)
+        )
         for name, transposed in session._core.order():
             for rows in source.rows(name, axis=int(transposed)):
                 session._core.put(name, np.ascontiguousarray(rows.T if transposed else rows))

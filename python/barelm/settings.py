@@ -7,16 +7,28 @@ from typing import Annotated, Literal
 
 from .loop import SCHEDULES
 from .lora import Lora
-from .model import Config
+from .model import Config, open_device
 from .recipe import FAMILIES, FINE_TUNING, model_config, pace
 
-__all__ = ["TrainConfig", "check", "check_lora", "fields", "flag", "lora_of", "merge", "model_of", "settle"]
+__all__ = [
+    "TrainConfig",
+    "check",
+    "check_device",
+    "check_lora",
+    "fields",
+    "flag",
+    "lora_of",
+    "merge",
+    "model_of",
+    "settle",
+]
 
 # What a resumed run may have otherwise than before: its length, when it stops, and what it shows and keeps.
 FREE = {
     "out",
     "resume",
     "json",
+    "device",
     "threads",
     "steps",
     "minutes",
@@ -103,6 +115,7 @@ class TrainConfig:
     profile: Annotated[bool, "say at the end where the time of a step went, by operator and size"] = False
     out: Annotated[str, "folder of the run"] = "runs/train"
     resume: Annotated[bool, "continue the run in --out from its newest good checkpoint"] = False
+    device: Annotated[str, "where the model is: cpu, or a GPU: cuda, cuda:1"] = "cpu"
     threads: Annotated[int, "0: as many as the machine grants"] = 0
     json: Annotated[bool, "print the result as JSON on standard output, everything else on standard error"] = False
     # Which fields the user named (the command line says); None: all.  A resumed run compares only these with its own.
@@ -234,9 +247,20 @@ def check(config: TrainConfig) -> None:
         if getattr(config, name) not in choices:
             raise ValueError(f"{flag(name)}: must be one of {', '.join(choices)}, got {getattr(config, name)}")
     check_lora(config)
+    check_device(config.device)
+    if config.profile and config.device != "cpu":
+        raise ValueError("--profile: goes with --device cpu only")
     for name in ("guard_stop", "val_fraction"):
         if not getattr(config, name):
             raise ValueError(f"{flag(name)}: must be above 0, got 0")
+
+
+def check_device(device: str) -> None:
+    """Make --device ready.  ValueError says why it cannot be."""
+    try:
+        open_device(device)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"--device: {str(error).removeprefix('device: ')}") from None
 
 
 def check_lora(config: TrainConfig) -> None:

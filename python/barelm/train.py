@@ -181,8 +181,13 @@ def _begin(
 def _first_model(config: TrainConfig, tok: Tokenizer, source: Source | None) -> Model:
     """The model before its first step: a new one, or that of --init."""
     if source is not None:
-        return initial.make(source, config.precision, config.weights, lora_of(config), config.seed)
-    return Model(model_of(config, tok.n_vocab), seed=config.seed, precision=config.precision)
+        return initial.make(source, lora_of(config), config.seed, weights=config.weights, **_where(config))
+    return Model(model_of(config, tok.n_vocab), seed=config.seed, **_where(config))
+
+
+def _where(config: TrainConfig) -> dict[str, str]:
+    """How and where the model computes."""
+    return {"precision": config.precision, "device": config.device}
 
 
 def _open(
@@ -215,7 +220,8 @@ def _resume(config: TrainConfig, screen) -> Run:
     say = partial(screen.print, markup=False, highlight=False, soft_wrap=True)
     dataset = _open_data(folder, merged)
     base = runs.newest_checkpoint(merged.init) if merged.lora_rank else None
-    found = runs.load_newest(folder, dataset.identity, say, merged.precision, weights=merged.weights, base=base)
+    options = dict(weights=merged.weights, base=base, **_where(merged))
+    found = runs.load_newest(folder, dataset.identity, say, **options)
     if found is None:
         say(f"resumed   {folder}: it has no checkpoint yet, it begins again")
         return _begin(merged, folder, dataset, runs.open_model(merged.init) if merged.init else None, init)
@@ -298,12 +304,14 @@ def _catch_signals() -> Iterator[_Stop]:
 
 
 def _train(run: Run, screen, title: str) -> TrainResult:
-    peak = _core.peak_flops(run.config.precision, seconds=0.2)
+    on_cpu = run.config.device == "cpu"
+    peak = _core.peak_flops(run.config.precision, seconds=0.2) if on_cpu else None
     flops = flops_per_token(run.model.config, run.config.context, run.model.adapter)
     facts = _facts(run, flops)
     for name, value in facts.items():
         screen.print(f"{name:9} {value}", markup=False, highlight=False, soft_wrap=True)
-    _warn_of_memory(run, screen)
+    if on_cpu:
+        _warn_of_memory(run, screen)
     with _catch_signals() as stop, Progress(screen, flops, peak, run.done) as progress:
         if not run.log.column("bits_per_byte"):
             _evaluate(run, progress)
@@ -428,7 +436,7 @@ def _facts(run: Run, flops: float) -> dict[str, str]:
     length = f"{run.steps:,} steps" if run.steps < math.inf else f"{config.minutes:g} minutes"
     from_init = {"init": f"{run.init['folder']}, its weights' sha256 {run.init['sha256'][:12]}"} if run.init else {}
     return {
-        "barelm": f"{_core.version()}, {_core.isa()}, {_core.threads_get()} threads, {config.precision}",
+        "barelm": f"{_core.version()}, {_place(config.device)}, {config.precision}",
         **from_init,
         "model": f"{_form(run)}: {model.config.n_layer} layers, {model.config.n_head} heads, "
         f"{model.config.n_embd} channels, context {config.context}, {model.config.vocab_size:,} ids: "
@@ -441,6 +449,10 @@ def _facts(run: Run, flops: float) -> dict[str, str]:
         "plan": f"{length} of {config.tokens_per_step:,} tokens ({run.micro_batches} x {config.batch} x "
         f"{config.context}), {count(flops, 'FLOP')} a token, learning rate {config.lr:g}",
     }
+
+
+def _place(device: str) -> str:
+    return f"{_core.isa()}, {_core.threads_get()} threads" if device == "cpu" else device
 
 
 def _adapter_fact(model: Model) -> str:

@@ -1,0 +1,236 @@
+"""Whole models through the kernels of cuda/, on the CPU thread by thread (cuda/emulate), beside the CPU's own: what
+model.c and session.c do with a backend whose memory is not the host's and whose activations are bf16.
+
+With BARELM_CUDA_LIBRARY=.../libbarelm_cuda.so the same runs on a GPU.
+"""
+
+import ctypes
+import json
+
+import numpy as np
+import pytest
+from barelm import Config, Lora, Model, Session
+from barelm import __main__ as command
+from emulated import COMPILER
+from models import assert_all_same_bits, assert_same_bits, copies, random_batch, random_model
+
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
+
+SIZES = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=70, context=20)
+CONFIGS = {
+    "gpt2": SIZES,
+    "llama": SIZES
+    | dict(norm="rmsnorm", act="swiglu", pos="rope", bias=False, tied=False, n_kv_head=1, n_inner=24, head_size=8),
+}
+EPS = float(np.finfo(np.float32).eps)
+
+
+@pytest.fixture
+def device(cuda_library, monkeypatch):
+    """The name of the device; kernels run in order."""
+    monkeypatch.setenv("BARELM_CUDA_LIBRARY", str(cuda_library))
+    library = ctypes.CDLL(str(cuda_library))
+    if hasattr(library, "emulate_schedule"):
+        library.emulate_schedule(ctypes.c_uint64(0))
+    return "cuda"
+
+
+@pytest.fixture
+def schedule(cuda_library, device):
+    """Set the schedule of the emulation; a GPU has its own."""
+    library = ctypes.CDLL(str(cuda_library))
+    yield lambda seed: hasattr(library, "emulate_schedule") and library.emulate_schedule(ctypes.c_uint64(seed))
+    if hasattr(library, "emulate_schedule"):
+        library.emulate_schedule(ctypes.c_uint64(0))
+
+
+def twins(config, precision, lora=None):
+    """The same random weights on both devices."""
+    cpu = random_model(config, precision)
+    gpu = Model.empty(cpu.config, precision, "cuda")
+    for name, p in cpu.params.items():
+        gpu.put(name, 0, np.ascontiguousarray(p.T if name in gpu.transposed else p))
+    for model in (cpu, gpu) if lora else ():
+        model.adapt(lora, seed=3)
+        for name, p in copies(model.adapter_params).items():
+            values = np.random.default_rng(len(name)).normal(0, 0.2, p.shape).astype(np.float32)
+            model.put(name, 0, values, "adapter")
+    return cpu, gpu
+
+
+def weights_of(targets):
+    return (np.float32(1 / np.count_nonzero(targets >= 0)) * (targets >= 0)).astype(np.float32)
+
+
+def step(model, tokens, targets):
+    """A whole step: loss, gradients, norm, and the weights after it."""
+    loss = model.forward_backward(tokens, targets, weights_of(targets))
+    grads = copies(model.grads)
+    return loss, grads, model.update(1e-2)
+
+
+both = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+adapters = pytest.mark.parametrize("lora", [None, Lora(rank=3, alpha=5.0)], ids=["all weights", "an adapter"])
+
+
+@adapters
+@both
+def test_a_step_in_fp32_is_the_cpus(device, config, lora):
+    """Sums in another order: a few units in the last place of the largest value, through two layers; 2e-5 is ten times
+    what was met.  After AdamW's first step, which is a sign for tiny gradients, 1e-3 of lr in a few weights."""
+    cpu, gpu = twins(config, "fp32", lora)
+    tokens, targets = random_batch(config, 2, 9)
+    starts = np.array([[0, 1, 1, 1, 4, 4, 4, 4, 4]] * 2, np.int32)
+    for more in (None, starts):
+        np.testing.assert_allclose(
+            gpu.forward(tokens, targets, starts=more), cpu.forward(tokens, targets, starts=more), rtol=0, atol=2e-5
+        )
+    (loss, grads, norm), (want, want_grads, want_norm) = step(gpu, tokens, targets), step(cpu, tokens, targets)
+    assert loss == pytest.approx(want, rel=1e-6) and norm == pytest.approx(want_norm, rel=1e-5)
+    assert grads.keys() == want_grads.keys()
+    for name, g in want_grads.items():
+        np.testing.assert_allclose(grads[name], g, rtol=0, atol=2e-5 * np.abs(g).max(), err_msg=name)
+    assert gpu.forward_backward(tokens, targets, weights_of(targets)) == pytest.approx(
+        cpu.forward_backward(tokens, targets, weights_of(targets)), rel=1e-4
+    )
+
+
+@both
+def test_a_step_in_bf16_is_close(device, config):
+    """Activations are rounded to bf16 where the CPU keeps floats: 2^-9 a value and layer."""
+    cpu, gpu = twins(config, "bf16")
+    tokens, targets = random_batch(config, 2, 9)
+    (loss, grads, norm), (want, want_grads, want_norm) = step(gpu, tokens, targets), step(cpu, tokens, targets)
+    assert loss == pytest.approx(want, rel=0.02) and norm == pytest.approx(want_norm, rel=0.05)
+    for name, g in want_grads.items():
+        cosine = (grads[name] * g).sum() / np.sqrt((grads[name] ** 2).sum() * (g**2).sum())
+        assert cosine > 0.98, name
+    after = [m.forward_backward(tokens, targets, weights_of(targets)) for m in (gpu, cpu)]
+    assert after[0] == pytest.approx(after[1], rel=0.05) and after[0] < loss
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@both
+def test_a_step_has_the_same_bits_under_every_schedule(device, schedule, config, precision):
+    tokens, targets = random_batch(config, 2, 9)
+    results = []
+    for seed in range(4):
+        schedule(seed)
+        _, gpu = twins(config, precision)
+        loss, grads, norm = step(gpu, tokens, targets)
+        results.append(grads | copies(gpu.params) | {"loss": np.float32(loss), "norm": np.float32(norm)})
+    for other in results[1:]:
+        assert_all_same_bits(other, results[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@both
+def test_a_row_has_the_bits_it_has_alone_and_a_prefix_those_of_the_whole(device, config, precision):
+    _, gpu = twins(config, precision)
+    tokens, targets = random_batch(config, 3, 12)
+    whole = gpu.forward(tokens, targets)
+    assert_same_bits(gpu.forward(tokens[1:2].copy(), targets[1:2].copy()), whole[1:2])
+    assert_same_bits(gpu.forward(tokens[:, :7].copy(), targets[:, :7].copy()), whole[:, :7])
+
+
+@both
+def test_doors_traces_and_logits(device, config):
+    cpu, gpu = twins(config, "fp32")
+    tokens, targets = random_batch(config, 2, 9)
+    got, want = (m.forward(tokens, targets, hidden=True, entropy=True, temperature=0.7) for m in (gpu, cpu))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
+    dhidden = np.random.default_rng(1).normal(size=(2, 9, 16)).astype(np.float32)
+    for m in (gpu, cpu):
+        m.backward(-weights_of(targets), dhidden)
+    for name, g in cpu.grads.items():
+        np.testing.assert_allclose(gpu.grads[name], g, rtol=0, atol=2e-5 * np.abs(g).max(), err_msg=name)
+    for name, a in cpu.trace(tokens).items():
+        np.testing.assert_allclose(gpu.trace(tokens)[name], a, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
+    np.testing.assert_allclose(gpu.logits(tokens, last=False), cpu.logits(tokens, last=False), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights, off", [("fp32", 2e-5), ("bf16", 0.2), ("int8", 0.4)])
+@both
+def test_a_session_decodes(device, config, weights, off):
+    """In fp32 as the model on the same device, up to the order of sums; rounded weights by what they round."""
+    _, gpu = twins(config, "fp32")
+    tokens, targets = random_batch(config, 2, 12, untrained=0)
+    want, session = gpu.forward(tokens, targets), Session(gpu, 200, weights)
+    rows, at = [session.add(), session.add()], 0
+    for n in (5, 1, 1, 4):
+        session.step(rows, [row[at : at + n] for row in tokens])
+        at += n
+        got = session.logprobs(targets[:, at - 1])
+        np.testing.assert_allclose(got, want[:, at - 1], rtol=0, atol=off * (1 + np.abs(want[:, at - 1]).max() / 10))
+    fork = session.fork(rows[0])[0]
+    logits = session.step([fork], [[3]])
+    assert_same_bits(session.step([rows[0]], [[3]]), logits)
+
+
+@both
+def test_a_checkpoint_goes_from_device_to_device(device, config, tmp_path):
+    """Saved on one and loaded on the other, with moments: the next step is the same up to the order of sums."""
+    _, gpu = twins(config, "fp32")
+    tokens, targets = random_batch(config, 2, 9)
+    step(gpu, tokens, targets)
+    gpu.save(tmp_path / "a")
+    cpu, again = Model.load(tmp_path / "a"), Model.load(tmp_path / "a", device="cuda")
+    assert_all_same_bits(copies(again.params), copies(gpu.params))
+    assert_all_same_bits(copies(again.moments[1]), copies(gpu.moments[1]))
+    assert_all_same_bits(copies(cpu.moments[0]), copies(gpu.moments[0]))
+    assert (cpu.step, again.step) == (1, 1)
+    assert step(cpu, tokens, targets)[0] == pytest.approx(step(again, tokens, targets)[0], rel=1e-5)
+
+
+def test_values_are_copies_and_cannot_be_written(device):
+    model = Model(Config(**SIZES), device="cuda")
+    assert not model.has_views and model.device == "cuda"
+    with pytest.raises(ValueError, match="read-only"):
+        model.params["wte.weight"][0, 0] = 1
+    with pytest.raises(KeyError):
+        model.params["nothing"]
+
+
+def test_a_gradient_that_is_not_finite_is_named(device):
+    config = CONFIGS["llama"]
+    _, gpu = twins(config, "fp32")
+    tokens, targets = random_batch(config, 2, 9)
+    gpu.forward_backward(tokens, targets, weights_of(targets))
+    before = copies(gpu.params)
+    gpu.put("layers.1.mlp.up_proj.weight", 3, np.full((1, 16), np.nan, np.float32), "gradients")
+    with pytest.raises(FloatingPointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        gpu.update(1e-2)
+    assert_all_same_bits(copies(gpu.params), before)
+
+
+def test_what_is_missing_is_said(device, monkeypatch, tmp_path):
+    config = Config(**SIZES)
+    with pytest.raises(ValueError, match="device: is 'gpu', must be 'cpu', 'cuda' or 'cuda:1'"):
+        Model(config, device="gpu")
+    with pytest.raises(RuntimeError, match="device: "):
+        Model(config, device="cuda:7")
+    monkeypatch.setenv("BARELM_CUDA_LIBRARY", str(tmp_path / "none.so"))
+    with pytest.raises(RuntimeError, match=r"device: .*none\.so"):
+        Model(config, device="cuda")
+    import barelm._core
+
+    monkeypatch.setenv("BARELM_CUDA_LIBRARY", barelm._core.__file__)
+    with pytest.raises(RuntimeError, match="is no library of barelm's CUDA kernels"):
+        Model(config, device="cuda")
+
+
+def test_training_sampling_and_scoring_on_it(device, tmp_path, capsys):
+    """The commands, on the smallest of models; the loss falls, and a resumed run goes on."""
+    (tmp_path / "text.txt").write_text("ab ab ab. " * 40)
+    words = ["train", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--device", "cuda"]
+    words += ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--context", "8", "--batch", "2", "--steps", "6"]
+    words += ["--tokens-per-step", "16", "--eval-batches", "2", "--no-tensorboard", "--json", "--lr", "0.02"]
+    assert command.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["after"]["loss"] < result["before"]["loss"]
+    more = ["train", "--resume", "--out", str(tmp_path / "run"), "--device", "cuda", "--steps", "7"]
+    assert command.main(more) == 0
+    run = ["--checkpoint", str(tmp_path / "run"), "--device", "cuda"]
+    assert command.main(["eval", *run, "--data", str(tmp_path / "text.txt"), "--max-tokens", "40"]) == 0
+    assert command.main(["sample", *run, "--max-tokens", "4", "--temperature", "0"]) == 0
