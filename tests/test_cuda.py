@@ -42,9 +42,9 @@ ELSEWHERE = ("attention", "attention_paged", "sample")  # files of operators tha
 
 @cache
 def operators():
-    """{operator: the file that has it}"""
+    """{operator: the file that defines it}"""
     text = {path.name: path.read_text() for path in sources() if path.stem not in ELSEWHERE}
-    return {op: name for op in signatures() for name in text if f"OPERATOR({op})(" in text[name]}
+    return {op: name for op in signatures() for name in text if f"\nvoid OPERATOR({op})(" in text[name]}
 
 
 class Stored(test_ops.Call):
@@ -181,9 +181,10 @@ def test_a_planted_fault_is_caught(fault, cuda_objects, tmp_path):
     effort = "-O1" if source.name == "linear.cu" else "-O0"  # products take longer to run than to compile
     broken = compile_object(changed, tmp_path / "broken.o", f"-DACT={act}", effort, "-Wno-unused")
     library = link([broken, cuda_objects["emulate", None]], tmp_path / "broken.so")
+    mine = [(op, i) for op, i in small_cases(act) if operators()[op] == source.name]
+    assert mine
     caught = pytest.raises((RuntimeError, AssertionError, pytest.fail.Exception))
     with Backend(library, act) as cuda, caught as found:
-        mine = [(op, i) for op, i in small_cases(act) if operators()[op] == source.name]
         for seeds in (), SEEDS:  # most are found in order
             for op, i in sorted(mine, key=lambda which: which[1]):  # small ones come first
                 check_values(cuda, build(act, op, i), seeds)
