@@ -4,6 +4,7 @@ Each is made in a process of its own: first() opens the rows and gives the logit
 is a turn and returns its seconds, bytes_read(rows) is what a step cannot do without, about() a line for the reader.
 """
 
+import inspect
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,8 @@ class Transformers:
         torch.set_num_threads(_core.threads_get())
         self.torch, self.workload = torch, workload
         self.model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+        takes = inspect.signature(self.model.forward).parameters
+        self.word = "cache" if "cache" in takes else "past_key_values"  # older versions
 
     def first(self):
         logits = self._step(self.torch.from_numpy(self.workload.prompts()[:1]).long(), None)
@@ -116,8 +119,8 @@ class Transformers:
 
     def _step(self, ids, cache):
         with self.torch.inference_mode():
-            out = self.model(ids, past_key_values=cache, use_cache=True)
-        self.cache = out.past_key_values
+            out = self.model(ids, **{self.word: cache}, use_cache=True)
+        self.cache = out[self.word]
         return out.logits[:, -1]
 
     def decode(self, rows):
