@@ -2,7 +2,7 @@
 
 A run is one folder (runs.py).  Everything that a run draws at random depends on its seed and its step alone, and all
 that it learned from what came before - weights, moments, the guard's window - is in its checkpoints; so a run that was
-stopped at any instant and resumed makes the same bits as one that never stopped.
+stopped at any instant and resumed on the same device makes the same bits as one that never stopped.
 """
 
 import dataclasses
