@@ -104,6 +104,8 @@ Status model_moments(Model *m, float *moments[2]);
 int model_has_moments(const Model *m);
 int64_t model_step(const Model *m);
 void model_set_step(Model *m, int64_t step);
+/* Of the passes that the last update was made of, see model_accumulate. */
+double model_loss(const Model *m);
 
 /* ---- computing ---- */
 
@@ -113,13 +115,21 @@ Status model_forward(Model *m, float *logprobs, float *hidden, float *entropy, c
 /* Gradients of the last forward are added; dlogprobs (B, T), dhidden (B, T, C), each may be NULL.  BAD_SHAPE where B or
  * T is not that of the last forward.  After INTERRUPTED the gradients read as zero. */
 Status model_backward(Model *m, const float *dlogprobs, const float *dhidden, int64_t B, int64_t T);
-/* Both at once, for dlogprobs that are known before: the head's work is done once.  The same bits as the two calls. */
+/* Both at once, for dlogprobs that are known before: the head's work is done once.  The same bits as the two calls.
+ * Nothing comes back, and a device is not waited for: model_update says whether all was finite, and what the loss was,
+ * the sum of logprobs * dlogprobs over all passes since the last update. */
+Status model_accumulate(Model *m, const float *dlogprobs, const int32_t *tokens, const int32_t *targets,
+                        const int32_t *starts, float temperature, int B, int T);
+/* The same, and logprobs (B, T). */
 Status model_forward_backward(Model *m, float *logprobs, const float *dlogprobs, const int32_t *tokens,
                               const int32_t *targets, const int32_t *starts, float temperature, int B, int T);
-/* Clip (clip > 0), AdamW, gradients read as zero.  A norm above skip_above: no update, gradients read as zero.  A
- * gradient that is not finite: so too, and NOT_FINITE; the error names the first tensor. */
-Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, float eps, float weight_decay,
-                    float clip, double skip_above);
+/* Clip (clip > 0), AdamW, gradients read as zero.  A norm or a loss above its limit: no update, step stays, gradients
+ * read as zero.  A loss or a gradient that is not finite: so too, and NOT_FINITE; the error names the first tensor. */
+typedef struct {
+    float lr, beta1, beta2, eps, weight_decay, clip;
+    double loss_limit, norm_limit;
+} Update;
+Status model_update(Model *m, double *norm, const Update *u);
 /* logits (B, V) of the last position, or (B, T, V) */
 Status model_logits(Model *m, float *logits, const int32_t *tokens, const int32_t *starts, int last, int B, int T);
 

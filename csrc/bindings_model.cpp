@@ -102,13 +102,21 @@ class PyModel {
         run([&] { return model_backward(model_, dl, dh, B, T); });
     }
 
+    void accumulate(const py::array &tokens, const py::array &targets, const py::array &weights, double temperature,
+                    const std::optional<py::array> &starts) {
+        Batch b = batch(tokens, &targets, temperature, starts);
+        const std::vector<float> d = negative(weights, b);
+        run([&] {
+            return model_accumulate(model_, d.data(), b.tokens, b.targets, b.starts, (float)temperature, (int)b.B,
+                                    (int)b.T);
+        });
+    }
+
     py::tuple forward_backward(const py::array &tokens, const py::array &targets, const py::array &weights,
                                double temperature, const std::optional<py::array> &starts) {
         Batch b = batch(tokens, &targets, temperature, starts);
-        const float *w = checked<float>(weights, "weights", "B, T", {b.B, b.T}, "tokens");
         Floats logprobs({b.B, b.T});
-        std::vector<float> d((size_t)(b.B * b.T));
-        for (size_t i = 0; i < d.size(); i++) d[i] = -w[i];
+        const std::vector<float> d = negative(weights, b);
         float *lp = logprobs.mutable_data();
         run([&] {
             return model_forward_backward(model_, lp, d.data(), b.tokens, b.targets, b.starts, (float)temperature,
@@ -120,7 +128,7 @@ class PyModel {
     }
 
     double update(double lr, double beta1, double beta2, double eps, double weight_decay, double clip,
-                  double skip_above) {
+                  double skip_above, double loss_above) {
         auto in = [](const char *name, double x, double low, double high) {
             if (!(x >= low && x <= high))
                 throw py::value_error(std::string(name) + ": is " + py::repr(py::float_(x)).cast<std::string>() +
@@ -131,11 +139,12 @@ class PyModel {
         in("lr", lr, 0, 1e30), in("betas[0]", beta1, 0, 0.9999999), in("betas[1]", beta2, 0, 0.9999999);
         in("eps", eps, 1e-30, 1e30), in("weight_decay", weight_decay, 0, 1e30), in("clip", clip, 0, 1e30);
         if (clip > 0) in("clip", clip, 1e-30, 1e30);  // not 0 in fp32: that would turn clipping off
-        in("skip_above", skip_above, 0, INFINITY);
+        in("skip_above", skip_above, 0, INFINITY), in("loss_above", loss_above, -INFINITY, INFINITY);
         double norm = 0;
         run([&] {
-            Status s = model_update(model_, &norm, (float)lr, (float)beta1, (float)beta2, (float)eps,
-                                    (float)weight_decay, (float)clip, skip_above);
+            const Update u = {(float)lr,           (float)beta1, (float)beta2, (float)eps,
+                              (float)weight_decay, (float)clip,  loss_above,   skip_above};
+            Status s = model_update(model_, &norm, &u);
             float *g;
             if (grads_seen_) model_grads(model_, &g);  // views of it are about: they must read as zero
             return s;
@@ -261,6 +270,7 @@ class PyModel {
 
     bool has_moments() const { return model_has_moments(model_); }
     int64_t step() const { return model_step(model_); }
+    double loss() const { return model_loss(model_); }
     void set_step(int64_t step) {
         if (step < 0) throw py::value_error("step: is " + str(step) + ", must not be negative");
         model_set_step(model_, step);
@@ -278,6 +288,14 @@ class PyModel {
         int64_t B, T;
         const int32_t *tokens, *targets, *starts;
     };
+
+    // d loss / d logprobs
+    static std::vector<float> negative(const py::array &weights, const Batch &b) {
+        const float *w = checked<float>(weights, "weights", "B, T", {b.B, b.T}, "tokens");
+        std::vector<float> d((size_t)(b.B * b.T));
+        for (size_t i = 0; i < d.size(); i++) d[i] = -w[i];
+        return d;
+    }
 
     Batch batch(const py::array &tokens, const py::array *targets, double temperature,
                 const std::optional<py::array> &starts) {
@@ -386,16 +404,19 @@ void bind_model(py::module_ &m) {
         .def("forward", &PyModel::forward, py::arg("tokens"), py::arg("targets"), py::arg("hidden"), py::arg("entropy"),
              py::arg("temperature"), py::arg("starts"))
         .def("backward", &PyModel::backward, py::arg("dlogprobs"), py::arg("dhidden"))
+        .def("accumulate", &PyModel::accumulate, py::arg("tokens"), py::arg("targets"), py::arg("weights"),
+             py::arg("temperature"), py::arg("starts"))
         .def("forward_backward", &PyModel::forward_backward, py::arg("tokens"), py::arg("targets"), py::arg("weights"),
              py::arg("temperature"), py::arg("starts"))
         .def("update", &PyModel::update, py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-             py::arg("weight_decay"), py::arg("clip"), py::arg("skip_above"))
+             py::arg("weight_decay"), py::arg("clip"), py::arg("skip_above"), py::arg("loss_above"))
         .def("logits", &PyModel::logits, py::arg("tokens"), py::arg("last"), py::arg("starts"))
         .def("trace", &PyModel::trace, py::arg("tokens"), py::arg("starts"))
         .def_property_readonly("params", [](const py::object &self) { return PyModel::params(self); })
         .def_property_readonly("grads", [](const py::object &self) { return PyModel::grads(self); })
         .def_property_readonly("moments", [](const py::object &self) { return PyModel::moments(self); })
         .def_property_readonly("has_moments", &PyModel::has_moments)
+        .def_property_readonly("loss", &PyModel::loss)
         .def_property_readonly("decays", &PyModel::decays)
         .def_property("step", &PyModel::step, &PyModel::set_step);
 }

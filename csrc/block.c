@@ -28,12 +28,15 @@ static Status tensor_ranges(Block *b, char *error) {
 }
 
 static size_t bytes_of(const Block *b) { return (size_t)b->layout.floats * sizeof(float); }
+static size_t sums_bytes(const Block *b) { return ((size_t)b->n_ranges + 2) * sizeof(double); }
+static double *norm_of(const Block *b) { return b->sums + b->n_ranges; }
+double *block_loss(const Block *b) { return b->sums + b->n_ranges + 1; }
 
 Status block_create(Block *b, const Ops *ops, const Layout *layout, int n_layer, char *error) {
     *b = (Block){.ops = ops, .layout = *layout, .n_layer = n_layer};
     Status s = allocate(ops, error, (void **)&b->weights, (int64_t)bytes_of(b), "weights");
     if (!s) s = tensor_ranges(b, error);
-    if (!s) s = allocate(ops, error, (void **)&b->sums, (b->n_ranges + 1) * (int64_t)sizeof(double), "gradient norm");
+    if (!s) s = allocate(ops, error, (void **)&b->sums, (int64_t)sums_bytes(b), "gradient norm");
     if (!s) s = allocate(ops, error, (void **)&b->hyper, HYPER_COUNT * sizeof(float), "step sizes");
     return s;
 }
@@ -42,7 +45,7 @@ void block_free(Block *b) {
     if (b->weights) b->ops->free(b->weights, bytes_of(b));
     if (b->grads) b->ops->free(b->grads, bytes_of(b));
     if (b->m) b->ops->free(b->m, 2 * bytes_of(b));
-    if (b->sums) b->ops->free(b->sums, (size_t)(b->n_ranges + 1) * sizeof(double));
+    if (b->sums) b->ops->free(b->sums, sums_bytes(b));
     if (b->hyper) b->ops->free(b->hyper, HYPER_COUNT * sizeof(float));
     if (b->device_ranges) b->ops->free(b->device_ranges, (size_t)(b->n_ranges + 1) * sizeof *b->ranges);
     free(b->ranges);
@@ -52,24 +55,28 @@ void block_free(Block *b) {
 
 /* ---- gradients and moments --------------------------------------------------------------------------------------- */
 
-Status block_begin_grads(Block *b, int written, char *error) {
-    if (!b->grads) {
-        Status s = allocate(b->ops, error, (void **)&b->grads, (int64_t)bytes_of(b), "gradients");
-        if (s) return s;
-    }
+Status block_make_grads(Block *b, char *error) {
+    return b->grads ? OK : allocate(b->ops, error, (void **)&b->grads, (int64_t)bytes_of(b), "gradients");
+}
+
+void block_clear_grads(Block *b, int written) {
+    if (b->live) return;
+    b->ops->zero(block_loss(b), sizeof(double));
     const Param *p = b->layout.p;
-    for (int i = 0; i < b->layout.n && !b->live; i++) {
+    for (int i = 0; i < b->layout.n; i++) {
         if (!p[i].floats || (p[i].where == LAYERED && p[i].columns) || i == written) continue;
         for (int l = 0; l < (p[i].where == LAYERED ? b->n_layer : 1); l++)
             b->ops->zero(layout_at(&b->layout, b->grads, i, l), (size_t)p[i].floats * sizeof(float));
     }
-    return OK;
 }
 
 Status block_grads(Block *b, char *error) {
-    Status s = block_begin_grads(b, -1, error);
-    if (!s && !b->live) b->ops->zero(b->grads, bytes_of(b)), b->live = 1;
-    return s;
+    Status s = block_make_grads(b, error);
+    if (s || b->live) return s;
+    b->ops->zero(b->grads, bytes_of(b));
+    b->ops->zero(block_loss(b), sizeof(double));
+    b->live = 1;
+    return OK;
 }
 
 Status block_moments(Block *b, char *error) {
@@ -82,25 +89,24 @@ Status block_moments(Block *b, char *error) {
 /* ---- update ------------------------------------------------------------------------------------------------------ */
 
 /* Neighbours that decay alike are updated as one range. */
-static void adamw_all(Block *b, float weight_decay) {
+static void adamw_all(Block *b) {
     for (int i = 0, j; i < b->n_ranges; i = j) {
         for (j = i; j < b->n_ranges && b->decays[j] == b->decays[i];) j++;
         int64_t at = b->ranges[i], n = b->ranges[j] - at;
-        b->ops->adamw(b->weights + at, b->m + at, b->v + at, b->grads + at, b->hyper, b->decays[i] ? weight_decay : 0,
-                      n);
+        b->ops->adamw(b->weights + at, b->m + at, b->v + at, b->grads + at, b->hyper, b->decays[i], n);
     }
 }
 
-int block_update(Block *b, double *norm, const float *hyper, float weight_decay, float clip, double skip_above) {
-    double *device_norm = b->sums + b->n_ranges;
-    b->ops->copy_in(b->hyper, hyper, HYPER_COUNT * sizeof *hyper);
+void block_update(Block *b) {
     b->ops->square_sums(b->sums, b->grads, b->device_ranges, b->n_ranges);
-    b->ops->clip_scale(b->hyper, device_norm, b->sums, clip, b->n_ranges);
-    b->ops->copy_out(norm, device_norm, sizeof *norm);
-    b->live = 0;
-    if (!isfinite(*norm) || *norm > skip_above) return 0;
-    adamw_all(b, weight_decay);
-    return 1;
+    b->ops->clip_scale(b->hyper, norm_of(b), block_loss(b), b->sums, b->n_ranges);
+    adamw_all(b);
+}
+
+void block_results(const Block *b, double *norm, double *loss) {
+    double both[2];
+    b->ops->copy_out(both, norm_of(b), sizeof both);
+    *norm = both[0], *loss = both[1];
 }
 
 /* ---- what is not finite ------------------------------------------------------------------------------------------ */

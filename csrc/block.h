@@ -12,23 +12,27 @@ typedef struct {
     int64_t *ranges, *device_ranges; /* where each tensor of each layer begins, in order of memory; and the end */
     char *decays;
     int n_ranges;
-    double *sums; /* squares of each tensor, then their norm */
+    double *sums; /* squares of each tensor, then their norm, then the loss that the gradients are of */
     float *hyper;
 } Block;
 
 Status block_create(Block *b, const Ops *ops, const Layout *layout, int n_layer, char *error);
 void block_free(Block *b);
 
-/* Gradients exist; those that are only ever added to are cleared where a new step begins.  `written`: one of them that
- * the first pass of a step writes (as it does the matrices of layers), or -1. */
-Status block_begin_grads(Block *b, int written, char *error);
+/* Gradients exist. */
+Status block_make_grads(Block *b, char *error);
+/* Where a new step begins: what is only ever added to is zero, the loss too.  `written`: a tensor that the first pass
+ * of a step writes (as it does the matrices of layers), or -1. */
+void block_clear_grads(Block *b, int written);
 /* All of them can be read. */
 Status block_grads(Block *b, char *error);
 Status block_moments(Block *b, char *error);
+double *block_loss(const Block *b); /* in the backend's memory */
 
-/* Clip and AdamW with `hyper` of ops.h, all but its scale; no update where the norm is above skip_above or not finite.
- * Returns whether there was one. */
-int block_update(Block *b, double *norm, const float *hyper, float weight_decay, float clip, double skip_above);
+/* Norm, clip and AdamW with b->hyper, all but its scale. */
+void block_update(Block *b);
+/* What came of it. */
+void block_results(const Block *b, double *norm, double *loss);
 
 /* The first tensor of `values` (weights or grads) with a value that is not finite: the offset of that value; -1 where
  * all are. */

@@ -11,11 +11,10 @@
 #include "adapter.h"
 #include "block.h"
 #include "philox.h"
+#include "repeat.h"
 #include "status.h"
 
-/* Rows of the head that are worked on at a time: their logits are the largest array of a step.  One K block of the
- * weight's gradient, in both precisions: a chunk adds finished sums. */
-enum { HEAD_ROWS = 2 * K_BLOCK, ALIGN_BYTES = 64 };
+enum { ALIGN_BYTES = 64 };
 
 /* ---- the arena ----------------------------------------------------------------------------------------------------
  */
@@ -51,12 +50,20 @@ static Buffers buffer_layout(const Config *c, const Ops *ops, const Adapter *ada
     Buffers b = {.bytes = 0};
     for (int i = 0; i < N_BUFFERS; i++) {
         int64_t bytes = (N * list[i].bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
-        if (i == A_logits) bytes = b.head_bytes = (N < HEAD_ROWS ? N : HEAD_ROWS) * Vp * A;
+        if (i == A_logits) bytes = b.head_bytes = (N < ops->head_rows ? N : ops->head_rows) * Vp * A;
         b.offset[i] = b.bytes;
         b.stride[i] = list[i].layered && training ? bytes : 0;
         b.bytes += bytes + (L - 1) * b.stride[i];
     }
     return b;
+}
+
+/* The base's weights in bf16, at the same places, where the backend's products want them so and an update changes them;
+ * as a matrix of rows that every tensor has a whole number of. */
+enum { LOW_ROW = ALIGN_BYTES / sizeof(float), LOW_VALUE = sizeof(uint16_t) };
+static int low_rows(const Layout *y) { return (int)(y->floats / LOW_ROW); }
+static int64_t low_bytes(const Ops *ops, const Layout *y, int held) {
+    return ops->rounds_weights && held == PREC_FP32 ? ops->held_bytes(PREC_BF16, LOW_ROW, low_rows(y)) : 0;
 }
 
 Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training, int held, const Lora *lora) {
@@ -66,7 +73,7 @@ Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training,
     int64_t base = y.floats * (int64_t)sizeof(float), added = a.layout.floats * (int64_t)sizeof(float);
     int64_t trained = !training ? 0 : lora ? added : base;
     return (Memory){
-        .weights = base + added,
+        .weights = base + low_bytes(ops, &y, held) + added,
         .gradients = trained,
         .moments = 2 * trained,
         .activations = b.bytes - b.head_bytes + 2 * adapter_dense(&a, &y) * (int64_t)sizeof(float),
@@ -86,7 +93,11 @@ struct Model {
     float *dense, *ddense;
     int32_t *groups[LINEARS]; /* the adapter's rows, in the backend's memory */
     Block *trained;           /* base, added, or NULL */
+    void *low;                /* see low_bytes; NULL where there is none */
+    int low_stale;            /* weights were written since it was */
     int64_t step, version;
+    double loss; /* of the last update */
+    Repeats repeats;
     float *cos, *sin;
 
     char *arena;
@@ -112,9 +123,11 @@ int64_t model_version(const Model *m) { return m->version; }
 const Ops *model_ops(const Model *m) { return m->ops; }
 int model_precision(const Model *m) { return m->prec; }
 int64_t model_step(const Model *m) { return m->step; }
+double model_loss(const Model *m) { return m->loss; }
 void model_set_step(Model *m, int64_t step) { m->step = step; }
 
-static int interrupted(const Model *m) { return m->poll && m->poll(); }
+/* A device is only told what to do, which takes no time; and what is recorded is recorded whole. */
+static int interrupted(const Model *m) { return m->ops->on_host && m->poll && m->poll(); }
 
 static void *buffer(const Model *m, int i, int l) { return m->arena + m->b.offset[i] + l * m->b.stride[i]; }
 
@@ -171,9 +184,11 @@ Model *model_create(const Config *c, const Ops *ops, int prec, int held, const u
         snprintf(error, (size_t)size, "no memory");
         return NULL;
     }
-    *m = (Model){.c = *c, .ops = ops, .prec = prec, .held = held};
+    *m = (Model){.c = *c, .ops = ops, .prec = prec, .held = held, .low_stale = 1, .repeats = {.ops = ops}};
     const Layout layout = held_layout(c, ops, held);
     Status s = block_create(&m->base, ops, &layout, c->n_layer, m->error);
+    const int64_t low = low_bytes(ops, &layout, held);
+    if (!s && low) s = allocate(ops, m->error, &m->low, low, "weights in bf16");
     if (!s && c->pos == POS_ROPE) s = rope_tables(c, ops, m->error, &m->cos, &m->sin);
     if (!s && seed) s = initial_weights(m, *seed);
     if (held == PREC_FP32) m->trained = &m->base;
@@ -203,7 +218,9 @@ static void free_adapter(Model *m) {
 
 void model_free(Model *m) {
     if (!m) return;
+    repeats_forget(&m->repeats);
     free_adapter(m);
+    if (m->low) m->ops->free(m->low, (size_t)low_bytes(m->ops, &m->base.layout, m->held));
     block_free(&m->base);
     if (m->cos) m->ops->free(m->cos, (size_t)rope_bytes(&m->c));
     if (m->arena) m->ops->free(m->arena, (size_t)m->arena_bytes);
@@ -252,6 +269,7 @@ Status model_adapt(Model *m, const Lora *lora, uint64_t seed) {
         free_adapter(m);
         return s;
     }
+    repeats_forget(&m->repeats);
     Block base = m->base; /* its gradients and moments are not needed any more */
     m->base.grads = m->base.m = m->base.v = NULL, m->base.live = 0;
     if (base.grads) m->ops->free(base.grads, (size_t)base.layout.floats * sizeof(float));
@@ -290,6 +308,7 @@ Status model_put(Model *m, int block, const Tensor *t, int64_t row, const float 
     int held;
     Status s = row_of(m, block, t, row, &p, &held);
     if (s) return s;
+    if (block == WEIGHTS) m->low_stale = 1;
     if (held == PREC_FP32) {
         m->ops->copy_in(p, values, (size_t)bytes);
         return checked_device(m->ops, m->error, OK);
@@ -369,11 +388,18 @@ static int find_bad_weight(Model *m, char name[64]) {
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
+static void round_weights(Model *m) {
+    if (m->low) m->ops->held_write(m->low, m->base.weights, PREC_BF16, LOW_ROW, low_rows(&m->base.layout));
+    m->low_stale = 0;
+}
+
 static Status prepare(Model *m, int B, int T, int training) {
     m->kept = 0;
     m->b = buffer_layout(&m->c, m->ops, &m->adapter, (int64_t)B * T, training);
     m->B = B, m->T = T;
+    if (m->low_stale) round_weights(m);
     if (m->b.bytes <= m->arena_bytes) return OK;
+    repeats_forget(&m->repeats);
     if (m->arena) m->ops->free(m->arena, (size_t)m->arena_bytes);
     m->arena = NULL, m->arena_bytes = 0;
     char purpose[96];
@@ -394,6 +420,18 @@ static void norm_forward(const Model *m, act *out, float *mean, float *rstd, con
     int N = m->B * m->T, C = m->c.n_embd;
     if (m->c.norm == NORM_LAYERNORM) m->ops->layernorm_forward(out, mean, rstd, in, weight, bias, m->c.norm_eps, N, C);
     else m->ops->rmsnorm_forward(out, rstd, in, weight, m->c.norm_eps, N, C);
+}
+
+/* A weight as products read it. */
+typedef struct {
+    const void *p;
+    int held;
+} Weight;
+
+static Weight weight_at(const Model *m, int i, int l) {
+    const float *p = layout_at(&m->base.layout, m->base.weights, i, l);
+    if (!m->low) return (Weight){p, m->base.layout.p[i].held};
+    return (Weight){(const char *)m->low + (p - m->base.weights) * LOW_VALUE, PREC_BF16};
 }
 
 /* The adapter of linear layer w: its width; 0: it has none. */
@@ -433,11 +471,11 @@ static void linear(const Model *m, int w, int b, int l, act *out, act *pre, cons
     const Param *p = &m->base.layout.p[w];
     const int N = m->B * m->T, C = (int)p->columns, OC = (int)p->rows, adapted = width_of(m, w) > 0;
     const int apart = adapted && fn != FN_NONE; /* the adapter comes before the function */
-    const float *weight = layout_at(&m->base.layout, m->base.weights, w, l),
-                *bias = layout_at(&m->base.layout, m->base.weights, b, l);
+    const Weight weight = weight_at(m, w, l);
+    const float *bias = layout_at(&m->base.layout, m->base.weights, b, l);
     act *sum = apart ? pre : out;
-    m->ops->linear_forward(sum, apart ? NULL : pre, in, weight, p->held, bias, residual, apart ? FN_NONE : fn, m->prec,
-                           N, C, OC);
+    m->ops->linear_forward(sum, apart ? NULL : pre, in, weight.p, weight.held, bias, residual, apart ? FN_NONE : fn,
+                           m->prec, N, C, OC);
     if (adapted) adapter_forward(m, w, l, sum, in);
     if (apart) m->ops->gelu_forward(out, pre, fn, N, OC);
 }
@@ -465,12 +503,16 @@ static void block_forward(const Model *m, int l, act *out) {
     linear(m, P_fc2_w, P_fc2_b, l, out, NULL, AT(fch), AT(mid), FN_NONE);
 }
 
-/* Tokens to hidden states. */
-static Status body_forward(Model *m, const int32_t *tokens, const int32_t *starts) {
-    const int l = 0, L = m->c.n_layer;
-    copy_ids(m, AT(tokens), tokens);
+static void put_tokens(Model *m, const int32_t *tokens, const int32_t *starts) {
+    copy_ids(m, buffer(m, A_tokens, 0), tokens);
     m->has_starts = starts != NULL;
-    if (starts) copy_ids(m, AT(starts), starts);
+    if (starts) copy_ids(m, buffer(m, A_starts, 0), starts);
+}
+
+/* Tokens to hidden states. */
+static Status body_forward(void *context) {
+    Model *m = context;
+    const int l = 0, L = m->c.n_layer;
     m->ops->embedding_forward(AT(residual), AT(tokens), starts_of(m), WEIGHT(wte), m->held, WEIGHT(wpe), m->B, m->T,
                               m->c.n_embd);
     for (int i = 0; i < L; i++) {
@@ -494,7 +536,7 @@ static Chunk head_chunk(const Model *m, int row) {
     const int l = 0, N = m->B * m->T;
     size_t skip = (size_t)row * (size_t)m->c.n_embd * m->ops->act_bytes;
     return (Chunk){.row = row,
-                   .rows = N - row < HEAD_ROWS ? N - row : HEAD_ROWS,
+                   .rows = N - row < m->ops->head_rows ? N - row : m->ops->head_rows,
                    .hidden = (char *)AT(hidden) + skip,
                    .dhidden = (char *)AT(dnorm) + skip,
                    .logits = AT(logits),
@@ -507,11 +549,10 @@ static Chunk head_chunk(const Model *m, int row) {
 
 static int vocab_padded(const Model *m) { return (int)m->base.layout.p[P_wte].rows; }
 
-static float *head_of(const Model *m, float *block) { return layout_at(&m->base.layout, block, head_param(&m->c), 0); }
-
 static void chunk_logits(const Model *m, const Chunk *k) {
-    m->ops->linear_forward(k->logits, NULL, k->hidden, head_of(m, m->base.weights), m->held, NULL, NULL, FN_NONE,
-                           m->prec, k->rows, m->c.n_embd, vocab_padded(m));
+    const Weight head = weight_at(m, head_param(&m->c), 0);
+    m->ops->linear_forward(k->logits, NULL, k->hidden, head.p, head.held, NULL, NULL, FN_NONE, m->prec, k->rows,
+                           m->c.n_embd, vocab_padded(m));
 }
 
 static void chunk_logprobs(const Model *m, const Chunk *k, int entropy) {
@@ -521,34 +562,15 @@ static void chunk_logprobs(const Model *m, const Chunk *k, int entropy) {
 
 /* From the chunk's logits, which it uses up: adds to the head's weight, and leaves the gradient of hidden in dnorm. */
 static void chunk_backward(const Model *m, const Chunk *k, int has_dhidden) {
-    int C = m->c.n_embd, Vp = vocab_padded(m), add = m->trained->live || k->row > 0;
+    const int C = m->c.n_embd, Vp = vocab_padded(m), add = m->trained->live || k->row > 0;
+    const Weight head = weight_at(m, head_param(&m->c), 0);
     m->ops->logprob_backward(k->logits, k->dlogprobs, k->logits, k->targets, k->lse, m->invtemp, k->rows,
                              m->c.vocab_size, Vp);
-    m->ops->linear_backward_input(k->dhidden, k->logits, has_dhidden ? k->dhidden : NULL, head_of(m, m->base.weights),
-                                  m->held, NULL, FN_NONE, m->prec, k->rows, C, Vp);
+    m->ops->linear_backward_input(k->dhidden, k->logits, has_dhidden ? k->dhidden : NULL, head.p, head.held, NULL,
+                                  FN_NONE, m->prec, k->rows, C, Vp);
     if (m->base.grads)
-        m->ops->linear_backward_weight(head_of(m, m->base.grads), NULL, k->logits, k->hidden, add, m->prec, k->rows, C,
-                                       Vp);
-}
-
-/* A row whose lse is not finite met a bad weight, or numbers that grew beyond fp32. */
-static Status check_finite(Model *m) {
-    const int N = m->B * m->T;
-    float lse[256];
-    for (int at = 0; at < N; at += 256) {
-        int n = N - at < 256 ? N - at : 256;
-        m->ops->copy_out(lse, (float *)buffer(m, A_head_lse, 0) + at, (size_t)n * sizeof(float));
-        for (int i = 0; i < n; i++) {
-            if (isfinite(lse[i])) continue;
-            char name[64];
-            m->kept = 0;
-            if (find_bad_weight(m, name))
-                return failed(m->error, NOT_FINITE, "weights: %s holds a value that is not finite", name);
-            return failed(m->error, NOT_FINITE, "logits of row b = %d, t = %d are not finite", (at + i) / m->T,
-                          (at + i) % m->T);
-        }
-    }
-    return OK;
+        m->ops->linear_backward_weight(layout_at(&m->base.layout, m->base.grads, head_param(&m->c), 0), NULL, k->logits,
+                                       k->hidden, add, m->prec, k->rows, C, Vp);
 }
 
 /* Floats that a row has one of. */
@@ -556,14 +578,45 @@ static void copy_floats_out(const Model *m, float *out, int buffer_) {
     if (out) m->ops->copy_out(out, buffer(m, buffer_, 0), (size_t)m->B * (size_t)m->T * sizeof(float));
 }
 
+static Status check_weights(Model *m) {
+    char name[64];
+    if (!find_bad_weight(m, name)) return OK;
+    return failed(m->error, NOT_FINITE, "weights: %s holds a value that is not finite", name);
+}
+
+/* A row whose lse is not finite met a bad weight, or numbers that grew beyond fp32. */
+static Status check_finite(Model *m) {
+    const int N = m->B * m->T;
+    float *lse = malloc((size_t)N * sizeof *lse);
+    if (!lse) return failed(m->error, NO_MEMORY, "check of the logits: no memory");
+    copy_floats_out(m, lse, A_head_lse);
+    int bad = 0;
+    while (bad < N && isfinite(lse[bad])) bad++;
+    free(lse);
+    if (bad == N) return OK;
+    m->kept = 0;
+    Status s = check_weights(m);
+    return s ? s : failed(m->error, NOT_FINITE, "logits of row b = %d, t = %d are not finite", bad / m->T, bad % m->T);
+}
+
+/* ---- work that is the same in every step ---- */
+
+enum { FORWARD, BACKWARD, UPDATE };
+
+static Status pass_forward(Model *m) {
+    const Repeat key = {.work = FORWARD, .B = m->B, .T = m->T, .has_starts = m->has_starts};
+    return repeat(&m->repeats, &key, body_forward, m);
+}
+
 Status model_forward(Model *m, float *logprobs, float *hidden, float *entropy, const int32_t *tokens,
                      const int32_t *targets, const int32_t *starts, float temperature, int B, int T) {
     Status s = prepare(m, B, T, 1);
-    if (!s) s = body_forward(m, tokens, starts);
     if (s) return s;
-    m->invtemp = 1 / temperature;
+    put_tokens(m, tokens, starts);
     copy_ids(m, buffer(m, A_targets, 0), targets);
-    for (int row = 0; row < B * T; row += HEAD_ROWS) {
+    m->invtemp = 1 / temperature;
+    if ((s = pass_forward(m))) return s;
+    for (int row = 0; row < B * T; row += m->ops->head_rows) {
         if (interrupted(m)) return INTERRUPTED;
         Chunk k = head_chunk(m, row);
         chunk_logits(m, &k);
@@ -579,11 +632,12 @@ Status model_forward(Model *m, float *logprobs, float *hidden, float *entropy, c
 
 Status model_logits(Model *m, float *logits, const int32_t *tokens, const int32_t *starts, int last, int B, int T) {
     Status s = prepare(m, B, T, 0);
-    if (!s) s = body_forward(m, tokens, starts);
     if (s) return s;
+    put_tokens(m, tokens, starts);
+    if ((s = body_forward(m))) return s;
     size_t V = (size_t)m->c.vocab_size, Vp = (size_t)vocab_padded(m), A = m->ops->act_bytes;
     /* one row at a time where only the last counts, else chunk by chunk */
-    int step = last ? T : HEAD_ROWS;
+    int step = last ? T : m->ops->head_rows;
     for (int row = last ? T - 1 : 0; row < B * T; row += step) {
         if (interrupted(m)) return INTERRUPTED;
         Chunk k = head_chunk(m, row);
@@ -630,9 +684,9 @@ static void linear_backward(const Model *m, int w, int l, act *din, float *dbias
     const Param *p = &m->base.layout.p[w];
     const int N = m->B * m->T, C = (int)p->columns, OC = (int)p->rows, adapted = width_of(m, w) > 0;
     const int apart = adapted && fn != FN_NONE;
-    const float *weight = layout_at(&m->base.layout, m->base.weights, w, l);
+    const Weight weight = weight_at(m, w, l);
     if (din)
-        m->ops->linear_backward_input(din, dout, NULL, weight, p->held, apart ? NULL : pre, apart ? FN_NONE : fn,
+        m->ops->linear_backward_input(din, dout, NULL, weight.p, weight.held, apart ? NULL : pre, apart ? FN_NONE : fn,
                                       m->prec, N, C, OC);
     if (adapted) adapter_backward(m, w, l, din, dout, in);
     if (apart) m->ops->gelu_backward(din, din, pre, fn, N, C);
@@ -668,14 +722,20 @@ static void block_backward(const Model *m, int l) {
     norm_backward(m, GRAD(ln1_w), GRAD(ln1_b), below, AT(residual), WEIGHT(ln1_w), AT(ln1_mean), AT(ln1_rstd), dres);
 }
 
+static Status check_trained(Model *m) {
+    if (m->trained) return OK;
+    return failed(m->error, FROZEN, "the weights are held in less than fp32, so they are not trained; an adapter is");
+}
+
+static Status make_grads(Model *m) {
+    Status s = check_trained(m);
+    return s ? s : block_make_grads(m->trained, m->error);
+}
+
 /* Make ready what this backward pass will add to.  Matrices of the layers are written, not added to, by the first pass
  * of a step, and so is the head's where there are dlogprobs. */
-static Status begin_grads(Model *m, int head_is_written) {
-    if (!m->trained)
-        return failed(m->error, FROZEN,
-                      "the weights are held in less than fp32, so they are not trained; an adapter is");
-    int written = head_is_written && m->trained == &m->base ? head_param(&m->c) : -1;
-    return block_begin_grads(m->trained, written, m->error);
+static void clear_grads(Model *m, int head_is_written) {
+    block_clear_grads(m->trained, head_is_written && m->trained == &m->base ? head_param(&m->c) : -1);
 }
 
 /* Gradients of hidden (in dnorm) down to the embedding. */
@@ -695,7 +755,7 @@ static Status body_backward(Model *m) {
 
 /* The second door: forward dropped the logits chunk by chunk, so they are computed again. */
 static Status head_backward(Model *m, int has_dhidden) {
-    for (int row = 0; row < m->B * m->T; row += HEAD_ROWS) {
+    for (int row = 0; row < m->B * m->T; row += m->ops->head_rows) {
         if (interrupted(m)) return INTERRUPTED;
         Chunk k = head_chunk(m, row);
         chunk_logits(m, &k);
@@ -719,8 +779,9 @@ Status model_backward(Model *m, const float *dlogprobs, const float *dhidden, in
     if (T != m->T) return failed(m->error, BAD_SHAPE, "%s: T is %" PRId64 ", the last forward has %d", name, T, m->T);
     const int l = 0;
     size_t N = (size_t)m->B * (size_t)m->T;
-    Status s = begin_grads(m, dlogprobs != NULL);
+    Status s = make_grads(m);
     if (s) return s;
+    clear_grads(m, dlogprobs != NULL);
     if (dlogprobs) m->ops->copy_in(AT(dlogprobs), dlogprobs, N * sizeof(float));
     if (dhidden) s = write_acts(m->ops, m->error, AT(dnorm), dhidden, (int64_t)N * m->c.n_embd);
     if (dlogprobs && !s) s = head_backward(m, dhidden != NULL);
@@ -728,68 +789,116 @@ Status model_backward(Model *m, const float *dlogprobs, const float *dhidden, in
     return end_backward(m, s);
 }
 
-Status model_forward_backward(Model *m, float *logprobs, const float *dlogprobs, const int32_t *tokens,
-                              const int32_t *targets, const int32_t *starts, float temperature, int B, int T) {
-    Status s = prepare(m, B, T, 1);
-    if (!s) s = begin_grads(m, 1);
-    if (!s) s = body_forward(m, tokens, starts);
-    if (s) return s; /* nothing was added yet: what earlier passes left stays */
-    m->invtemp = 1 / temperature;
-    copy_ids(m, buffer(m, A_targets, 0), targets);
-    m->ops->copy_in(buffer(m, A_dlogprobs, 0), dlogprobs, (size_t)B * (size_t)T * sizeof(float));
-    for (int row = 0; row < B * T && !s; row += HEAD_ROWS) {
+/* Head and backward pass of model_accumulate. */
+static Status joint_backward(void *context) {
+    Model *m = context;
+    clear_grads(m, 1);
+    Status s = OK;
+    for (int row = 0; row < m->B * m->T && !s; row += m->ops->head_rows) {
         Chunk k = head_chunk(m, row);
         chunk_logits(m, &k);
         chunk_logprobs(m, &k, 0);
         chunk_backward(m, &k, 0);
         if (interrupted(m)) s = INTERRUPTED;
     }
-    if (!s) s = check_finite(m);
-    if (!s) s = body_backward(m);
-    if (!s) copy_floats_out(m, logprobs, A_logprobs);
-    return end_backward(m, s);
+    m->ops->loss_add(block_loss(m->trained), buffer(m, A_logprobs, 0), buffer(m, A_dlogprobs, 0), m->B * m->T);
+    return s ? s : body_backward(m);
+}
+
+Status model_accumulate(Model *m, const float *dlogprobs, const int32_t *tokens, const int32_t *targets,
+                        const int32_t *starts, float temperature, int B, int T) {
+    Status s = prepare(m, B, T, 1);
+    if (!s) s = make_grads(m);
+    if (s) return s;
+    put_tokens(m, tokens, starts);
+    copy_ids(m, buffer(m, A_targets, 0), targets);
+    m->ops->copy_in(buffer(m, A_dlogprobs, 0), dlogprobs, (size_t)B * (size_t)T * sizeof(float));
+    m->invtemp = 1 / temperature;
+    if ((s = pass_forward(m))) return s; /* nothing was added yet: what earlier passes left stays */
+    const Repeat key = {
+        .work = BACKWARD, .B = B, .T = T, .has_starts = m->has_starts, .live = m->trained->live, .invtemp = m->invtemp};
+    return end_backward(m, repeat(&m->repeats, &key, joint_backward, m));
+}
+
+Status model_forward_backward(Model *m, float *logprobs, const float *dlogprobs, const int32_t *tokens,
+                              const int32_t *targets, const int32_t *starts, float temperature, int B, int T) {
+    Status s = model_accumulate(m, dlogprobs, tokens, targets, starts, temperature, B, T);
+    if (s) return s;
+    copy_floats_out(m, logprobs, A_logprobs);
+    return end_backward(m, check_finite(m));
 }
 
 /* ---- update ------------------------------------------------------------------------------------------------------ */
 
 Status model_grads(Model *m, float **grads) {
-    Status s = begin_grads(m, 0);
+    Status s = check_trained(m);
     if (!s) s = block_grads(m->trained, m->error);
     if (!s) *grads = m->trained->grads;
     return s;
 }
 
 Status model_moments(Model *m, float *moments[2]) {
-    if (!m->trained) return begin_grads(m, 0);
-    Status s = block_moments(m->trained, m->error);
-    moments[0] = m->trained->m, moments[1] = m->trained->v;
+    Status s = check_trained(m);
+    if (!s) s = block_moments(m->trained, m->error);
+    if (!s) moments[0] = m->trained->m, moments[1] = m->trained->v;
     return s;
 }
 
-Status model_update(Model *m, double *norm, float lr, float beta1, float beta2, float eps, float weight_decay,
-                    float clip, double skip_above) {
+/* The least float that is no less: what is at a limit is not above it. */
+static float float_above(double x) {
+    const float f = (float)x;
+    return (double)f < x ? nextafterf(f, INFINITY) : f;
+}
+
+static void put_hyper(Model *m, const Update *u) {
+    const double t = (double)m->step + 1;
+    const float hyper[HYPER_COUNT] = {
+        [HYPER_LR] = u->lr,
+        [HYPER_BETA1] = u->beta1,
+        [HYPER_BETA2] = u->beta2,
+        [HYPER_EPS] = u->eps,
+        [HYPER_C1] = (float)(1 - pow((double)u->beta1, t)),
+        [HYPER_C2] = (float)(1 - pow((double)u->beta2, t)),
+        [HYPER_DECAY] = u->weight_decay,
+        [HYPER_CLIP] = u->clip,
+        [HYPER_LOSS_LIMIT] = float_above(u->loss_limit),
+        [HYPER_NORM_LIMIT] = float_above(u->norm_limit),
+    };
+    m->ops->copy_in(m->trained->hyper, hyper, sizeof hyper);
+}
+
+static Status update_weights(void *context) {
+    Model *m = context;
+    block_update(m->trained);
+    if (m->trained == &m->base) round_weights(m);
+    return OK;
+}
+
+/* Why there was no update. */
+static Status not_finite(Model *m) {
+    Status s = check_weights(m);
+    if (s) return s;
+    char name[64];
+    if (!isfinite(m->loss))
+        return failed(m->error, NOT_FINITE, "update: the loss is not finite; weights and moments are unchanged");
+    if (!find_not_finite(m, m->trained, m->trained->grads, name)) snprintf(name, sizeof name, "the whole");
+    return failed(m->error, NOT_FINITE, "update: the gradient of %s is not finite; weights and moments are unchanged",
+                  name);
+}
+
+Status model_update(Model *m, double *norm, const Update *u) {
     Block *b = m->trained;
     if (!b || !b->live) return failed(m->error, NO_FORWARD, "update: there are no gradients (backward comes first)");
     Status s = block_moments(b, m->error);
     if (s) return s;
-    double t = (double)m->step + 1;
-    float hyper[HYPER_COUNT] = {
-        [HYPER_LR] = lr,
-        [HYPER_BETA1] = beta1,
-        [HYPER_BETA2] = beta2,
-        [HYPER_EPS] = eps,
-        [HYPER_SCALE] = 1,
-        [HYPER_C1] = (float)(1 - pow((double)beta1, t)),
-        [HYPER_C2] = (float)(1 - pow((double)beta2, t)),
-    };
-    int updated = block_update(b, norm, hyper, weight_decay, clip, skip_above);
-    if (!isfinite(*norm)) {
-        char name[64];
-        if (!find_not_finite(m, b, b->grads, name)) snprintf(name, sizeof name, "the whole");
-        return failed(m->error, NOT_FINITE,
-                      "update: the gradient of %s is not finite; weights and moments are unchanged", name);
-    }
-    if ((s = checked_device(m->ops, m->error, OK)) || !updated) return s;
+    put_hyper(m, u);
+    const Repeat key = {.work = UPDATE};
+    repeat(&m->repeats, &key, update_weights, m);
+    block_results(b, norm, &m->loss);
+    b->live = 0;
+    if ((s = checked_device(m->ops, m->error, OK))) return s;
+    if (!isfinite(*norm) || !isfinite(m->loss)) return not_finite(m);
+    if (*norm > (double)float_above(u->norm_limit) || m->loss > (double)float_above(u->loss_limit)) return OK;
     m->step++;
     m->version++;
     m->kept = 0;

@@ -40,6 +40,7 @@ const Ops CAT(ops, ISA) = {
     .name = STR(ISA),
     .act_bytes = sizeof(float),
     .on_host = 1,
+    .head_rows = 2 * K_BLOCK,
     .memory_free = system_memory_free,
     .alloc = memory_alloc,
     .free = memory_free,

@@ -714,22 +714,32 @@ static void square_sums(double *sums, const float *x, const int64_t *offsets, in
     }
 }
 
-static void clip_scale(float *hyper, double *norm, const double *sums, float max_norm, int n) {
+static void loss_add(double *loss, const float *logprobs, const float *dlogprobs, int N) {
+    double sum = 0.0;
+    for (int n = 0; n < N; n++) sum += (double)logprobs[n] * (double)dlogprobs[n];
+    *loss += sum;
+}
+
+static void clip_scale(float *hyper, double *norm, const double *loss, const double *sums, int n) {
+    const double clip = (double)hyper[HYPER_CLIP];
     double sum = 0.0;
     for (int j = 0; j < n; j++) sum += sums[j];
     *norm = sqrt(sum);
-    hyper[HYPER_SCALE] = max_norm > 0.0f && *norm > (double)max_norm ? (float)((double)max_norm / *norm) : 1.0f;
+    hyper[HYPER_SCALE] = clip > 0.0 && *norm > clip ? (float)(clip / *norm) : 1.0f;
+    if (!isfinite(*norm) || !isfinite(*loss) || *norm > (double)hyper[HYPER_NORM_LIMIT] ||
+        *loss > (double)hyper[HYPER_LOSS_LIMIT])
+        hyper[HYPER_SCALE] = NAN;
 }
 
-static void adamw(float *weights, float *m, float *v, const float *grads, const float *hyper, float weight_decay,
-                  int64_t n) {
-    const float beta1 = hyper[HYPER_BETA1], beta2 = hyper[HYPER_BETA2];
+static void adamw(float *weights, float *m, float *v, const float *grads, const float *hyper, int decays, int64_t n) {
+    const float beta1 = hyper[HYPER_BETA1], beta2 = hyper[HYPER_BETA2], decay = decays ? hyper[HYPER_DECAY] : 0.0f;
+    if (isnan(hyper[HYPER_SCALE])) return;
     for (int64_t i = 0; i < n; i++) {
         float g = grads[i] * hyper[HYPER_SCALE];
         m[i] = beta1 * m[i] + (1.0f - beta1) * g;
         v[i] = beta2 * v[i] + (1.0f - beta2) * g * g;
         float step = m[i] / hyper[HYPER_C1] / (sqrtf(v[i] / hyper[HYPER_C2]) + hyper[HYPER_EPS]);
-        weights[i] -= hyper[HYPER_LR] * (step + weight_decay * weights[i]);
+        weights[i] -= hyper[HYPER_LR] * (step + decay * weights[i]);
     }
 }
 
@@ -758,6 +768,7 @@ const Ops ops_ref = {
     .name = "ref",
     .act_bytes = sizeof(float),
     .on_host = 1,
+    .head_rows = 2 * K_BLOCK,
     .memory_free = system_memory_free,
     .alloc = memory_alloc,
     .free = memory_free,

@@ -1,7 +1,8 @@
-/* update.c -- the end of a step: square sums, clipping, AdamW.
+/* update.c -- the end of a step: loss, square sums, clipping, AdamW.
  *
- * All three are one pass over memory: 4 bytes a value for the sums, 28 for AdamW (16 read, 12 written), which runs at
- * copy bandwidth.  Partitions are blocks of fixed length, so the bits do not know the threads. */
+ * Square sums and AdamW are one pass over memory each: 4 bytes a value for the first, 28 for AdamW (16 read, 12
+ * written), which runs at copy bandwidth.  Partitions are blocks of fixed length, so the bits do not know the threads.
+ */
 #include "simd.h"
 #include "threads.h"
 
@@ -50,11 +51,21 @@ void CAT(square_sums, ISA)(double *sums, const float *x, const int64_t *offsets,
     }
 }
 
-void CAT(clip_scale, ISA)(float *hyper, double *norm, const double *sums, float max_norm, int n) {
+void CAT(loss_add, ISA)(double *loss, const float *logprobs, const float *dlogprobs, int N) {
+    double sum = 0.0;
+    for (int n = 0; n < N; n++) sum += (double)logprobs[n] * (double)dlogprobs[n];
+    *loss += sum;
+}
+
+void CAT(clip_scale, ISA)(float *hyper, double *norm, const double *loss, const double *sums, int n) {
+    const double clip = (double)hyper[HYPER_CLIP];
     double sum = 0.0;
     for (int j = 0; j < n; j++) sum += sums[j];
     *norm = sqrt(sum);
-    hyper[HYPER_SCALE] = max_norm > 0.0f && *norm > (double)max_norm ? (float)((double)max_norm / *norm) : 1.0f;
+    hyper[HYPER_SCALE] = clip > 0.0 && *norm > clip ? (float)(clip / *norm) : 1.0f;
+    const int bad = !isfinite(*norm) || !isfinite(*loss);
+    if (bad || *norm > (double)hyper[HYPER_NORM_LIMIT] || *loss > (double)hyper[HYPER_LOSS_LIMIT])
+        hyper[HYPER_SCALE] = NAN;
 }
 
 /* ---- AdamW ---- */
@@ -62,7 +73,7 @@ void CAT(clip_scale, ISA)(float *hyper, double *norm, const double *sums, float 
 typedef struct {
     float *weights, *m, *v;
     const float *grads, *hyper;
-    float weight_decay;
+    float decay;
     int64_t n;
 } Adam;
 
@@ -75,7 +86,7 @@ static void adamw_block(void *context, int block) {
     const vf beta2 = vset(hyper[HYPER_BETA2]), rest2 = vset(1.0f - hyper[HYPER_BETA2]);
     const vf inv_c1 = vset(1.0f / hyper[HYPER_C1]), inv_c2 = vset(1.0f / hyper[HYPER_C2]);
     const vf scale = vset(hyper[HYPER_SCALE]), eps = vset(hyper[HYPER_EPS]), lr = vset(hyper[HYPER_LR]);
-    const vf weight_decay = vset(a->weight_decay);
+    const vf decay = vset(a->decay);
     for (int i = 0; i < n; i += W) {
         const int k = min_int(W, n - i);
         float *weights_i = a->weights + at + i, *m_i = a->m + at + i, *v_i = a->v + at + i;
@@ -84,12 +95,13 @@ static void adamw_block(void *context, int block) {
         vstore(m_i, m, k);
         vstore(v_i, v, k);
         vf w = vload(weights_i, k), step = m * inv_c1 / (vsqrt(v * inv_c2) + eps);
-        vstore(weights_i, vnfma(lr, vfma(weight_decay, w, step), w), k);
+        vstore(weights_i, vnfma(lr, vfma(decay, w, step), w), k);
     }
 }
 
-void CAT(adamw, ISA)(float *weights, float *m, float *v, const float *grads, const float *hyper, float weight_decay,
+void CAT(adamw, ISA)(float *weights, float *m, float *v, const float *grads, const float *hyper, int decays,
                      int64_t n) {
-    Adam a = {weights, m, v, grads, hyper, weight_decay, n};
+    Adam a = {weights, m, v, grads, hyper, decays ? hyper[HYPER_DECAY] : 0.0f, n};
+    if (isnan(hyper[HYPER_SCALE])) return;
     parallel_for(adamw_block, &a, (int)((n + BLOCK - 1) / BLOCK));
 }

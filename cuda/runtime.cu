@@ -1,6 +1,7 @@
 /* runtime.cu -- runtime.h on a GPU: the stream, memory, and the first failure. */
 #include "runtime.h"
 #include <stdio.h>
+#include <string.h>
 
 namespace {
 
@@ -8,6 +9,7 @@ char message[256]; /* empty: nothing failed */
 cudaStream_t the_stream;
 char *memory;
 size_t memory_bytes;
+bool recording;
 
 void fail(const char *op, const char *what) {
     if (!message[0]) snprintf(message, sizeof message, "%s: %s", op, what);
@@ -33,6 +35,10 @@ cudaStream_t cuda_stream() {
 void *scratch(size_t bytes) {
     if (message[0]) return NULL;
     if (bytes <= memory_bytes) return memory;
+    if (recording) {
+        fail("scratch", "a recording asks for more working memory than the same work did before");
+        return NULL;
+    }
     worked(cudaStreamSynchronize(cuda_stream()), "scratch"); /* what still runs may use the old one */
     worked(cudaFree(memory), "scratch");
     memory = NULL, memory_bytes = 0;
@@ -97,12 +103,49 @@ static void move(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, 
     if (bytes) worked(cudaMemcpyAsync(dst, src, bytes, kind, cuda_stream()), op);
 }
 
-/* From memory that is not pinned, as all of ours: it has been read when the call returns. */
+/* A place in pinned memory for at most HALF bytes on their way to the device: from any other the driver may wait for
+ * the stream.  The halves take turns, and one is used again when all that left it has arrived. */
+static const size_t HALF = 4 << 20;
+static char *pinned_place(size_t bytes) {
+    static char *pinned;
+    static cudaEvent_t left[2];
+    static int half;
+    static size_t used;
+    if (!pinned) {
+        worked(cudaMallocHost((void **)&pinned, 2 * HALF), "pinned memory");
+        for (cudaEvent_t &event : left)
+            worked(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "pinned memory");
+    }
+    if (message[0]) return NULL;
+    if (used + bytes > HALF) {
+        worked(cudaEventRecord(left[half], cuda_stream()), "pinned memory");
+        half = !half, used = 0;
+        worked(cudaEventSynchronize(left[half]), "pinned memory");
+    }
+    char *place = pinned + (size_t)half * HALF + used;
+    used += (bytes + 15) / 16 * 16;
+    return place;
+}
+
+/* The host's part of a step, which is never recorded. */
+static bool of_host(const char *op) {
+    if (recording) fail(op, "in the middle of a recording");
+    return !message[0];
+}
+
 void cuda_copy_in(void *dst, const void *src, size_t bytes) {
-    move(dst, src, bytes, cudaMemcpyHostToDevice, "cuda_copy_in");
+    if (!of_host("cuda_copy_in")) return;
+    for (size_t at = 0; at < bytes; at += HALF) {
+        const size_t n = bytes - at < HALF ? bytes - at : HALF;
+        char *place = pinned_place(n);
+        if (!place) return;
+        memcpy(place, (const char *)src + at, n);
+        move((char *)dst + at, place, n, cudaMemcpyHostToDevice, "cuda_copy_in");
+    }
 }
 
 void cuda_copy_out(void *dst, const void *src, size_t bytes) {
+    if (!of_host("cuda_copy_out")) return;
     move(dst, src, bytes, cudaMemcpyDeviceToHost, "cuda_copy_out");
     worked(cudaStreamSynchronize(cuda_stream()), "cuda_copy_out");
 }
@@ -113,4 +156,44 @@ void cuda_copy(void *dst, const void *src, size_t bytes) {
 
 void cuda_zero(void *p, size_t bytes) {
     if (bytes) worked(cudaMemsetAsync(p, 0, bytes, cuda_stream()), "cuda_zero");
+}
+
+/* ---- recordings ---- */
+
+namespace {
+struct Recording {
+    cudaGraphExec_t graph;
+    const char *memory; /* the working memory that its launches use */
+};
+}  // namespace
+
+void cuda_record(void) {
+    if (!message[0])
+        recording = worked(cudaStreamBeginCapture(cuda_stream(), cudaStreamCaptureModeThreadLocal), "record");
+}
+
+void *cuda_recorded(void) {
+    if (!recording) return NULL;
+    recording = false;
+    cudaGraph_t graph = NULL;
+    Recording *r = new Recording{NULL, memory};
+    if (worked(cudaStreamEndCapture(cuda_stream(), &graph), "recorded") && !message[0])
+        worked(cudaGraphInstantiate(&r->graph, graph, 0), "recorded");
+    if (graph) cudaGraphDestroy(graph);
+    if (r->graph) return r;
+    delete r;
+    return NULL;
+}
+
+int cuda_replay(const void *recording_) {
+    const Recording *r = (const Recording *)recording_;
+    if (r->memory != memory) return 0;
+    if (!message[0]) worked(cudaGraphLaunch(r->graph, cuda_stream()), "replay");
+    return 1;
+}
+
+void cuda_forget(void *recording_) {
+    Recording *r = (Recording *)recording_;
+    cudaGraphExecDestroy(r->graph); /* one that is at work is destroyed when it is done */
+    delete r;
 }

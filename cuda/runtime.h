@@ -8,7 +8,7 @@
 
 /* Working memory, on 256 bytes; its content is arbitrary.  Every call gives the same memory: what is in it is lost to
  * kernels launched behind the next call.  It grows to the most that was ever asked for; growing waits for the device,
- * so the first step of a run must not be recorded into a graph, and later ones may.  NULL where there is none, or
+ * so what a run does for the first time is not recorded, and may be from then on.  NULL where there is none, or
  * something failed before: then launches do nothing. */
 void *scratch(size_t bytes);
 
@@ -27,8 +27,8 @@ struct Grid {
  * nothing, so whoever called some asks once behind them. */
 extern "C" const char *cuda_error(void);
 
-/* Memory of the backend, as `Ops` has it.  copy_in returns when the source may be changed, copy_out when the bytes are
- * there; all else only takes its place on the stream. */
+/* Memory of the backend, as `Ops` has it.  copy_in returns when the source may be changed, without waiting for the
+ * stream; copy_out when the bytes are there; all else only takes its place on the stream. */
 extern "C" {
 void *cuda_alloc(size_t bytes); /* zero-filled; NULL where there is not enough */
 void cuda_free(void *p, size_t bytes);
@@ -37,6 +37,11 @@ void cuda_copy_out(void *dst, const void *src, size_t bytes);
 void cuda_copy(void *dst, const void *src, size_t bytes);
 void cuda_zero(void *p, size_t bytes);
 int64_t cuda_memory_free(void);
+/* Recordings, as `Ops` has them: launches, cuda_copy and cuda_zero; nothing that waits or allocates. */
+void cuda_record(void);
+void *cuda_recorded(void);
+int cuda_replay(const void *recording);
+void cuda_forget(void *recording);
 /* Make the GPU of that number ours, before anything else; what is missing, in words, or NULL. */
 __attribute__((visibility("default"))) const char *barelm_cuda_open(int device);
 }
@@ -57,7 +62,9 @@ inline void launch(const Grid &g, void (*kernel)(P...), A... args) {
 template <class... P, class... A>
 inline void launch(const Grid &g, void (*kernel)(P...), A... args) {
     auto thread = [=] { kernel(static_cast<P>(args)...); };
-    emulate::run(g.blocks, g.threads, g.shared, g.op, [](const void *f) { (*(const decltype(thread) *)f)(); }, &thread);
+    static_assert(__is_trivially_copyable(decltype(thread)), "a recording keeps its bytes");
+    emulate::launch({g.blocks, g.threads, g.shared, g.op, [](const void *f) { (*(const decltype(thread) *)f)(); }},
+                    &thread, sizeof thread);
 }
 #endif
 

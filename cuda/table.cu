@@ -10,6 +10,7 @@ extern const Ops OPERATOR(ops_cuda);
 
 namespace {
 double no_peak(int, double) { return 0.0; } /* of a single thread: it says nothing of a GPU */
+enum { HEAD_ROWS = 4096 }; /* the gradient of the head's weight is read and written again for each so many */
 }  // namespace
 
 /* In the order of csrc/ops.h. */
@@ -17,6 +18,8 @@ const Ops OPERATOR(ops_cuda) = {
     sizeof(act) == sizeof(float) ? "cuda, fp32" : "cuda, bf16",
     sizeof(act),
     0,
+    HEAD_ROWS,
+    sizeof(act) == sizeof(bf16),
     cuda_memory_free,
     cuda_error,
     cuda_alloc,
@@ -29,6 +32,10 @@ const Ops OPERATOR(ops_cuda) = {
     OPERATOR(held_bytes),
     OPERATOR(page_bytes),
     no_peak,
+    cuda_record,
+    cuda_recorded,
+    cuda_replay,
+    cuda_forget,
 #define OP(name, args) OPERATOR(name),
 #include "../csrc/ops.def"
 #undef OP

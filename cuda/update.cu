@@ -1,5 +1,5 @@
-/* update.cu -- norm of the gradient, clipping, AdamW.  No word from the host: offsets, sums and `hyper` lie on the
- * device.  Bound by memory: 4 bytes a value for the norm, 28 for AdamW. */
+/* update.cu -- loss, norm of the gradient, clipping, AdamW.  No word from the host: offsets, sums and `hyper` lie on
+ * the device.  Bound by memory: 4 bytes a value for the norm, 28 for AdamW. */
 #include "ops.cuh"
 
 namespace {
@@ -75,22 +75,35 @@ __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) sums[j] = sum;
 }
 
-__global__ void __launch_bounds__(THREADS) clip(float *hyper, double *norm, const double *sums, float max_norm, int n) {
+__global__ void __launch_bounds__(THREADS)
+    add_loss(double *loss, const float *logprobs, const float *dlogprobs, int N) {
+    double sum = 0.0;
+    for (int n = (int)threadIdx.x; n < N; n += THREADS) sum = fma((double)logprobs[n], (double)dlogprobs[n], sum);
+    sum = block_sum(sum, 0);
+    if (threadIdx.x == 0) *loss += sum;
+}
+
+__global__ void __launch_bounds__(THREADS)
+    clip(float *hyper, double *norm, const double *loss, const double *sums, int n) {
     double sum = 0.0;
     for (int j = (int)threadIdx.x; j < n; j += THREADS) sum += sums[j];
     sum = block_sum(sum, 0);
     if (threadIdx.x > 0) return;
-    const double all = sqrt(sum);
+    const double all = sqrt(sum), most = (double)hyper[HYPER_CLIP];
     *norm = all;
-    hyper[HYPER_SCALE] = max_norm > 0.0f && all > (double)max_norm ? (float)((double)max_norm / all) : 1.0f;
+    const bool bad = !isfinite(all) || !isfinite(*loss);
+    if (bad || all > (double)hyper[HYPER_NORM_LIMIT] || *loss > (double)hyper[HYPER_LOSS_LIMIT])
+        hyper[HYPER_SCALE] = NAN;
+    else hyper[HYPER_SCALE] = most > 0.0 && all > most ? (float)(most / all) : 1.0f;
 }
 
 __global__ void __launch_bounds__(THREADS)
-    adamw(float *weights, float *m, float *v, const float *grads, const float *hyper, float weight_decay, int64_t n) {
+    adamw(float *weights, float *m, float *v, const float *grads, const float *hyper, int decays, int64_t n) {
     const int64_t at = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * FLOATS, count = n - at;
-    if (count <= 0) return;
+    if (count <= 0 || isnan(hyper[HYPER_SCALE])) return;
     const float beta1 = hyper[HYPER_BETA1], beta2 = hyper[HYPER_BETA2], lr = hyper[HYPER_LR], eps = hyper[HYPER_EPS];
     const float c1 = hyper[HYPER_C1], c2 = hyper[HYPER_C2], scale = hyper[HYPER_SCALE];
+    const float decay = decays ? hyper[HYPER_DECAY] : 0.0f;
     Pack<float, FLOATS> w = load<FLOATS>(weights + at, count), m1 = load<FLOATS>(m + at, count);
     Pack<float, FLOATS> m2 = load<FLOATS>(v + at, count), grad = load<FLOATS>(grads + at, count);
 #pragma unroll
@@ -99,7 +112,7 @@ __global__ void __launch_bounds__(THREADS)
         m1.x[i] = beta1 * m1[i] + (1.0f - beta1) * g;
         m2.x[i] = beta2 * m2[i] + (1.0f - beta2) * g * g;
         const float step = m1[i] / c1 / (sqrtf(m2[i] / c2) + eps);
-        w.x[i] -= lr * (step + weight_decay * w[i]);
+        w.x[i] -= lr * (step + decay * w[i]);
     }
     store(weights + at, w, count);
     store(m + at, m1, count);
@@ -115,11 +128,15 @@ void OPERATOR(square_sums)(double *sums, const float *x, const int64_t *offsets,
     launch(Grid(n, THREADS), add_parts, sums, partial, offsets, n);
 }
 
-void OPERATOR(clip_scale)(float *hyper, double *norm, const double *sums, float max_norm, int n) {
-    launch(Grid(1, THREADS), clip, hyper, norm, sums, max_norm, n);
+void OPERATOR(loss_add)(double *loss, const float *logprobs, const float *dlogprobs, int N) {
+    launch(Grid(1, THREADS), add_loss, loss, logprobs, dlogprobs, N);
 }
 
-void OPERATOR(adamw)(float *weights, float *m, float *v, const float *grads, const float *hyper, float weight_decay,
+void OPERATOR(clip_scale)(float *hyper, double *norm, const double *loss, const double *sums, int n) {
+    launch(Grid(1, THREADS), clip, hyper, norm, loss, sums, n);
+}
+
+void OPERATOR(adamw)(float *weights, float *m, float *v, const float *grads, const float *hyper, int decays,
                      int64_t n) {
-    launch(Grid(divide_up(n, THREADS * FLOATS), THREADS), adamw, weights, m, v, grads, hyper, weight_decay, n);
+    launch(Grid(divide_up(n, THREADS * FLOATS), THREADS), adamw, weights, m, v, grads, hyper, decays, n);
 }

@@ -249,21 +249,30 @@ SQUARE_SUMS = [
     case("GPT-2 block", big=True, lengths=(768 * 2304, 768 * 768, 768 * 3072, 3072 * 768) + (768,) * 6),
 ]
 
+LOSS = [
+    case("nothing", N=0),
+    case("one", N=1),
+    case("several to a thread", N=1000),
+]
+
 CLIP_SCALE = [
-    case("nothing", n=0, max_norm=1.0),
-    case("one", n=1, max_norm=1.0),
-    case("off", n=3, max_norm=0.0),
-    case("below", n=5, max_norm=1e4),
-    case("many", n=149, max_norm=0.7),
+    case("nothing", n=0, max_norm=1.0, bad=""),
+    case("one", n=1, max_norm=1.0, bad=""),
+    case("off", n=3, max_norm=0.0, bad=""),
+    case("below", n=5, max_norm=1e4, bad=""),
+    case("many", n=149, max_norm=0.7, bad=""),
+    # why there is no update
+    *(case("none is made", n=300, max_norm=1.0, bad=bad) for bad in ("norm_limit", "loss_limit", "norm", "loss")),
 ]
 
 ADAMW = [
-    case("smallest", n=1, step=1, weight_decay=0.1),
-    case("odd", n=7, step=1, weight_decay=0.0),
-    case("one past a vector of 8", n=9, step=3, weight_decay=0.1),
-    case("one past a vector of 16", n=17, step=100, weight_decay=0.1),
-    case("several threads", n=100003, step=7, weight_decay=0.1),
-    case("GPT-2 block", big=True, n=7_087_872, step=7, weight_decay=0.1),
+    case("smallest", n=1, step=1, weight_decay=0.1, made=True),
+    case("odd", n=7, step=1, weight_decay=0.0, made=True),
+    case("one past a vector of 8", n=9, step=3, weight_decay=0.1, made=True),
+    case("one past a vector of 16", n=17, step=100, weight_decay=0.1, made=True),
+    case("no update", n=1500, step=1, weight_decay=0.1, made=False),
+    case("several threads", n=100003, step=7, weight_decay=0.1, made=True),
+    case("GPT-2 block", big=True, n=7_087_872, step=7, weight_decay=0.1, made=True),
 ]
 
 CASES = {
@@ -292,6 +301,7 @@ CASES = {
     "logprob_backward": LOGPROB,
     "sample": SAMPLE,
     "square_sums": SQUARE_SUMS,
+    "loss_add": LOSS,
     "clip_scale": CLIP_SCALE,
     "adamw": ADAMW,
 }
@@ -348,6 +358,8 @@ def bytes(op, c):
         return 4 * s.N * s.V
     if op == "square_sums":
         return 4 * sum(s.lengths)
+    if op == "loss_add":
+        return 8 * s.N
     if op == "clip_scale":
         return 8 * s.n
     if op == "adamw":

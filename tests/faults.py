@@ -53,11 +53,12 @@ ALL = tuple(
         "cuda",
         "emulate",
         "cuda_attention",
+        "cuda_model",
     )
 )
 (OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD) = ALL[:9]
 (TRAIN, TRUST, NGRAM, LOOP, DRAWS, SESSION, PACKED, LOAD, ENGINE) = ALL[9:18]
-(FOLDERS, PIECES, FORMATS, FUZZ, IMPORT, HELD, LORA, INIT, CUDA, EMULATE, CUDA_ATTENTION) = ALL[18:]
+(FOLDERS, PIECES, FORMATS, FUZZ, IMPORT, HELD, LORA, INIT, CUDA, EMULATE, CUDA_ATTENTION, DEVICE) = ALL[18:]
 
 
 @dataclass
@@ -482,33 +483,78 @@ FAULTS = [
     Fault(
         "adamw: second moment not corrected",
         "csrc/model.c",
-        "[HYPER_C2] = (float)(1 - pow((double)beta2, t))",
+        "[HYPER_C2] = (float)(1 - pow((double)u->beta2, t))",
         "[HYPER_C2] = 1",
         MODEL,
     ),
     Fault(
         "adamw: step counted from 0",
         "csrc/model.c",
-        "double t = (double)m->step + 1;",
-        "double t = (double)m->step + 2;",
+        "const double t = (double)m->step + 1;",
+        "const double t = (double)m->step + 2;",
         MODEL,
     ),
-    Fault(
-        "update: clip ignored",
-        "csrc/block.c",
-        "clip_scale(b->hyper, device_norm, b->sums, clip,",
-        "clip_scale(b->hyper, device_norm, b->sums, 0 * clip,",
-        MODEL,
-    ),
-    Fault("update: biases decay", "csrc/block.c", "b->decays[i] ? weight_decay : 0", "weight_decay", MODEL),
+    Fault("update: clip ignored", "csrc/model.c", "[HYPER_CLIP] = u->clip", "[HYPER_CLIP] = 0 * u->clip", MODEL),
+    Fault("update: biases decay", "csrc/block.c", "b->hyper, b->decays[i], n);", "b->hyper, 1, n);", MODEL),
     Fault(
         "update: gradients not forgotten",
-        "csrc/block.c",
-        "    b->live = 0;\n    if (!isfinite",
-        "    if (!isfinite",
+        "csrc/model.c",
+        "    b->live = 0;\n    if ((s = checked_device",
+        "    if ((s = checked_device",
         MODEL,
     ),
-    Fault("update: a bad gradient is used", "csrc/model.c", "if (!isfinite(*norm)) {", "if (0) {", MODEL),
+    Fault(
+        "update: a bad gradient is used",
+        "csrc/update.c",
+        "const int bad = !isfinite(*norm) || !isfinite(*loss);",
+        "const int bad = 0;",
+    ),
+    Fault(
+        "update: the limit of the loss ignored",
+        "csrc/update.c",
+        "|| *loss > (double)hyper[HYPER_LOSS_LIMIT])",
+        ")",
+    ),
+    Fault(
+        "update: a step above its limit is counted",
+        "csrc/model.c",
+        "if (*norm > (double)float_above(u->norm_limit) ||",
+        "if (0 ||",
+        GUARD,
+    ),
+    Fault(
+        "loss: that of the step before is added",
+        "csrc/block.c",
+        "    if (b->live) return;\n    b->ops->zero(block_loss(b), sizeof(double));\n",
+        "    if (b->live) return;\n",
+        LOOP,
+    ),
+    # what only a device has: recordings, and weights in bf16
+    *(
+        Fault(f"repeat: {what} ignored", "csrc/repeat.c", f"a->{what} == b->{what}", "1", DEVICE)
+        for what in ("work", "B", "T", "has_starts", "live", "invtemp")
+    ),
+    Fault(
+        "repeat: recorded, but not done",
+        "csrc/repeat.c",
+        "    if (r->kept[i].recording) r->ops->replay",
+        "    if (0) r->ops->replay",
+        DEVICE,
+    ),
+    Fault(
+        "bf16 weights: what is written is not rounded",
+        "csrc/model.c",
+        "if (block == WEIGHTS) m->low_stale = 1;",
+        "",
+        DEVICE,
+    ),
+    Fault(
+        "bf16 weights: not rounded by the update",
+        "csrc/model.c",
+        "if (m->trained == &m->base) round_weights(m);",
+        "",
+        DEVICE,
+    ),
     Fault(
         "names: a transposed matrix taken straight",
         "csrc/model.def",
@@ -1533,6 +1579,35 @@ FAULTS = [
         "cuda/embedding.cu",
         "    if (first > 0 && key[order[first - 1]] == row) return;\n",
         "",
+        CUDA,
+    ),
+    Fault(
+        "cuda loss: only the first values of each thread",
+        "cuda/update.cu",
+        "for (int n = (int)threadIdx.x; n < N; n += THREADS) sum = fma(",
+        "for (int n = (int)threadIdx.x; n < N && n < THREADS; n += THREADS) sum = fma(",
+        CUDA,
+    ),
+    Fault("cuda loss: that of before is lost", "cuda/update.cu", "*loss += sum;", "*loss = sum;", CUDA),
+    Fault(
+        "cuda update: the limits are not looked at",
+        "cuda/update.cu",
+        "if (bad || all > ",
+        "if (bad || 0 * all > ",
+        CUDA,
+    ),
+    Fault(
+        "cuda update: a loss without end is used",
+        "cuda/update.cu",
+        "!isfinite(all) || !isfinite(*loss)",
+        "!isfinite(all)",
+        CUDA,
+    ),
+    Fault(
+        "cuda adamw: made where none may be",
+        "cuda/update.cu",
+        " || isnan(hyper[HYPER_SCALE])) return;",
+        ") return;",
         CUDA,
     ),
     Fault(

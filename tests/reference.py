@@ -282,6 +282,10 @@ def square_sums(x, offsets):  # (n values), (n + 1) -> (n)
     return np.array([(x[offsets[j] : offsets[j + 1]] ** 2).sum() for j in range(len(offsets) - 1)])
 
 
+def loss(logprobs, dlogprobs):  # (N), (N)
+    return (logprobs * dlogprobs).sum()
+
+
 def clip_scale(sums, max_norm):  # (n) -> scale, norm
     norm = math.sqrt(sums.sum())
     return (max_norm / norm if norm > max_norm > 0 else 1.0), norm

@@ -183,6 +183,95 @@ def test_a_checkpoint_goes_from_device_to_device(device, config, tmp_path):
     assert step(cpu, tokens, targets)[0] == pytest.approx(step(again, tokens, targets)[0], rel=1e-5)
 
 
+def state_of(model):
+    """All that a step changes."""
+    first, second = (copies(moments) for moments in model.moments)
+    return copies(model.params), first, second
+
+
+def with_state(model, state, step):
+    """Another model of the kind that has done nothing yet."""
+    fresh = Model.empty(model.config, model.precision, "cuda")
+    fresh.moments  # noqa: B018 (they exist from here on)
+    for block, values in zip(("weights", "first moment", "second moment"), state, strict=True):
+        for name, a in values.items():
+            fresh.put(name, 0, np.ascontiguousarray(a.T if name in fresh.transposed else a), block)
+    fresh.step = step
+    return fresh
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@both
+def test_a_step_that_is_recorded_has_the_bits_of_one_that_is_not(device, cuda_library, config, precision):
+    """Of several micro-batches, with and without starts, of other sizes now and then, and with other numbers each time.
+    What a model does for the first time is not recorded: a new one takes each step too."""
+    library = ctypes.CDLL(str(cuda_library))
+    config = config | dict(n_layer=1)
+    _, gpu = twins(config, precision)
+    starts = np.array([[0, 1, 1, 1, 4, 4, 4, 4, 4]] * 2, np.int32)
+    others = {2: (1, 9, 1.0), 3: (2, 5, 1.0), 4: (2, 9, 0.5), 5: (3, 12, 1.0)}  # B, T, temperature
+    for i in range(7):
+        batches = [(*random_batch(config, 2, 9, seed=10 * i + j), None, 1.0) for j in range(2)]
+        batches[1] = (*batches[1][:2], starts, 1.0)
+        if i in others:
+            B, T, temperature = others[i]
+            batches.insert(0, (*random_batch(config, B, T, seed=99), None, temperature))
+        if i == 4 and hasattr(library, "emulate_move_scratch"):
+            library.emulate_move_scratch()
+        fresh = with_state(gpu, state_of(gpu), gpu.step)
+        norms = []
+        for model in (gpu, fresh):
+            for tokens, targets, more, temperature in batches:
+                model.accumulate(tokens, targets, weights_of(targets) / 3, temperature, starts=more)
+            norms.append(model.update(1e-2 / (i + 1), weight_decay=0.1 * i, clip=0.5 + i, loss_above=1e6))
+        assert norms[0] == norms[1] and gpu.loss == fresh.loss > 0 and gpu.step == i + 1
+        for a, b in zip(state_of(gpu), state_of(fresh), strict=True):
+            assert_all_same_bits(a, b)
+
+
+def test_a_step_above_a_limit_is_not_made(device):
+    _, gpu = twins(CONFIGS["gpt2"], "bf16")
+    tokens, targets = random_batch(CONFIGS["gpt2"], 2, 9)
+    step(gpu, tokens, targets)
+    before = state_of(gpu)
+    for limits in (dict(skip_above=1e-6), dict(loss_above=1e-6)) * 3:
+        gpu.accumulate(tokens, targets, weights_of(targets))
+        assert gpu.update(1e-2, **limits) > 1e-6 and gpu.loss > 1e-6 and gpu.step == 1
+    for a, b in zip(state_of(gpu), before, strict=True):
+        assert_all_same_bits(a, b)
+
+
+@both
+def test_written_weights_count_from_the_next_pass_on(device, config):
+    """Products read a copy in bf16, which `put` and `update` must not leave behind."""
+    _, gpu = twins(config, "bf16")
+    tokens, targets = random_batch(config, 2, 9)
+    other = random_model(config, seed=7).params
+    for _ in range(3):
+        step(gpu, tokens, targets)
+        assert_same_bits(
+            gpu.forward(tokens, targets), with_state(gpu, state_of(gpu), gpu.step).forward(tokens, targets)
+        )
+    before = gpu.forward(tokens, targets)
+    for name, a in other.items():
+        gpu.put(name, 0, np.ascontiguousarray(a.T if name in gpu.transposed else a))
+    after = gpu.forward(tokens, targets)
+    assert (before != after).any()
+    assert_same_bits(after, with_state(gpu, state_of(gpu), 0).forward(tokens, targets))
+
+
+def test_a_bad_weight_is_named_when_the_step_ends(device):
+    _, gpu = twins(CONFIGS["gpt2"], "bf16")
+    tokens, targets = random_batch(CONFIGS["gpt2"], 2, 9)
+    gpu.put("h.1.ln_2.bias", 0, np.full(16, np.inf, np.float32))
+    for _ in range(3):
+        gpu.accumulate(tokens, targets, weights_of(targets))
+        with pytest.raises(FloatingPointError, match=r"weights: h\.1\.ln_2\.bias"):
+            gpu.update(1e-2)
+    with pytest.raises(FloatingPointError, match=r"weights: h\.1\.ln_2\.bias"):
+        gpu.forward_backward(tokens, targets, weights_of(targets))
+
+
 def test_values_are_copies_and_cannot_be_written(device):
     model = Model(Config(**SIZES), device="cuda")
     assert not model.has_views and model.device == "cuda"

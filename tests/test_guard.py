@@ -28,13 +28,12 @@ class Grads:
     def __init__(self, model, tamper):
         self._model, self._tamper = model, tamper
 
-    def forward_backward(self, *args, **options):
-        loss = self._model.forward_backward(*args, **options)
+    def accumulate(self, *args, **options):
+        self._model.accumulate(*args, **options)
         self._tamper(self._model.grads)
-        return loss
 
-    def update(self, *args, **options):
-        return self._model.update(*args, **options)
+    def __getattr__(self, name):
+        return getattr(self._model, name)
 
 
 def test_nothing_finite_is_an_outlier_before_enough_is_known():

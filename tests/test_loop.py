@@ -5,8 +5,10 @@ import itertools
 import barelm
 import numpy as np
 import pytest
+from barelm.guard import Guard
 from barelm.loop import flops_per_token, schedule, step
 from barelm.recipe import matrix_weights, model_config, pace
+from models import MIDDLE, assert_all_same_bits, copies, random_batch, random_model
 
 
 def test_the_cosine_rises_falls_and_ends_at_its_end():
@@ -29,17 +31,17 @@ def test_warm_up_stable_decay_is_flat_and_then_a_straight_line():
 class Recorder:
     """A model that keeps what it is asked."""
 
-    def __init__(self, loss=1.0, norm=2.0):
-        self.loss, self.norm, self.weights, self.updates = loss, norm, [], []
+    def __init__(self):
+        self.loss, self.step, self.weights, self.updates = 1.0, 0, [], []
 
-    def forward_backward(self, tokens, targets, weights, starts):
+    def accumulate(self, tokens, targets, weights, starts):
         assert weights.dtype == np.float32 and weights.shape == targets.shape
         self.weights.append(weights)
-        return self.loss
 
-    def update(self, *arguments, skip_above):
-        self.updates.append((*arguments, skip_above))
-        return self.norm
+    def update(self, *arguments, skip_above, loss_above):
+        self.updates.append((*arguments, skip_above, loss_above))
+        self.step += 1
+        return 2.0
 
 
 def test_every_token_of_a_step_weighs_the_same_whatever_its_micro_batch():
@@ -49,20 +51,35 @@ def test_every_token_of_a_step_weighs_the_same_whatever_its_micro_batch():
     result = step(model, batches, 0.5, betas=(0.8, 0.9), weight_decay=0.2, clip=3.0)
     assert [w.tolist() for w in model.weights] == [[[np.float32(0.2)] * 2 + [0, 0]], [[np.float32(0.2)] * 3 + [0]]]
     (update,) = model.updates
-    assert update[:-1] == (0.5, (0.8, 0.9), 1e-8, 0.2, 3.0) and update[-1] > 1e300
-    assert result == (2.0, 2.0, 5, "")
+    assert update[:-2] == (0.5, (0.8, 0.9), 1e-8, 0.2, 3.0) and min(update[-2:]) > 1e300
+    assert result == (1.0, 2.0, 5, "")
 
 
 def test_a_step_that_went_wrong_raises_and_makes_no_update():
-    tokens = np.zeros((1, 2), np.int32)
-    model = Recorder(loss=float("nan"))
-    with pytest.raises(FloatingPointError, match="loss is nan"):
-        step(model, [(tokens, tokens)], 0.1)
-    assert model.updates[0][-1] == 0.0  # any norm is above it
-    with pytest.raises(FloatingPointError, match="norm of the gradient is inf"):
-        step(Recorder(norm=float("inf")), [(tokens, tokens)], 0.1)
+    model = random_model(MIDDLE["llama"])
+    tokens, targets = random_batch(MIDDLE["llama"], 1, 4)
+    model.params["norm.weight"][:] = 1e30  # logits overflow, though every weight is finite
+    model.params["lm_head.weight"][:] *= np.float32(1e30)
+    before = copies(model.params)
+    with pytest.raises(FloatingPointError, match="the loss is not finite"):
+        step(model, [(tokens, targets)], 0.1)
+    assert model.step == 0
+    assert_all_same_bits(copies(model.params), before)
+    model.params["layers.0.input_layernorm.weight"][1] = np.nan  # with a guard too: no later step would be better
+    with pytest.raises(FloatingPointError, match=r"weights: layers\.0\.input_layernorm\.weight"):
+        step(model, [(tokens, targets)], 0.1, guard=Guard())
     with pytest.raises(ValueError, match="no target"):
-        step(Recorder(), [(tokens, tokens - 1)], 0.1)
+        step(model, [(tokens, targets * 0 - 1)], 0.1)
+
+
+def test_the_loss_of_a_step_is_that_of_its_passes():
+    model = random_model(MIDDLE["gpt2"])
+    batches = [random_batch(MIDDLE["gpt2"], 2, 4), random_batch(MIDDLE["gpt2"], 1, 7)]
+    n = sum(int((targets >= 0).sum()) for _, targets in batches)
+    logprobs = [model.forward(*batch).astype(np.float64) for batch in batches]
+    result = step(model, batches, 0.1)
+    assert result.loss == model.loss == pytest.approx(-sum(lp.sum() for lp in logprobs) / n, rel=1e-6)
+    assert step(model, batches[:1], 0.1).loss != result.loss
 
 
 def test_operations_of_gpt2_are_six_for_each_weight_and_the_scores():

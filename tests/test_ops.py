@@ -43,7 +43,7 @@ PRIVATE = {
     "embedding_packed",
     "attention_paged",
 }  # in a backend's own form: tests/test_packed.py, tests/test_held.py
-HYPER = ("lr", "beta1", "beta2", "eps", "c1", "c2", "scale")
+HYPER = ("lr", "beta1", "beta2", "eps", "c1", "c2", "decay", "clip", "loss_limit", "norm_limit", "scale")
 
 
 def positive(K):
@@ -944,12 +944,34 @@ def square_sums(rng, c):
 
 
 @operator
+def loss_add(rng, c):
+    logprobs, dlogprobs, loss = normal(rng, c.N), normal(rng, c.N), rng.normal(size=1)
+
+    def want():
+        lp, d = f64(logprobs, dlogprobs)
+        tolerance = EPS64 * (c.N + 2) * (np.abs(loss) + np.abs(lp * d).sum())  # products of floats are exact
+        return dict(loss=(loss + reference.loss(lp, d), tolerance))
+
+    args = dict(loss=Out(loss, "in place"), logprobs=logprobs, dlogprobs=dlogprobs, N=c.N)
+    return Call("loss_add", args, want)
+
+
+def hyper_of(**values):
+    """What an update is told; limits are far away."""
+    values = dict(loss_limit=1e30, norm_limit=1e30) | values
+    return np.array([values.get(name, 7) for name in HYPER], np.float32)
+
+
+@operator
 def clip_scale(rng, c):
     sums, max_norm = rng.uniform(0, 3, c.n), float(np.float32(c.max_norm))
-    hyper = normal(rng, len(HYPER))
+    limits = dict(norm_limit=dict(norm_limit=0.5), loss_limit=dict(loss_limit=0.5)).get(c.bad, {})
+    hyper, loss = hyper_of(clip=max_norm, **limits), np.array([np.nan if c.bad == "loss" else 1.0])
+    sums[:1] = np.nan if c.bad == "norm" else sums[:1]
 
     def want():
         scale, norm = reference.clip_scale(sums, max_norm)
+        scale = np.nan if c.bad else scale
         new, tol = hyper.astype(np.float64), np.zeros(len(HYPER))  # the others are left alone
         new[HYPER.index("scale")] = scale
         tol[HYPER.index("scale")] = 0 if scale == 1 else 2 * EPS * scale
@@ -957,7 +979,7 @@ def clip_scale(rng, c):
 
     return Call(
         "clip_scale",
-        dict(hyper=Out(hyper, "in place"), norm=Out((1,), dtype=np.float64), sums=sums, max_norm=max_norm, n=c.n),
+        dict(hyper=Out(hyper, "in place"), norm=Out((1,), dtype=np.float64), loss=loss, sums=sums, n=c.n),
         want,
     )
 
@@ -967,12 +989,15 @@ def adamw(rng, c):
     weights, m, grads = normal(rng, c.n), normal(rng, c.n, scale=0.1), normal(rng, c.n)
     v = np.square(normal(rng, c.n, scale=0.3))
     grads[:1], m[:1], v[:1] = 0, 0, 0  # the root of 0 and eps alone below the line
-    lr, beta1, beta2, eps, scale = (float(np.float32(a)) for a in (3e-3, 0.9, 0.95, 1e-8, 0.4))
-    hyper = np.array([lr, beta1, beta2, eps, 1 - beta1**c.step, 1 - beta2**c.step, scale], np.float32)
+    lr, beta1, beta2, eps, scale = (float(np.float32(a)) for a in (3e-3, 0.9, 0.95, 1e-8, 0.4 if c.made else np.nan))
     decay = float(np.float32(c.weight_decay))
+    hyper = hyper_of(lr=lr, beta1=beta1, beta2=beta2, eps=eps, scale=scale, decay=decay or 0.3)
+    hyper[HYPER.index("c1")], hyper[HYPER.index("c2")] = 1 - beta1**c.step, 1 - beta2**c.step
 
     def want():
         w64, m64, v64, g64 = f64(weights, m, v, grads)
+        if not c.made:
+            return dict(weights=(w64, 0), m=(m64, 0), v=(v64, 0))
         new = reference.adamw(w64, m64, v64, g64, lr, (beta1, beta2), eps, decay, c.step, scale)
         dm = 2 * EPS * (np.abs(beta1 * m64) + np.abs((1 - beta1) * g64 * scale))
         dv = 3 * EPS * new[2]
@@ -990,7 +1015,7 @@ def adamw(rng, c):
             v=Out(v, "in place"),
             grads=grads,
             hyper=hyper,
-            weight_decay=decay,
+            decays=int(decay > 0),
             n=c.n,
         ),
         want,
@@ -1003,12 +1028,12 @@ def adamw(rng, c):
 
 
 def assert_close(name, got, want, tol):
-    """Element by element; a NaN is never close."""
+    """Element by element; a NaN is close to a NaN alone."""
     assert got.shape == want.shape
     error = np.abs(got - want)
-    bad = ~(error <= tol)
+    bad = ~(error <= tol) & ~(np.isnan(got) & np.isnan(want))
     if bad.any():
-        i = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error / (tol + 1e-300))), got.shape)
+        i = np.unravel_index(np.argmax(np.where(bad & np.isnan(error), np.inf, error / (tol + 1e-300))), got.shape)
         limit = np.broadcast_to(tol, got.shape)[i]
         pytest.fail(
             f"{name}: {bad.sum()} of {bad.size} wrong; at {tuple(map(int, i))} {got[i]!r}, not {want[i]!r}, "
@@ -1049,7 +1074,7 @@ def every_case(keep=lambda op, c: not c.big):
 
 
 def has_rows(op, c):
-    return not c.big and op not in ("square_sums", "clip_scale", "lora_spread", "lora_gather")
+    return not c.big and op not in ("square_sums", "loss_add", "clip_scale", "lora_spread", "lora_gather")
 
 
 def may_share(op, c):
@@ -1304,10 +1329,29 @@ def test_embedding_gradient_of_a_token_that_does_not_occur_is_left_alone(backend
     np.testing.assert_array_equal(dwte[[1, 4]], np.float32(0.1) + np.float32(1))
 
 
-@pytest.mark.parametrize(("total", "scale"), [(np.nan, 1.0), (np.inf, 0.0)])
-def test_clip_scale_of_a_gradient_that_went_bad(backend, total, scale):
-    """The contract's words: max_norm / norm where norm > max_norm, else 1; the norm itself tells the caller."""
-    hyper, norm = np.full(len(HYPER), 7, np.float32), np.empty(1)
-    ops.clip_scale(backend, hyper, norm, np.array([1.0, total]), 1.0, 2)
-    assert hyper.tolist() == [7] * 6 + [scale]
-    assert np.isnan(norm[0]) if np.isnan(total) else np.isinf(norm[0])
+@pytest.mark.parametrize(
+    ("name", "total", "loss", "limits", "made"),
+    [
+        ("at both limits", 3.0, 2.5, dict(loss_limit=2.5, norm_limit=2.0), True),
+        ("a norm above its limit", 3.0, 2.5, dict(norm_limit=1.9999999), False),
+        ("a loss above its limit", 3.0, 2.5, dict(loss_limit=2.4999998), False),
+        ("a negative loss", 3.0, -2.5, dict(loss_limit=-2.4), True),
+        ("a norm that is no number", np.nan, 2.5, {}, False),
+        ("a norm without end", np.inf, 2.5, {}, False),
+        ("a loss that is no number", 3.0, np.nan, {}, False),
+        ("a loss without end", 3.0, -np.inf, {}, False),
+    ],
+)
+def test_an_update_is_made_or_not(backend, name, total, loss, limits, made):
+    """The scale says it to AdamW, which then changes nothing."""
+    hyper, norm = hyper_of(clip=1, **limits), np.empty(1)
+    before = hyper.copy()
+    ops.clip_scale(backend, hyper, norm, np.array([loss]), np.array([1.0, total]), 2)
+    scale, hyper[-1] = hyper[-1], before[-1]
+    np.testing.assert_array_equal(hyper, before)
+    np.testing.assert_equal(norm[0], np.sqrt(1 + total))
+    assert scale == 0.5 if made else np.isnan(scale)
+    hyper[-1] = scale
+    arrays = [np.full(37, 0.5, np.float32) for _ in range(4)]
+    ops.adamw(backend, *arrays, hyper, 1, 37)
+    assert all((a == 0.5).all() for a in arrays[:3]) != made

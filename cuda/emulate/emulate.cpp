@@ -12,6 +12,8 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <algorithm>
+#include <functional>
+#include <utility>
 #include <vector>
 
 namespace emulate {
@@ -448,18 +450,18 @@ void copy_async_wait(int groups) {
     }
 }
 
-void run(int64_t blocks, int threads, size_t shared, const char *op, void (*body_)(const void *),
-         const void *context_) {
-    if (failed || blocks <= 0) return;
-    op_now = op, body = body_, context = context_;
-    if (blocks > INT32_MAX || threads <= 0 || threads > MOST_THREADS || threads % WARP || shared > MOST_SHARED) {
+static void run(const Launch &l, const void *context_) {
+    if (failed || l.blocks <= 0) return;
+    op_now = l.op, body = l.body, context = context_;
+    if (l.blocks > INT32_MAX || l.threads <= 0 || l.threads > MOST_THREADS || l.threads % WARP ||
+        l.shared > MOST_SHARED) {
         snprintf(message, sizeof message, "%s: cannot launch %lld blocks of %d threads with %zu bytes of shared memory",
-                 op, (long long)blocks, threads, shared);
+                 l.op, (long long)l.blocks, l.threads, l.shared);
         failed = true;
         return;
     }
     if (!stacks) make_fibers();
-    block_size = {(unsigned)threads, 1, 1}, grid_size = {(unsigned)blocks, 1, 1};
+    block_size = {(unsigned)l.threads, 1, 1}, grid_size = {(unsigned)l.blocks, 1, 1};
 
     static char stack[64 << 10]; /* of the handler: the fiber's own may be what ran out */
     stack_t mine = {}, old_stack;
@@ -469,12 +471,27 @@ void run(int64_t blocks, int threads, size_t shared, const char *op, void (*body
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaltstack(&mine, &old_stack);
     sigaction(SIGSEGV, &action, &old_segv), sigaction(SIGBUS, &action, &old_bus);
-    run_blocks(blocks, threads, shared);
+    run_blocks(l.blocks, l.threads, l.shared);
     sigaction(SIGSEGV, &old_segv, nullptr), sigaction(SIGBUS, &old_bus, nullptr);
     sigaltstack(&old_stack, nullptr);
     if (!failed) return;
     make_fibers(); /* they were left in the middle of it */
     for (Unit &u : units) u = Unit();
+}
+
+/* What a host asked of the stream, in order: the calls of a recording are done again with the very arguments they had.
+ */
+using Call = std::function<void()>;
+static std::vector<Call> *recorded_calls; /* NULL: nothing is recorded */
+
+static void submit(Call call) {
+    if (recorded_calls) recorded_calls->push_back(std::move(call));
+    else call();
+}
+
+void launch(const Launch &l, const void *context_, size_t bytes) {
+    const std::vector<char> kept((const char *)context_, (const char *)context_ + bytes);
+    submit([l, kept] { run(l, kept.data()); });
 }
 
 }  // namespace emulate
@@ -510,11 +527,30 @@ bool untouched_around(const Guarded &g) {
            std::all_of(g.begin + g.bytes, g.map + g.mapped - emulate::PAGE, is_full);
 }
 
+struct Recording {
+    std::vector<emulate::Call> calls;
+    std::vector<Guarded> working;
+    unsigned place; /* of the working memory, see emulate_move_scratch */
+} *recording;
+unsigned scratch_place;
+
+void say_failure(const char *what) {
+    if (emulate::failed) return;
+    snprintf(emulate::message, sizeof emulate::message, "%s", what);
+    emulate::failed = true;
+}
+
 }  // namespace
 
-/* New each time, and full of NaN. */
+/* New each time, and full of NaN; in a recording it stays, and is full of NaN again each time. */
 void *scratch(size_t bytes) {
     static Guarded block;
+    if (recording) {
+        const Guarded g = guard(bytes, 0xff, 16);
+        recording->working.push_back(g);
+        emulate::submit([g] { memset(g.begin, 0xff, g.bytes); });
+        return g.begin;
+    }
     if (block.map) munmap(block.map, block.mapped);
     block = guard(bytes, 0xff, 16);
     return block.begin;
@@ -536,17 +572,55 @@ void cuda_free(void *p, size_t bytes) {
     allocated.erase(g);
 }
 
-static void copy(void *dst, const void *src, size_t bytes) {
-    if (bytes) memcpy(dst, src, bytes);
+/* The host's part of a step, which is never recorded. */
+static void copy_at_once(void *dst, const void *src, size_t bytes, const char *op) {
+    if (recording) say_failure(op);
+    else if (bytes) memcpy(dst, src, bytes);
 }
-void cuda_copy_in(void *dst, const void *src, size_t bytes) { copy(dst, src, bytes); }
-void cuda_copy_out(void *dst, const void *src, size_t bytes) { copy(dst, src, bytes); }
-void cuda_copy(void *dst, const void *src, size_t bytes) { copy(dst, src, bytes); }
-void cuda_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+void cuda_copy_in(void *dst, const void *src, size_t bytes) {
+    copy_at_once(dst, src, bytes, "cuda_copy_in: in the middle of a recording");
+}
+void cuda_copy_out(void *dst, const void *src, size_t bytes) {
+    copy_at_once(dst, src, bytes, "cuda_copy_out: in the middle of a recording");
+}
+void cuda_copy(void *dst, const void *src, size_t bytes) {
+    if (bytes) emulate::submit([=] { memcpy(dst, src, bytes); });
+}
+void cuda_zero(void *p, size_t bytes) {
+    emulate::submit([=] { memset(p, 0, bytes); });
+}
+
+void cuda_record(void) {
+    recording = new Recording{{}, {}, scratch_place};
+    emulate::recorded_calls = &recording->calls;
+}
+
+void *cuda_recorded(void) {
+    Recording *r = recording;
+    recording = nullptr, emulate::recorded_calls = nullptr;
+    return r;
+}
+
+int cuda_replay(const void *recording_) {
+    const Recording *r = (const Recording *)recording_;
+    if (r->place != scratch_place) return 0;
+    for (const emulate::Call &call : r->calls) call();
+    return 1;
+}
+
+void cuda_forget(void *recording_) {
+    Recording *r = (Recording *)recording_;
+    for (const Guarded &g : r->working) munmap(g.map, g.mapped);
+    delete r;
+}
+
 int64_t cuda_memory_free(void) { return (int64_t)1 << 30; }
 const char *barelm_cuda_open(int device) { return device ? "only one GPU is emulated" : nullptr; }
 
 extern "C" const char *cuda_error(void) { return emulate::failed ? emulate::message : nullptr; }
+
+/* For the tests: as if somebody else's work had needed more working memory, which then lies elsewhere. */
+extern "C" void emulate_move_scratch(void) { scratch_place++; }
 
 /* For the tests: the schedule of the launches that follow; also forgets a failure. */
 extern "C" void emulate_schedule(uint64_t seed) {

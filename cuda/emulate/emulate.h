@@ -31,8 +31,16 @@ struct Index {
 };
 extern Index thread_index, block_index, block_size, grid_size;
 
-/* Call body(context) once for each thread of each block.  After a failure it does nothing. */
-void run(int64_t blocks, int threads, size_t shared, const char *op, void (*body)(const void *), const void *context);
+/* Call body(context) once for each thread of each block, or record that; context has so many bytes.  After a failure it
+ * does nothing. */
+struct Launch {
+    int64_t blocks;
+    int threads;
+    size_t shared;
+    const char *op;
+    void (*body)(const void *);
+};
+void launch(const Launch &l, const void *context, size_t bytes);
 
 /* Ends the kernel; cuda_error() then says what, in which operator, block and thread. */
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -77,31 +77,33 @@ def step(
     n = sum(int(np.count_nonzero(targets >= 0)) for _, targets, *_ in batches)
     if n == 0:
         raise ValueError("micro_batches: no target to train on")
-    loss = 0.0
     for tokens, targets, *starts in batches:
         weights = np.where(targets >= 0, np.float32(1 / n), np.float32(0))
-        loss += float(model.forward_backward(tokens, targets, weights, starts=starts[0] if starts else None))
+        model.accumulate(tokens, targets, weights, starts=starts[0] if starts else None)
 
     watch = guard or Guard(deviations=0, patience=1)
-    why = _outlier("the loss", loss, watch.loss_limit)
-    limit = 0.0 if why else watch.norm_limit
-    try:
-        norm = model.update(lr, betas, eps, weight_decay, clip, skip_above=limit)
-        why = why or _outlier("the norm of the gradient", norm, limit)
-    except FloatingPointError as error:  # it names the first bad tensor
-        norm, why = math.nan, str(error).removeprefix("update: ").split(";")[0]
+    norm, why = _update(model, watch, lr, betas, eps, weight_decay, clip)
     if why:
         watch.skipped(why)
     else:
-        watch.made(loss, norm)
-    return StepResult(loss, norm, n, why)
+        watch.made(model.loss, norm)
+    return StepResult(model.loss, norm, n, why)
 
 
-def _outlier(name: str, value: float, limit: float) -> str:
-    """Why this value is none to learn from; "" where it is."""
-    if not math.isfinite(value):
-        return f"{name} is {value}"
-    return f"{name}, {value:.4g}, is above {limit:.4g}" if value > limit else ""
+def _update(model, watch: Guard, *numbers) -> tuple[float, str]:
+    """The norm of the gradient, and why there was no update; "" where there was one."""
+    limits = {"the loss": watch.loss_limit, "the norm of the gradient": watch.norm_limit}
+    before = model.step
+    try:
+        norm = model.update(*numbers, loss_above=limits["the loss"], skip_above=limits["the norm of the gradient"])
+    except FloatingPointError as error:  # it names the first bad tensor
+        if not str(error).startswith("update: "):
+            raise  # a weight is not finite: no later step would be better
+        return math.nan, str(error).removeprefix("update: ").split(";")[0]
+    if model.step > before:
+        return norm, ""
+    found = {"the loss": model.loss, "the norm of the gradient": norm}
+    return norm, next(f"{name}, {x:.4g}, is above {limits[name]:.4g}" for name, x in found.items() if x > limits[name])
 
 
 def flops_per_token(config, T: int, lora: Lora | None = None) -> float:

@@ -235,12 +235,26 @@ class Model:
         )
         return (loss, lp) if logprobs else loss
 
-    def update(self, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0, skip_above=None) -> float:
+    def accumulate(self, tokens, targets, weights, temperature=1.0, starts=None) -> None:
+        """As `forward_backward`, but nothing comes back: a device is told what to do and not waited for.  What was not
+        finite comes out in `update`, and `loss` then has the sum over all passes."""
+        self._core.accumulate(np.asarray(tokens), np.asarray(targets), np.asarray(weights), temperature, _maybe(starts))
+
+    @property
+    def loss(self) -> float:
+        """Of the last `update`: the sum of -weights * logprobs over all passes of `accumulate` and `forward_backward`
+        that it was made of."""
+        return self._core.loss
+
+    def update(
+        self, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0, skip_above=None, loss_above=None
+    ) -> float:
         """Clip the gradients to the norm `clip` (0 or None: not), one AdamW step (arXiv:1711.05101; decay on matrices
         and embeddings only), and forget the gradients: they then read as zero.
 
-        Returns the norm before clipping.  Where it is above `skip_above` there is no update: weights, moments and step
-        keep their bits.  So too where a gradient is not finite; FloatingPointError then names the first such tensor.
+        Returns the norm before clipping.  Where it is above `skip_above`, or `loss` above `loss_above`, there is no
+        update: weights, moments and step keep their bits.  So too where a gradient or the loss is not finite;
+        FloatingPointError then names the first such tensor.
         """
         try:
             beta1, beta2 = betas
@@ -249,6 +263,7 @@ class Model:
         numbers = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "eps": eps, "weight_decay": weight_decay}
         numbers["clip"] = 0.0 if clip is None else clip
         numbers["skip_above"] = float("inf") if skip_above is None else skip_above
+        numbers["loss_above"] = float("inf") if loss_above is None else loss_above
         for name, value in numbers.items():
             if not _is_number(value, finite=False):
                 raise TypeError(f"{name}: is {value!r}, must be a number")
