@@ -1,10 +1,10 @@
-/* emulation.cu -- small kernels for the tests of cuda/emulate itself: each is right, or wrong in the one way that its
- * argument asks for. */
+/* emulation.cu -- small kernels for the tests of the words in cuda/prim.cuh, on a GPU, and of cuda/emulate: each is
+ * right, or wrong in the one way that its argument asks for. */
 #include "../cuda/runtime.h"
 
 namespace {
 
-enum { THREADS = 64 };
+enum { THREADS = 64, VEC = 8 };
 
 /* Faults that are planted, see test_cuda.py; 0 is none. */
 enum Fault {
@@ -102,6 +102,36 @@ __global__ void product(float *d, const bf16 *a, const bf16 *b, int flat) {
     for (int i = 0; i < 4; i++) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
 }
 
+/* Row i of `to` (8, THREADS): what word i makes of from[t], t a thread. */
+__global__ void lanes(float *to, const float *from) {
+    const int t = (int)threadIdx.x;
+    const float x = from[t];
+    const float found[8] = {
+        shuffle_xor(x, 5), shuffle_up(x, 3),           shuffle(x, 7), (float)shuffle_xor(t, 16),
+        warp_sum(x),       (float)warp_sum((double)x), warp_max(x),   (float)(100 * warp_index() + lane_index())};
+    for (int i = 0; i < 8; i++) to[i * THREADS + t] = found[i];
+}
+
+/* bits = from as bf16, twice: alone, and as the upper of a pair whose lower is 1; power = 2^from */
+__global__ void numbers(bf16 *bits, uint32_t *pairs, float *power, const float *from, int n) {
+    for (int i = (int)threadIdx.x; i < n; i += THREADS) {
+        from_float(bits[i], from[i]);
+        pairs[i] = pack_bf16(1.0f, from[i]);
+        power[i] = exp2_fast(from[i]);
+    }
+}
+
+/* to = from + 1, in packs that begin `skip` values behind the first: of floats, and of bf16 */
+template <class T>
+__global__ void packs(T *to, const T *from, int skip, int n) {
+    for (int i = skip + (int)threadIdx.x * VEC; i < n; i += THREADS * VEC) {
+        const Pack<T, VEC> pack = load<VEC>(from + i, n - i);
+        float x[VEC];
+        for (int j = 0; j < VEC; j++) x[j] = pack[j] + 1.0f;
+        store(to + i, x, n - i);
+    }
+}
+
 /* What must not be done: the last block to run is seen. */
 __global__ void last_block(int *to) {
     if (threadIdx.x == 0) to[0] = (int)blockIdx.x;
@@ -120,6 +150,16 @@ void emulation_reverse_async(int *to, const int *from, int rounds, int fault) {
 void emulation_hand_over(int *to, const int *from, int fault) { launch(Grid(1, THREADS), hand_over, to, from, fault); }
 void emulation_product(float *d, const bf16 *a, const bf16 *b, int flat) {
     launch(Grid(1, WARP), product, d, a, b, flat);
+}
+void emulation_lanes(float *to, const float *from) { launch(Grid(1, THREADS), lanes, to, from); }
+void emulation_numbers(bf16 *bits, uint32_t *pairs, float *power, const float *from, int n) {
+    launch(Grid(1, THREADS), numbers, bits, pairs, power, from, n);
+}
+void emulation_packs(float *to, const float *from, int skip, int n) {
+    launch(Grid(1, THREADS), packs<float>, to, from, skip, n);
+}
+void emulation_packs_bf16(bf16 *to, const bf16 *from, int skip, int n) {
+    launch(Grid(1, THREADS), packs<bf16>, to, from, skip, n);
 }
 void emulation_last_block(int *to) { launch(Grid(20, WARP), last_block, to); }
 }

@@ -1,8 +1,14 @@
-"""The emulation of a GPU in cuda/emulate: kernels of tests/emulation.cu that are right come out right, and each fault
-in them is found, under every schedule, with words that say what it is."""
+"""The words of cuda/prim.cuh, one by one, and the emulation of a GPU in cuda/emulate: kernels of tests/emulation.cu
+that are right come out right, and each fault in them is found, under every schedule, with words that say what it is.
+
+With BARELM_CUDA_LIBRARY and nvcc the right ones run on a GPU: of its PTX the emulation knows nothing.
+"""
 
 import ctypes
+import os
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -17,9 +23,24 @@ THREADS, WARP = 64, 32
 FAULTS = re.findall(r"\w+", re.search(r"enum Fault \{(.*?)\}", SOURCE.read_text(), re.DOTALL)[1].lower())
 
 
+ON_GPU = bool(os.environ.get("BARELM_CUDA_LIBRARY"))
+emulated_alone = pytest.mark.skipif(ON_GPU, reason="of the emulation itself")
+
+
+def for_gpu(folder):
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc: the words of prim.cuh were not tried")
+    sources = [SOURCE, ROOT / "cuda" / "runtime.cu"]
+    words = ["-shared", "-std=c++17", "--fmad=false", "-arch=native", "-Xcompiler", "-fPIC", "-cudart", "static"]
+    subprocess.run(["nvcc", *words, *sources, "-o", folder / "words.so"], check=True)
+    return Backend(folder / "words.so", "float")
+
+
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulation")
+    if ON_GPU:
+        return for_gpu(folder)
     objects = [
         compile_object(EMULATION, folder / "emulate.o"),
         compile_object(SOURCE, folder / "emulation.o"),
@@ -51,6 +72,56 @@ def test_right_kernels_come_out_right(emulation, seed):
     np.testing.assert_array_equal(rounds, want[:, ::-1])
 
 
+@by_seed
+def test_lanes(emulation, rng, seed):
+    """Whole numbers: sums are exact in any order."""
+    x = rng.integers(-99, 99, THREADS).astype(np.float32)
+    to = np.full((8, THREADS), np.nan, np.float32)
+    call(emulation, seed, "lanes", to, x)
+    t, warps = np.arange(THREADS), x.reshape(-1, WARP)
+    np.testing.assert_array_equal(to[0], x[t ^ 5])
+    np.testing.assert_array_equal(to[1], np.where(t % WARP < 3, x, x[t - 3]))
+    np.testing.assert_array_equal(to[2], x[t // WARP * WARP + 7])
+    np.testing.assert_array_equal(to[3], t ^ 16)
+    np.testing.assert_array_equal(to[4:6], [np.repeat(warps.sum(1), WARP)] * 2)
+    np.testing.assert_array_equal(to[6], np.repeat(warps.max(1), WARP))
+    np.testing.assert_array_equal(to[7], 100 * (t // WARP) + t % WARP)
+
+
+@by_seed
+def test_numbers(emulation, rng, seed):
+    """Rounding to bf16 is to nearest, ties to even, to infinity above the greatest, and NaN stays NaN; powers of two
+    are within 2 units in the last place, as prim.cuh says."""
+    ties = (np.arange(0x3F7F, 0x3F83, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
+    ends = np.array([0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 1e-40, 1e-45], np.float32)
+    x = np.concatenate([ties, -ties, ends, rng.normal(0, 9, 200).astype(np.float32)])
+    bits, pairs, power = np.zeros(x.size, np.uint16), np.zeros(x.size, np.uint32), np.zeros_like(x)
+    call(emulation, seed, "numbers", bits, pairs, power, x, x.size)
+    want, number = to_bf16(x), ~np.isnan(x)
+    np.testing.assert_array_equal(bits[number], want[number])
+    np.testing.assert_array_equal(pairs & 0xFFFF, to_bf16(np.float32([1]))[0])
+    np.testing.assert_array_equal((pairs >> 16)[number], want[number])
+    assert np.isnan(from_bf16(bits[~number])).all() and np.isnan(from_bf16(pairs[~number] >> 16)).all()
+    exact = np.exp2(x[number & (np.abs(x) < 120)].astype(np.float64))
+    assert (np.abs(power[number & (np.abs(x) < 120)] - exact) <= 2 * np.finfo(np.float32).eps * exact).all()
+    assert power[x == -np.inf] == 0 and power[x == np.inf] == np.inf and np.isnan(power[~number]).all()
+
+
+@by_seed
+@pytest.mark.parametrize("skip", [0, 1, 4])
+@pytest.mark.parametrize("n", [1, 8, 13, 1029])
+def test_packs(emulation, rng, seed, skip, n):
+    """Whole ones 16 bytes at a time where they lie so, single values where not; nothing behind the end."""
+    x = rng.integers(-99, 99, n).astype(np.float32)
+    for name, stored in (("packs", x), ("packs_bf16", to_bf16(x))):
+        to = np.zeros_like(stored)
+        call(emulation, seed, name, to, stored, skip, n)
+        got = from_bf16(to) if stored.dtype == np.uint16 else to
+        np.testing.assert_array_equal(got[skip:], x[skip:] + 1)
+        assert (got[:skip] == 0).all()
+
+
+@emulated_alone
 @by_seed
 @pytest.mark.parametrize(
     ("name", "fault", "said"),
@@ -95,6 +166,7 @@ def test_matrices_lie_in_the_lanes_as_the_contract_says(emulation, rng, seed, fl
     np.testing.assert_array_equal(d, from_bf16(a) @ from_bf16(b))
 
 
+@emulated_alone
 @by_seed
 def test_what_a_kernel_must_not_write_is_watched(emulation, seed):
     with pytest.raises(RuntimeError, match=r"memory around an array was written"):
@@ -103,6 +175,7 @@ def test_what_a_kernel_must_not_write_is_watched(emulation, seed):
         run(emulation, seed, "reverse", THREADS, "input")
 
 
+@emulated_alone
 def test_schedules_differ_and_repeat(emulation):
     def last(seed):
         to = np.full(1, -1, np.int32)
