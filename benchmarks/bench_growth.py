@@ -24,7 +24,7 @@ import tuned
 from barelm import Model, _core
 from barelm.loop import flops_per_token
 from barelm.recipe import FAMILIES, model_config
-from bench_model import PEERS, Peer, Workload, check_losses, summarize
+from bench_model import CPU_PEERS, Peer, Workload, check_losses, summarize
 
 MODEL = ("family", "layers", "channels", "vocab", "context", "tokens")
 AXES = ("T", "depth", "width", "threads")
@@ -274,7 +274,7 @@ def parse(argv=None):
     for name, what in lists:
         parser.add_argument(f"--{name}", type=wholes, metavar="N,N...", help=what)
     parser.add_argument("--precision", choices=machine.PRECISIONS, help="only this one (default both)")
-    rivals = [name for name in PEERS if name.startswith("torch")]
+    rivals = [name for name in CPU_PEERS if name.startswith("torch")]
     parser.add_argument(
         "--peers", action="append", metavar="WORD", help=f"those of {', '.join(rivals)} beside barelm (may be repeated)"
     )
@@ -310,7 +310,7 @@ def selected(options):
     if not options.points:
         raise ValueError(f"--only: no point has {' or '.join(options.only)} in its name; axes are {', '.join(AXES)}")
     precisions = [options.precision] if options.precision else machine.PRECISIONS
-    names = [n for n in PEERS if n.split()[-1] in precisions]
+    names = [n for n in CPU_PEERS if n.split()[-1] in precisions]
     own = [n for n in names if n.startswith("barelm")]
     if not options.peers:
         return own

@@ -1,8 +1,9 @@
 """python benchmarks/bench_model.py  -- whole training steps beside PyTorch: same model, weights, batches and update.
 
 Each peer is a process of its own that waits for its turn, so that threads of one never spin while another is timed; the
-turns go round and round, so that all share what else the machine does.  A step is forward, backward, clipping to norm 1
-and AdamW.  Peers that do not compute the same loss are an error, not a row of the table.
+turns go round and round, so that all share what else the machine does.  A step is forward and backward of one or
+several micro-batches, clipping to norm 1 and AdamW.  Peers that do not compute the same loss are an error, not a row of
+the table.  With `--device cuda` on a GPU: GPT-2 from 124M to 1558M.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from barelm.loop import flops_per_token, step  # noqa: E402
 
 LR, CLIP = 1e-4, 1.0
 ADAMW = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-PEERS = (
+CPU_PEERS = (
     "barelm fp32",
     "barelm bf16",
     "torch eager fp32",
@@ -38,6 +39,7 @@ PEERS = (
     "torch eager tuned bf16",
     "torch compile tuned bf16",
 )
+CUDA_PEERS = ("barelm bf16", "torch eager bf16", "torch compile bf16")
 HEADER = (
     "model",
     "B, T",
@@ -52,6 +54,10 @@ HEADER = (
     "GiB",
     "loss",
 )
+CUDA_PEAK = {
+    "bf16": 989.4e12,
+    "fp32": 66.9e12,
+}  # FLOP/s of an H200 (NVIDIA H200 data sheet: half of those with sparsity)
 PAUSE = 0.2  # seconds between turns: threads that wait for work by spinning have gone to sleep by then
 
 
@@ -61,21 +67,29 @@ class Workload:
     sizes: dict
     B: int
     T: int
+    micro_batches: int = 1
+    device: str = "cpu"
+
+    @property
+    def tokens(self):
+        return self.B * self.T * self.micro_batches
 
     @property
     def config(self):
         return Config(**self.sizes)
 
     def batches(self):
-        """tokens, targets (B, T) int32: four batches, round and round, so that updates that work show in the loss."""
-        rng, V = np.random.default_rng(0), self.config.vocab_size
-        return itertools.cycle([tuple(rng.integers(0, V, (2, self.B, self.T), dtype=np.int32)) for _ in range(4)])
+        """A step's micro-batches, each tokens, targets (B, T) int32: those of four steps, round and round, so that
+        updates that work show in the loss."""
+        rng, V, shape = np.random.default_rng(0), self.config.vocab_size, (2, self.B, self.T)
+        one = [[tuple(rng.integers(0, V, shape, dtype=np.int32)) for _ in range(self.micro_batches)] for _ in range(4)]
+        return itertools.cycle(one)
 
 
 GPT2 = dict(vocab_size=50304)  # 124M; the vocabulary that PyTorch is fastest with
 SMALL = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=4096, context=256)
 RECIPE = dict(n_layer=4, n_head=4, n_embd=128, vocab_size=65, context=64, bias=False)
-WORKLOADS = (
+CPU_WORKLOADS = (
     Workload("gpt2", GPT2, 4, 64),
     Workload("gpt2", GPT2, 4, 256),
     Workload("gpt2", GPT2, 1, 1024),
@@ -84,13 +98,21 @@ WORKLOADS = (
 )
 
 
+def gpt2(name, B, micro_batches):
+    return Workload(name, Config.preset(name, **GPT2).to_dict(), B, 1024, micro_batches, "cuda")
+
+
+CUDA_WORKLOADS = (gpt2("gpt2", 64, 1), gpt2("gpt2-medium", 16, 8), gpt2("gpt2-large", 16, 8), gpt2("gpt2-xl", 16, 8))
+KINDS = {"cpu": (CPU_WORKLOADS, CPU_PEERS), "cuda": (CUDA_WORKLOADS, CUDA_PEERS)}
+
+
 # ---- in the process of a peer
 
 
 def barelm_step(workload, precision, folder):
     """A function that takes one step and returns its loss."""
-    model = Model.load(folder, precision=precision)
-    return lambda batch: step(model, [batch], LR, clip=CLIP, **ADAMW).loss
+    model = Model.load(folder, precision=precision, device=workload.device)
+    return lambda batches: step(model, batches, LR, clip=CLIP, **ADAMW).loss
 
 
 def torch_step(workload, precision, folder, compiled):
@@ -102,18 +124,22 @@ def torch_step(workload, precision, folder, compiled):
     torch.set_num_threads(_core.threads_get())
     weights = load_file(folder / "model.safetensors")
     model = torch_gpt2.GPT2(workload.config).load({from_file_name(workload.config, n): p for n, p in weights.items()})
+    model.to(workload.device)
     optimizer = torch_gpt2.adamw(model, LR, **ADAMW, fused=True)
     loss_of = torch.compile(model) if compiled else model
 
-    def take(batch):
-        tokens, targets = (torch.from_numpy(a).long() for a in batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of(tokens, targets)
-        loss.backward()
+    def take(batches):
+        total = 0.0
+        for batch in batches:
+            tokens, targets = (torch.from_numpy(a).to(workload.device).long() for a in batch)
+            with torch.autocast(workload.device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                loss = loss_of(tokens, targets) / len(batches)
+            loss.backward()
+            total = total + loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return total.item()
 
     return take
 
@@ -135,7 +161,7 @@ def serve(pipe, peer, workload, folder):
         for batch in ready:
             loss = take(batch)
         pipe.send((time.perf_counter() - start, loss))
-    pipe.send(peak_memory())
+    pipe.send(peak_memory() if workload.device == "cpu" else device_memory(library, workload))
 
 
 def peak_memory():
@@ -143,6 +169,15 @@ def peak_memory():
     says begins with the parent's."""
     lines = [line.split() for line in machine.read("/proc/self/status").splitlines() if line.startswith("VmHWM:")]
     return int(lines[0][1]) / 2**20 if lines else None
+
+
+def device_memory(library, workload):
+    """The GiB of the GPU that a peer has taken."""
+    if library == "barelm":
+        return sum(workload.config.memory(workload.B, workload.T, precision="bf16", device="cuda").values()) / 2**30
+    import torch
+
+    return torch.cuda.max_memory_reserved() / 2**30
 
 
 # ---- in this process
@@ -237,7 +272,7 @@ def summarize(results, peak):
     """Add to each result its median, spread, tokens/s, share of peak and ratios to PyTorch's best, stock and tuned."""
     for r in results:
         workload, precision = Workload(**r["workload"]), r["peer"].split()[-1]
-        seconds, tokens = np.array(r["seconds"]), workload.B * workload.T
+        seconds, tokens = np.array(r["seconds"]), workload.tokens
         low, r["median"], high = (float(q) for q in np.quantile(seconds, [0.25, 0.5, 0.75]))
         r["spread"], r["tokens_per_second"] = (high - low) / r["median"], tokens / r["median"]
         r["share_of_peak"] = flops_per_token(workload.config, workload.T) * r["tokens_per_second"] / peak[precision]
@@ -260,7 +295,7 @@ def row(r):
     memory = "" if r["gib"] is None else f"{r['gib']:.2f}"
     return (
         workload.name,
-        f"{workload.B}, {workload.T}",
+        f"{workload.B}, {workload.T}" + (f" x {workload.micro_batches}" if workload.micro_batches > 1 else ""),
         r["peer"],
         f"{r['median'] * 1e3:.1f}",
         f"{r['tokens_per_second']:.0f}",
@@ -274,12 +309,13 @@ def row(r):
 
 
 def selected(options):
-    names = [name for name in PEERS if any(word in name for word in options.peers or [""])]
+    workloads, names = KINDS[options.device]
+    names = [name for name in names if any(word in name for word in options.peers or [""])]
     why = tuned.missing()
     if why and any("tuned" in name for name in names):
         print(f"left out: tuned PyTorch ({why})", file=sys.stderr)
         names = [name for name in names if "tuned" not in name]
-    workloads = [w for w in WORKLOADS if any(word in f"{w.name} {w.B},{w.T}" for word in options.only or [""])]
+    workloads = [w for w in workloads if any(word in f"{w.name} {w.B},{w.T}" for word in options.only or [""])]
     if not names or not workloads:
         raise SystemExit("nothing to run: --only and --peers leave no workload or no peer")
     return workloads, names
@@ -293,7 +329,8 @@ def main():
         metavar="WORD",
         help="workloads with this in their name, as in 'gpt2 4,64' (may be repeated)",
     )
-    parser.add_argument("--peers", action="append", metavar="WORD", help=f"of {', '.join(PEERS)} (may be repeated)")
+    parser.add_argument("--peers", action="append", metavar="WORD", help=f"of {', '.join(CPU_PEERS)} (may be repeated)")
+    parser.add_argument("--device", choices=KINDS, default="cpu")
     parser.add_argument("--rounds", type=int, help="turns of each peer (default 9)")
     parser.add_argument("--quick", action="store_true", help="3 rounds of short turns")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON, every turn's time included")
@@ -301,8 +338,14 @@ def main():
     workloads, names = selected(options)
     about = machine.describe()
     machine.show(about)
-    ceilings = machine.ceilings([about["backend"]])
-    machine.show_ceilings(ceilings)
+    if options.device == "cuda":
+        ceilings = {about["backend"]: CUDA_PEAK}
+        print(
+            f"\n% of peak: of the H200's dense {CUDA_PEAK['bf16'] / 1e12:.0f} TFLOP/s in bf16, its data sheet's number."
+        )
+    else:
+        ceilings = machine.ceilings([about["backend"]])
+        machine.show_ceilings(ceilings)
     print("\n| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER), flush=True)
     results = []
     for workload in workloads:

@@ -364,18 +364,19 @@ void bind_model(py::module_ &m) {
     m.def(
         "model_memory",
         [](const py::object &config, int B, int T, bool training, const std::string &weights, int rank,
-           const std::vector<std::string> &targets) {
+           const std::vector<std::string> &targets, const std::string &precision, const std::string &device) {
             Config c = config_of(config);
             std::optional<Asked> asked;
             if (rank) asked.emplace(c, rank, 1.0, targets);
-            Memory b = model_memory(&c, &backend(""), B, T, training, held_as(weights), asked ? &asked->lora : nullptr);
+            Memory b = model_memory(&c, &ops_on(device, precision), B, T, training, held_as(weights),
+                                    asked ? &asked->lora : nullptr);
             py::dict d;
             d["weights"] = b.weights, d["gradients"] = b.gradients, d["moments"] = b.moments;
             d["activations"] = b.activations, d["head"] = b.head, d["tables"] = b.tables;
             return d;
         },
         py::arg("config"), py::arg("B"), py::arg("T"), py::arg("training"), py::arg("weights"), py::arg("rank"),
-        py::arg("targets"));
+        py::arg("targets"), py::arg("precision"), py::arg("device"));
 
     m.def(  // what an adapter's targets may be
         "model_modules", [](const py::object &config) { return modules_of(config_of(config)); }, py::arg("config"));

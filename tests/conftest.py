@@ -57,6 +57,16 @@ def cuda_library(request, tmp_path_factory):
 
 
 @pytest.fixture
+def device(cuda_library, monkeypatch):
+    """The name of the device that has this library; kernels of the emulation run in order."""
+    monkeypatch.setenv("BARELM_CUDA_LIBRARY", str(cuda_library))
+    library = ctypes.CDLL(str(cuda_library))
+    if hasattr(library, "emulate_schedule"):
+        library.emulate_schedule(ctypes.c_uint64(0))
+    return "cuda"
+
+
+@pytest.fixture
 def cuda(request, cuda_library):
     """All operators of cuda/, for activations of the type that the test is parametrized with; kernels run in order."""
     from emulated import Backend

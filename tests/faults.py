@@ -532,7 +532,7 @@ FAULTS = [
     # what only a device has: recordings, and weights in bf16
     *(
         Fault(f"repeat: {what} ignored", "csrc/repeat.c", f"a->{what} == b->{what}", "1", DEVICE)
-        for what in ("work", "B", "T", "has_starts", "live", "invtemp")
+        for what in ("B", "T", "has_starts", "live", "invtemp")
     ),
     Fault(
         "repeat: recorded, but not done",

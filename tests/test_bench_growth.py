@@ -179,7 +179,7 @@ def picture(files, best=False):
     return draw.bars_svg(machine, results, best) if model is None else draw.lines_svg(machine, model, results)
 
 
-def growth(axes=draw.AXES, peers=tuple(bench.PEERS), rate=1000.0):
+def growth(axes=draw.AXES, peers=tuple(bench.CPU_PEERS), rate=1000.0):
     """What bench_growth.py writes, of sizes 1, 2 and 4 on each axis."""
     sizes = dict(n_layer=1, n_head=1, n_embd=16, vocab_size=37, context=64)
     machine = dict(cpu="A processor, 3.0 GHz", cpus=2, threads=2, backend="ref", barelm="1.0", commit="abc", torch="2")

@@ -153,15 +153,25 @@ class Config:
         return d
 
     def memory(
-        self, B: int = 1, T: int = 0, training: bool = True, weights: str = "fp32", lora: Lora | None = None
+        self,
+        B: int = 1,
+        T: int = 0,
+        training: bool = True,
+        weights: str = "fp32",
+        lora: Lora | None = None,
+        precision: str = "fp32",
+        device: str = "cpu",
     ) -> dict[str, int]:
         """Bytes by purpose for batches of B x T (T = 0: the whole context), before anything is allocated.  weights,
-        lora: as Model has them."""
+        lora, precision, device: as Model has them.  Kernels of a GPU take working memory besides."""
+        open_device(device)
         for letter, value, low in (("B", B, 1), ("T", T, 0)):
             if not _is_int(value) or not low <= value < 2**31:
                 raise ValueError(f"{letter}: is {value!r}, must be an int, at least {low}")
         rank, modules = (lora.rank, lora.modules(self)) if lora else (0, [])
-        return _core.model_memory(self, B, T or self.context, training, weights, rank, modules)
+        return _core.model_memory(
+            self, B, T or self.context, training, weights, rank, modules, precision, kind_of(device)
+        )
 
 
 class Model:
@@ -373,7 +383,7 @@ class Model:
 
     def memory(self, B: int = 1, T: int = 0, training: bool = True) -> dict[str, int]:
         """Bytes by purpose for batches of B x T; see Config.memory."""
-        return self.config.memory(B, T, training, self.weights, self.adapter)
+        return self.config.memory(B, T, training, self.weights, self.adapter, self.precision, self.device)
 
     def save(self, folder, optimizer: bool = True):
         """Write a checkpoint that transformers opens as it is; see barelm.checkpoint.save."""

@@ -1,0 +1,326 @@
+"""python benchmarks/bench_cuda.py  -- what a GPU can do, and which share of it the kernels reach at GPT-2's shapes.
+
+Ceilings are a copy within the GPU's memory, and the matrix products of PyTorch's library (cuBLAS) at the same shapes,
+with random values: zeros take less power and are faster.  Arrays are greater than the caches.  A time is the median of
+several runs of many launches each, between two waits for the device.  Whole steps beside PyTorch are
+`bench_model.py --device cuda`.
+"""
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
+import machine  # noqa: E402
+from barelm import Config, Model, Session  # noqa: E402
+from barelm.model import cuda_library, open_device  # noqa: E402
+from emulated import FUNCTIONS, signatures, to_bf16  # noqa: E402
+
+GELU_TANH, FP32, BF16, HYPER_COUNT = 1, 0, 1, 11  # of csrc/ops.h
+BYTES = {"act": 2, "float": 4, "double": 8, "int32_t": 4, "bf16": 2}
+HEADER = ("operator", "sizes", "ms", "GB/s or TFLOP/s", "% of copy", "% of library", "spread %")
+
+
+@dataclass
+class Sizes:
+    """Of one micro-batch of GPT-2."""
+
+    B: int = 64
+    T: int = 1024
+    C: int = 768
+    NH: int = 12
+    V: int = 50257
+    layers: int = 12
+    copied: int = 1 << 31  # bytes
+
+    @property
+    def N(self):
+        return self.B * self.T
+
+    @property
+    def Vp(self):
+        return -(-self.V // 64) * 64
+
+    @property
+    def n_params(self):
+        return self.Vp * self.C + 12 * self.layers * self.C**2
+
+
+TINY = Sizes(B=1, T=8, C=16, NH=2, V=70, layers=1, copied=1 << 12)  # to see that everything runs, in the emulation
+
+
+class Device:
+    """The library's operators on arrays in its memory."""
+
+    def __init__(self):
+        open_device("cuda")
+        self.library = ctypes.CDLL(str(cuda_library()))
+        for name, (result, arguments) in FUNCTIONS.items():
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+        self.cell, self.held = self.library.cuda_alloc(8), []
+        self.noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
+
+    def wait(self):
+        self.library.cuda_copy_out(ctypes.byref(ctypes.c_double()), self.cell, 8)
+        if error := self.library.cuda_error():
+            raise RuntimeError(error.decode())
+
+    def array(self, kind, n, values=None):
+        """n values: those given, or small random ones; of doubles zeros."""
+        size = n * BYTES[kind]
+        pointer = self.library.cuda_alloc(size)
+        if not pointer:
+            raise MemoryError(f"{size:,} bytes of {kind}")
+        self.held.append((pointer, size))
+        host = values if values is not None else self.noise * np.float32(0.02)
+        if kind in ("act", "bf16"):
+            host = to_bf16(host)
+        for at in range(0, size if kind != "double" else 0, host.nbytes):
+            self.library.cuda_copy_in(pointer + at, host.ctypes.data, min(host.nbytes, size - at))
+        return pointer
+
+    def free(self):
+        for held in self.held:
+            self.library.cuda_free(*held)
+        self.held = []
+
+    def call(self, op, *arguments):
+        """Of an operator for activations in bf16."""
+        convert = {"int": ctypes.c_int, "float": ctypes.c_float, "int64_t": ctypes.c_int64}
+        kinds = [kind for _, kind in signatures()[op]]
+        given = [convert.get(kind, ctypes.c_void_p)(a) for kind, a in zip(kinds, arguments, strict=True)]
+        function = getattr(self.library, f"{op}_bf16")
+        return lambda: function(*given)
+
+
+def seconds_of(run, wait, seconds, rounds=5):
+    """(median, spread) of one run."""
+    run()
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    once = max(time.perf_counter() - began, 1e-6)
+    n, found = max(1, min(1000, round(seconds / rounds / once))), []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(n):
+            run()
+        wait()
+        found.append((time.perf_counter() - began) / n)
+    low, middle, high = np.quantile(found, [0.25, 0.5, 0.75])
+    return float(middle), float((high - low) / middle)
+
+
+# ---- ceilings ----
+
+
+def copy_bandwidth(device, s, seconds):
+    """Bytes read and written per second."""
+    a, b = device.array("float", s.copied // 4), device.array("float", s.copied // 4)
+    copy = device.library.cuda_copy
+    copy.restype, copy.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    time_, _ = seconds_of(lambda: copy(a, b, s.copied), device.wait, seconds)
+    device.free()
+    return 2 * s.copied / time_
+
+
+def library_products(shapes, seconds):
+    """{(M, N, K): FLOP/s} of PyTorch's bf16 products; empty where there is no PyTorch for this GPU."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    if not torch.cuda.is_available():
+        return {}
+    found = {}
+    for M, N, K in shapes:
+        a = torch.randn(M, K, device="cuda", dtype=torch.bfloat16) * 0.02
+        b = torch.randn(K, N, device="cuda", dtype=torch.bfloat16) * 0.02
+        out = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
+        time_, _ = seconds_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), torch.cuda.synchronize, seconds)
+        found[M, N, K] = 2 * M * N * K / time_
+        del a, b, out
+    torch.cuda.empty_cache()
+    return found
+
+
+# ---- operators: (name, sizes in words, the call, bytes that must move, work)
+# work: (M, N, K) of a product, a number of FLOPs, or None where memory bounds it
+
+
+def memory_bound(d, s):
+    N, C, T, B = s.N, s.C, s.T, s.B
+    unit = 2 * N * C  # an array of activations
+    x, y, z, out = (d.array("act", N * C) for _ in range(4))
+    row = [d.array("float", N) for _ in range(4)]
+    w, b, dw, db, din_b = (d.array("float", C) for _ in range(5))
+    ids = np.random.default_rng(1).integers(0, s.V, N).astype(np.int32)
+    tokens, targets = (d.array("int32_t", N, ids) for _ in range(2))
+    wte, wpe = d.array("float", s.Vp * C), d.array("float", T * C)
+    words = f"{N} x {C}"
+    embed = ("embedding_forward", out, tokens, None, wte, FP32, wpe, B, T, C)
+    yield "embedding forward", words, embed, unit + 4 * (N * C + T * C), None
+    back = ("embedding_backward", wte, wpe, x, tokens, None, B, T, C, s.Vp)
+    yield "embedding backward", words, back, unit + 8 * (min(N, s.Vp) * C + T * C), None
+    yield "layernorm forward", words, ("layernorm_forward", out, *row[:2], x, w, b, 1e-5, N, C), 2 * unit, None
+    back = ("layernorm_backward", out, dw, db, din_b, y, z, x, w, *row[:2], N, C)
+    yield "layernorm backward", words, back, 4 * unit, None
+    yield "rmsnorm forward", words, ("rmsnorm_forward", out, row[0], x, w, 1e-5, N, C), 2 * unit, None
+    yield "rmsnorm backward", words, ("rmsnorm_backward", out, dw, din_b, y, z, x, w, row[0], N, C), 4 * unit, None
+    gated = d.array("act", 2 * N * C)
+    yield "swiglu forward", words, ("swiglu_forward", out, gated, N, C), 3 * unit, None
+    qkv, HS = d.array("act", 3 * N * C), C // s.NH
+    angles = [d.array("float", T * HS // 2) for _ in range(2)]
+    rope = ("rope_forward", qkv, *angles, None, B, T, s.NH, s.NH, HS)
+    yield "rope forward", words, rope, 4 * unit, None
+    n = s.n_params
+    params, m, v, grads = (d.array("float", n) for _ in range(4))
+    low, hyper = d.array("bf16", n), d.array("float", HYPER_COUNT, np.full(HYPER_COUNT, 0.5, np.float32))
+    yield "adamw", f"{n}", ("adamw", params, m, v, grads, hyper, 1, n), 28 * n, None
+    yield "weights to bf16", f"{n}", ("held_write", low, params, BF16, 16, n // 16), 6 * n, None
+    offsets = np.linspace(0, n, 149).astype(np.int64).view(np.int32)
+    sums = d.array("double", 148)
+    squares = ("square_sums", sums, grads, d.array("int32_t", offsets.size, offsets), 148)
+    yield "square sums", f"{n}", squares, 4 * n, None
+    rows = min(N, 4096)
+    logits = d.array("act", rows * s.Vp)
+    words = f"{rows} x {s.V}"
+    lse = ("logprob_forward", *row[:2], None, logits, targets, 1.0, rows, s.V, s.Vp)
+    yield "logprob forward", words, lse, 2 * rows * s.V, None
+    back = ("logprob_backward", logits, row[2], logits, targets, row[1], 1.0, rows, s.V, s.Vp)
+    yield "logprob backward", words, back, 4 * rows * s.V, None
+
+
+def products(d, s):
+    """Of a layer's four matrices and the head, each product with the epilogue that a step gives it."""
+    rows = min(s.N, 4096)
+    for name, N, C, OC, fn in (
+        ("qkv", s.N, s.C, 3 * s.C, 0),
+        ("attention out", s.N, s.C, s.C, 0),
+        ("fc", s.N, s.C, 4 * s.C, GELU_TANH),
+        ("fc out", s.N, 4 * s.C, s.C, 0),
+        ("head", rows, s.C, s.Vp, 0),
+    ):
+        x, dx = (d.array("act", N * C) for _ in range(2))
+        y, pre = (d.array("act", N * OC) for _ in range(2))
+        weight, dweight = d.array("bf16", OC * C), d.array("float", OC * C)
+        bias, dbias = (d.array("float", OC) for _ in range(2))
+        residual = pre if "out" in name else None
+        given = None if name == "head" else bias
+        words, size = f"{N} x {C} x {OC}", 2 * (N * C + OC * C + N * OC)
+        forward = ("linear_forward", y, pre if fn else None, x, weight, BF16, given, residual, fn, BF16, N, C, OC)
+        yield f"{name} forward", words, forward, size, (N, OC, C)
+        slope = (dx, GELU_TANH) if name == "fc out" else (None, 0)
+        back = ("linear_backward_input", dx, y, None, weight, BF16, *slope, BF16, N, C, OC)
+        yield f"{name} backward input", words, back, size, (N, C, OC)
+        added = dbias if name in ("qkv", "fc") else None
+        back = ("linear_backward_weight", dweight, added, y, x, int(name == "head"), BF16, N, C, OC)
+        yield f"{name} backward weight", words, back, size + 2 * OC * C, (OC, C, N)
+        d.free()
+
+
+def attention(d, s):
+    B, T, NH, HS = s.B, s.T, s.NH, s.C // s.NH
+    qkv, dqkv = (d.array("act", 3 * s.N * s.C) for _ in range(2))
+    out, dout = (d.array("act", s.N * s.C) for _ in range(2))
+    lse = d.array("float", s.N * NH)
+    flops, unit = 2 * B * NH * HS * T * (T + 1), 2 * s.N * s.C
+    words, sizes = f"{B} x {T} x {NH} x {HS}", (None, BF16, B, T, NH, NH, HS)
+    yield "attention forward", words, ("attention_forward", out, lse, qkv, *sizes), 4 * unit, flops
+    back = ("attention_backward", dqkv, dout, qkv, out, lse, *sizes)
+    yield "attention backward", words, back, 8 * unit, 5 * flops // 2
+
+
+def operators(device, s, seconds, only):
+    copy = copy_bandwidth(device, s, seconds)
+    print(f"\nCopy: {copy / 1e12:.2f} TB/s, bytes read and written.\n\n| {' | '.join(HEADER)} |")
+    print("|" + "---|" * len(HEADER), flush=True)
+    found = []
+    for kind in (memory_bound, products, attention):
+        for name, sizes, call, moved, work in kind(device, s):
+            if only and not any(word in name for word in only):
+                continue
+            time_, spread = seconds_of(device.call(*call), device.wait, seconds)
+            product = work if isinstance(work, tuple) else None
+            flops = 2 * np.prod(product, dtype=float) if product else work
+            found.append(dict(name=name, sizes=sizes, seconds=time_, spread=spread, bytes=moved, flops=flops))
+            found[-1]["product"] = product
+        device.free()
+    shapes = {r["product"] for r in found if r["product"]}
+    best = library_products(sorted(shapes), seconds)
+    for r in found:
+        r["of_copy"] = None if r["flops"] else r["bytes"] / r["seconds"] / copy
+        rate = r["flops"] / r["seconds"] if r["flops"] else r["bytes"] / r["seconds"]
+        r["of_library"] = rate / best[r["product"]] if r["product"] in best else None
+        shares = ("" if share is None else f"{100 * share:.0f}" for share in (r["of_copy"], r["of_library"]))
+        number = f"{rate / 1e12:.0f} TFLOP/s" if r["flops"] else f"{rate / 1e9:.0f} GB/s"
+        cells = (r["name"], r["sizes"], f"{1e3 * r['seconds']:.3f}", number, *shares, f"{100 * r['spread']:.0f}")
+        print("| " + " | ".join(cells) + " |", flush=True)
+    return {"copy": copy, "operators": found, "library": {str(shape): rate for shape, rate in best.items()}}
+
+
+# ---- decoding ----
+
+
+def decode(s, copy, tokens, counts, seconds):
+    """A step of a session, by rows: every weight is read once for all of them, and each row's keys and values."""
+    config = Config(n_layer=s.layers, n_head=s.NH, n_embd=s.C, vocab_size=s.V, context=2 * tokens)
+    model, found = Model(config, precision="bf16", device="cuda"), []
+    print("\n| rows | tokens before | ms a step | tokens/s | % of copy | spread % |\n|---|---|---|---|---|---|")
+    for rows in counts:
+        session = Session(model, rows * -(-2 * tokens // 64) * 64, "bf16")  # pages of 64 are a row's own
+        ids = [session.add() for _ in range(rows)]
+        prompt = np.random.default_rng(2).integers(0, s.V, tokens).astype(np.int32)
+        session.step(ids, [prompt] * rows)
+        n, times = max(2, min(tokens // 2, round(64 * seconds))), []
+        for _ in range(n):
+            began = time.perf_counter()
+            session.step(ids, [prompt[:1]] * rows)
+            times.append(time.perf_counter() - began)
+        low, middle, high = np.quantile(times[1:], [0.25, 0.5, 0.75])
+        moved = 2 * s.n_params + 4 * rows * tokens * s.layers * s.C
+        found.append(dict(rows=rows, tokens=tokens, seconds=times, bytes=moved))
+        cells = (rows, tokens, f"{1e3 * middle:.3f}", f"{rows / middle:.0f}", f"{100 * moved / middle / copy:.0f}")
+        print("| " + " | ".join(map(str, (*cells, f"{100 * (high - low) / middle:.0f}"))) + " |", flush=True)
+    return found
+
+
+def gpu_name():
+    try:
+        words = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no nvidia-smi"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("  -- ")[2].splitlines()[0])
+    parser.add_argument("--only", action="append", metavar="WORD", help="operators with this in their name")
+    parser.add_argument("--skip-decode", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: to see that everything runs")
+    parser.add_argument("--json", metavar="FILE", help="write everything as JSON")
+    options = parser.parse_args()
+    sizes, seconds = (TINY, 0.01) if options.tiny else (Sizes(), 0.3)
+    about = machine.describe() | {"gpu": gpu_name()}
+    machine.show(about)
+    print(f"- GPU: {about['gpu']}")
+    device = Device()
+    found = operators(device, sizes, seconds, options.only)
+    if not options.skip_decode:
+        tokens, counts = (8, (1, 2)) if options.tiny else (1024, (1, 8, 64))
+        found["decode"] = decode(sizes, found["copy"], tokens, counts, seconds)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"machine": about} | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

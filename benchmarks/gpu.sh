@@ -1,0 +1,51 @@
+#!/bin/sh
+# gpu.sh [FOLDER] -- on a machine with an NVIDIA GPU, nvcc and PyTorch: build, check and measure everything, in under eight
+# minutes.  What it says and the JSON files go to FOLDER (default build/gpu); then copy them into benchmarks/.
+#   ARCH  what nvcc compiles for (default: the GPU that is there)      PYTHON  (default python3)
+#   ONLY  a part: build, tests, sanitizers, peers, operators or steps
+set -u
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
+python=${PYTHON:-python3}
+export BARELM_CUDA_LIBRARY=$PWD/build/gpu/cuda/libbarelm_cuda.so PYTHONPATH=$PWD/python PYTHONUNBUFFERED=1
+began=$(date +%s) failed=""
+
+part() { # name, command ...: its output goes to a file of that name, its end to the screen
+    name=$1 && shift
+    case ${ONLY:-$name} in *"$name"*) ;; *) return ;; esac
+    at=$(date +%s)
+    if "$@" >"$out/$name.txt" 2>&1; then said=passed; else said=FAILED failed="$failed $name"; fi
+    printf '\n==== %s: %s, %s s (%s s in all)\n' "$name" "$said" $(($(date +%s) - at)) $(($(date +%s) - began))
+    tail -n 40 "$out/$name.txt"
+}
+
+build() {
+    cmake -S cuda -B build/gpu/cuda -DBARELM_WERROR=ON "-DCMAKE_CUDA_ARCHITECTURES=${ARCH:-native}" &&
+        cmake -S . -B build/gpu/core -DBARELM_CUDA=OFF -DCMAKE_BUILD_TYPE=Release "-DPython_EXECUTABLE=$(command -v "$python")" &&
+        cmake --build build/gpu/cuda -j8 && cmake --build build/gpu/core -j8 && cp build/gpu/core/_core*.so python/barelm/ &&
+        "$python" -m barelm doctor
+}
+
+tests() { "$python" -m pytest -q -x -k "not planted" tests/test_emulate.py tests/test_cuda.py tests/test_cuda_attention.py tests/test_cuda_model.py; }
+
+# each tool over kernels of every file, and a whole step of both families
+sanitizers() {
+    for tool in memcheck racecheck initcheck synccheck; do
+        compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all "$python" -m pytest -q -x -p no:cacheprovider \
+            tests/test_cuda_model.py -k "same_bits_under_every_schedule or session_decodes" || return
+        compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py \
+            -k "not planted and (odd or smallest) and not big" || return
+    done
+}
+
+peers() { "$python" -m pytest -q -m peers tests/test_peers_cuda.py; }
+operators() { "$python" benchmarks/bench_cuda.py --json "$out/h200-operators.json"; }
+steps() { "$python" benchmarks/bench_model.py --device cuda --only gpt2\ 64 --rounds 5 --json "$out/h200-steps.json"; }
+
+part build build
+part tests tests
+part operators operators
+part steps steps
+part peers peers
+part sanitizers sanitizers
+test -z "$failed" || { echo "failed:$failed" && exit 1; }

@@ -1,0 +1,27 @@
+"""benchmarks/bench_cuda.py runs: every operator it measures is called with arguments that its kernel takes.  In the
+emulation, at the smallest sizes; the numbers mean nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulated import COMPILER
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
+
+
+def test_every_operator_is_measured(cuda_library, tmp_path):
+    words = ["--tiny", "--json", str(tmp_path / "found.json")]
+    environment = os.environ | {"BARELM_CUDA_LIBRARY": str(cuda_library)}
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "bench_cuda.py", *words], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["operators"]) == 30 and all(r["seconds"] > 0 for r in found["operators"])
+    assert [r["rows"] for r in found["decode"]] == [1, 2]
+    assert f"| {found['operators'][0]['name']} |" in run.stdout
