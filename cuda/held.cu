@@ -1,9 +1,10 @@
-/* held.cu -- weights that are not trained, written and read.  Bound by memory, and done once. */
+/* held.cu -- weights in less than floats, written and read.  Bound by memory: those that are not trained once, but a
+ * copy in bf16 of those that are after each update (csrc/model.c). */
 #include "held.cuh"
 
 namespace {
 
-enum { THREADS = 256, WARPS = THREADS / WARP };
+enum { THREADS = 256, WARPS = THREADS / WARP, EACH = 8 };
 
 /* A block for some values of a matrix. */
 __global__ void __launch_bounds__(THREADS) read(float *weight, const void *in, int held, int C, int64_t values) {
@@ -17,8 +18,10 @@ __global__ void __launch_bounds__(THREADS) write_floats(float *out, const float 
 }
 
 __global__ void __launch_bounds__(THREADS) write_bf16(bf16 *out, const float *weight, int64_t values) {
-    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i < values) from_float(out[i], weight[i]);
+    const int64_t at = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * EACH, count = values - at;
+    if (count <= 0) return;
+    const Pack<float, EACH> pack = load<EACH>(weight + at, count);
+    store(out + at, pack.x, count);
 }
 
 /* A warp for each group. */
@@ -43,7 +46,8 @@ void OPERATOR(held_write)(void *out, const float *weight, int held, int C, int O
     const int64_t values = (int64_t)OC * C, groups = (int64_t)OC * groups_of(C);
     const Grid each(divide_up(values, THREADS), THREADS);
     if (held == PREC_FP32) launch(each, write_floats, (float *)out, weight, values);
-    else if (held == PREC_BF16) launch(each, write_bf16, (bf16 *)out, weight, values);
+    else if (held == PREC_BF16)
+        launch(Grid(divide_up(values, THREADS * EACH), THREADS), write_bf16, (bf16 *)out, weight, values);
     else launch(Grid(divide_up(groups, WARPS), THREADS), write_int8, (Group *)out, weight, C, groups);
 }
 

@@ -173,6 +173,27 @@ def test_a_checkpoint_goes_from_device_to_device(device, config, tmp_path):
     assert step(cpu, tokens, targets)[0] == pytest.approx(step(again, tokens, targets)[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@both
+def test_an_adapter_on_weights_that_are_held_in_less(device, config, weights):
+    """The same rounding on both devices, and then sums in another order, as in fp32."""
+    made = []
+    for place in ("cpu", "cuda"):
+        model = Model.empty(Config(**config), "fp32", place, weights)
+        for name, p in random_model(config).params.items():
+            model.put(name, 0, np.ascontiguousarray(p.T if name in model.transposed else p))
+        model.adapt(Lora(rank=3, alpha=5.0), seed=3)
+        made.append(model)
+    cpu, gpu = made
+    assert_all_same_bits(copies(gpu.params), copies(cpu.params))
+    tokens, targets = random_batch(config, 2, 9)
+    for _ in range(2):
+        (loss, grads, norm), (want, want_grads, want_norm) = step(gpu, tokens, targets), step(cpu, tokens, targets)
+        assert loss == pytest.approx(want, rel=1e-5) and norm == pytest.approx(want_norm, rel=1e-4)
+        for name, g in want_grads.items():
+            np.testing.assert_allclose(grads[name], g, rtol=0, atol=1e-4 * np.abs(g).max() + 1e-8, err_msg=name)
+
+
 def state_of(model):
     """All that a step changes."""
     first, second = (copies(moments) for moments in model.moments)
