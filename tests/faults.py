@@ -770,7 +770,7 @@ FAULTS = [
     Fault(
         "safetensors: an index may name files elsewhere",
         "python/barelm/convert/safetensors_file.py",
-        'if not name.endswith(".safetensors") or os.path.basename(name) != name:',
+        'if not name.endswith(".safetensors") or os.path.basename(name) != name or len(name) > MAX_NAME:',
         "if False:",
         FOLDERS,
     ),
@@ -812,12 +812,8 @@ FAULTS = [
     Fault(
         "binary: counts are believed",
         "python/barelm/convert/binary.py",
-        """    def take(self, n: int, what: str) -> bytes:
-        \"""The next n bytes.\"""
-        if not 0 <= n <= self.left:""",
-        """    def take(self, n: int, what: str) -> bytes:
-        \"""The next n bytes.\"""
-        if not 0 <= n:""",
+        "if not 0 <= n <= self.left:",
+        "if not 0 <= n:",
         FORMATS,
     ),
     Fault(

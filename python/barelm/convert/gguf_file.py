@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -47,15 +47,11 @@ class Array(NamedTuple):
 
     def strings(self) -> list[str]:
         """CheckpointError: they are no strings."""
-        return list(self._strings())
-
-    def _strings(self) -> Iterator[str]:
         with Binary(self.path) as file:
             if self.type != STRING:
                 raise file.error(f"{self.key}: strings are expected")
             file.skip(self.offset, self.key)
-            for _ in range(self.count):
-                yield file.text(file.numbers("Q", self.key)[0], self.key)
+            return file.texts(self.count, self.key)
 
     def numbers(self) -> np.ndarray:
         """CheckpointError: they are no numbers."""
@@ -128,8 +124,7 @@ def _value(file: Binary, key: str) -> object:
         size = struct.calcsize(NUMBERS[kind])
         file.skip(_bounded(file, count, size, key) * size, key)
     elif kind == STRING:
-        for _ in range(_bounded(file, count, 8, key)):
-            file.skip(file.numbers("Q", key)[0], key)
+        file.skip_texts(_bounded(file, count, 8, key), key)
     else:
         raise file.error(f"{key}: is an array of type {kind}, must be of numbers or strings")
     return Array(file.path, key, kind, count, start)

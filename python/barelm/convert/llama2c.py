@@ -47,7 +47,7 @@ def read(path: Path, tokenizer=lambda: None) -> Source:
         if file.size >= 8 and file.numbers("I", "header")[0] == LATER:
             version = file.numbers("i", "version")[0]
             raise file.error(f"is llama2.c's version {version}; only version 0 is read (export.py --version 0)")
-    with Binary(path) as file:
+        file.at = 0
         config = _config(file)
         layout = _layout(config)
         want = 28 + 4 * sum(math.prod(shape) for _, shape in layout)
@@ -145,4 +145,4 @@ def read_tokenizer(path: Path) -> SentencePiece:
 def _piece(id: int, text: str) -> tuple[str, int]:
     if id in SPECIAL:
         return SPECIAL[id]
-    return text.replace(" ", SPACE), BYTE if BYTE_PIECE.fullmatch(text) else NORMAL
+    return text.replace(" ", SPACE), BYTE if text[0] == "<" and BYTE_PIECE.fullmatch(text) else NORMAL

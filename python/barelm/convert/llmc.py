@@ -74,6 +74,7 @@ def is_llmc(path: Path) -> bool:
 
 def read(path: Path, tokenizer=lambda: None) -> Source:
     """CheckpointError: it is no such file, or not whole."""
+    path = Path(path)
     with Binary(path) as file:
         header = file.numbers("256i", "header")
         if header[0] != MAGIC:
@@ -88,12 +89,12 @@ def read(path: Path, tokenizer=lambda: None) -> Source:
     at, stored = HEADER, {}
     for group in layout:
         for name in _names(group, config):
-            stored[name] = Stored(Path(path), at, kind, group.shape, group.transposed)
+            stored[name] = Stored(path, at, kind, group.shape, group.transposed)
             at += size * math.prod(group.shape)
         if group.name == "wte.weight":
             at += size * (padded - config.vocab_size) * config.n_embd
     stored = match(stored, shapes_of(config, len(stored), path, "its header"), str, path, "its header")
-    return Source(Path(path), f"llm.c's, version {header[1]}", config, stored, tokenizer)
+    return Source(path, f"llm.c's, version {header[1]}", config, stored, tokenizer)
 
 
 def _config(file: Binary, header: tuple[int, ...]) -> tuple[Config, int, str]:

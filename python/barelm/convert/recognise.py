@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import checkpoint
-from . import gguf, llama2c, llmc
+from . import gguf, gguf_file, llama2c, llmc
 from .binary import Binary
 from .source import CheckpointError, Source
 
@@ -25,15 +25,16 @@ def open_source(path) -> Source:
         return checkpoint.open_weights(path)
     with Binary(path) as file:
         head = file.take(min(16, file.left), "header")
-    if gguf.is_gguf(path):
+    if head.startswith(gguf_file.MAGIC):
         return gguf.read(path)
-    if llmc.is_llmc(path):
+    number = int.from_bytes(head[:4], "little")
+    if number == llmc.MAGIC:
         return llmc.read(path)
     if head.startswith(PICKLES):
         raise CheckpointError(f"{path}: is pickled, and reading that could run any program; safetensors are read")
     if head[8:9] == b"{":
         raise CheckpointError(f"{path}: is a safetensors file; name its folder, where config.json lies beside it")
-    if llama2c.is_model(path) or int.from_bytes(head[:4], "little") == llama2c.LATER:
+    if number == llama2c.LATER or llama2c.is_model(path):
         return llama2c.read(path)
     raise CheckpointError(
         f"{path}: is no model that is known: a folder with config.json and safetensors, GGUF, llm.c's checkpoint or "

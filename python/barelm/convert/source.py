@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -264,8 +265,11 @@ def interleaved(heads: int, head_size: int) -> np.ndarray:
 def file_size(path: Path) -> int:
     """CheckpointError: it cannot be read, or is no file."""
     try:
-        if not os.path.isfile(path):
-            raise CheckpointError(f"{path}: is {'no file' if os.path.exists(path) else 'not there'}")
-        return os.path.getsize(path)
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in its name
+        raise CheckpointError(f"{path}: is not there") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: is no file")
+    return status.st_size
