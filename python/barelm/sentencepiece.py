@@ -13,6 +13,7 @@ where a character is not in the vocabulary falls back to bytes.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -131,8 +132,6 @@ class SentencePiece(Tokenizer):
         return sorted(_mergeable(ids), key=lambda piece: (-float(self.scores[ids[piece]]), ids[piece]))
 
     def _make_encoder(self) -> None:
-        import tiktoken
-
         tokens = {bytes([b]): [int(self._byte_ids[b])] for b in range(256)}  # in the order of ranks: ids
         chars = {p.replace(SPACE, " ").encode(): id for p, id in self._normal.items() if len(p) == 1}
         for size in (2, 3):
@@ -147,10 +146,14 @@ class SentencePiece(Tokenizer):
         self._all_ids = np.array([id for ids in tokens.values() for id in ids], np.int32)
         self._firsts = np.cumsum(self._counts) - self._counts
         self._may_cut = not any(CUT.search(piece.replace(SPACE, " ")) for piece in pieces)
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        self._encoder = tiktoken.Encoding(
-            "barelm", pat_str="(?s).+", mergeable_ranks=ranks, special_tokens={"<|end|>": len(ranks)}
-        )
+        self._ranks = {token: rank for rank, token in enumerate(tokens)}
+
+    @cached_property
+    def _encoder(self):
+        import tiktoken
+
+        ends = {"<|end|>": len(self._ranks)}
+        return tiktoken.Encoding("barelm", pat_str="(?s).+", mergeable_ranks=self._ranks, special_tokens=ends)
 
     def _ordinary(self, data: bytes) -> Iterator[str | np.ndarray]:
         if not data:

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -343,19 +344,25 @@ class Tokenizer:
         self._merges, self.ignore_merges, ranks = merges.kept, merges.ignore_merges, merges.ranks
         ids = np.array([self._vocab[token] for token in ranks], np.int32)
         self._rank_to_id = None if np.array_equal(ids, np.arange(len(ids))) else ids
-        self._encoder = None
-        if len(ranks) > 256:
-            import tiktoken  # here: a byte vocabulary does without
+        self._ranks = ranks
+        if self.pattern not in PATTERNS.values() and self._encoder:
+            self._text("a b1.\n")  # now, not at the first text, a pattern that matches nothing at all is refused
 
-            # One special token, never allowed: with none tiktoken searches for the empty one at every character.
-            self._encoder = tiktoken.Encoding(
-                "barelm",
-                pat_str=split.engine_pattern(self.pattern),
-                mergeable_ranks=ranks,
-                special_tokens={EOT: len(ranks)},
-            )
-            if self.pattern not in PATTERNS.values():
-                self._text("a b1.\n")  # now, not at the first text, a pattern that matches nothing at all is refused
+    @cached_property
+    def _encoder(self):
+        """tiktoken's, or None where nothing merges.  Made for the first text: that takes milliseconds, and much of what
+        loads a vocabulary has none."""
+        if len(self._ranks) == 256:
+            return None
+        import tiktoken  # here: a byte vocabulary does without
+
+        # One special token, never allowed: with none tiktoken searches for the empty one at every character.
+        return tiktoken.Encoding(
+            "barelm",
+            pat_str=split.engine_pattern(self.pattern),
+            mergeable_ranks=self._ranks,
+            special_tokens={EOT: len(self._ranks)},
+        )
 
     def _parts(self, data: "bytes", special: bool) -> Iterator[str | np.ndarray]:
         """Texts that can be encoded each by itself, and between them the ids of what is no text."""
@@ -469,7 +476,7 @@ def _read(path: str | os.PathLike) -> str:
 
 def legible(text: str) -> str:
     """For messages that quote a file, which may hold anything: without characters that a terminal would obey."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _begins_with(path: Path, magic: "bytes") -> bool:
