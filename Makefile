@@ -10,8 +10,9 @@ FORMATTED := csrc/*.c csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h cuda/*.c
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # WERROR=ON: warnings are errors, as in .ci/run.
 WERROR ?= OFF
+RUNS   ?= 100000
 
-.PHONY: demo test test-peers asan tsan faults bench lint format clean help
+.PHONY: demo test test-peers asan tsan fuzz faults bench lint format clean help
 
 demo: $(VENV)/.installed ## build, train a small GPT-2 on the standard library, sample from it
 	$(BIN)/barelm demo
@@ -27,6 +28,9 @@ asan: $(VENV)/.test ## quick tests under the address and undefined-behaviour san
 
 tsan: $(VENV)/.test ## tests with several threads under the thread sanitizer
 	sh tests/sanitize.sh tsan $(BIN)/python
+
+fuzz: $(VENV)/.fuzz ## changed files for every reader, guided by what they reach, under the sanitizers; RUNS=100000 of each
+	sh tests/fuzz.sh $(BIN)/python -runs=$(RUNS)
 
 faults: $(VENV)/.test ## plant faults in a copy of the source and see the tests catch each
 	$(BIN)/python tests/faults.py
@@ -71,6 +75,10 @@ $(VENV)/.test: $(VENV)/.installed pyproject.toml
 
 $(VENV)/.peers: $(VENV)/.test
 	$(PIP) $(call extra,peers)
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	$(PIP) $(call extra,fuzz)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python

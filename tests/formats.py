@@ -6,13 +6,17 @@ import struct
 
 import numpy as np
 from barelm import Config, Lora, Model, Tokenizer, checkpoint
-from barelm.convert import gguf, llmc
+from barelm.convert import gguf, gguf_file, llmc, peft
+from barelm.convert.recognise import open_source
 from barelm.convert.source import CheckpointError, Source
 from barelm.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePiece
 
-GPT2 = dict(n_layer=1, n_head=2, n_embd=4, vocab_size=260, context=8)
+GPT2 = dict(n_layer=1, n_head=2, n_embd=4, vocab_size=6, context=8)
+ADAPTED = Config(**GPT2)
 LLAMA = dict(norm="rmsnorm", act="swiglu", pos="rope", bias=False, n_layer=1, n_head=2, n_kv_head=1, n_embd=8)
-LLAMA |= dict(n_inner=12, vocab_size=270, context=8)
+LLAMA |= dict(n_inner=12, vocab_size=7, context=8)
+SCALING = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+SCALING |= dict(original_max_position_embeddings=64)
 
 
 def small_pieces(**options):
@@ -67,48 +71,72 @@ def write_adapter(model, folder):
     return folder / "adapter"
 
 
+def write_gguf_vocabulary(tok, path):
+    """A GGUF file without a model."""
+    path.parent.mkdir(exist_ok=True)
+    values = {"general.architecture": "llama"} | gguf._vocabulary(tok, Config(vocab_size=tok.n_vocab))
+    with open(path, "wb") as file:
+        gguf_file.write(file, values, [])
+
+
 def make_all(folder):
-    """{name: file} of small valid files below the folder."""
-    gpt2, llama = Model(Config(**GPT2)), Model(Config(**LLAMA))
+    """{name: file} of small valid files below the folder.  Vocabularies are in files of their own: to read one takes
+    longer than all else."""
+    gpt2, llama = Model(Config(**GPT2)), Model(Config(**LLAMA, rope_scaling=SCALING))
     untied = Model(Config(**LLAMA | dict(tied=False)))
     bpe = Tokenizer.train(["abab ab " * 9], 260)
-    gguf.write(Source.of_model(gpt2, bpe), folder / "gpt2.gguf", "F32")
-    gguf.write(Source.of_model(llama, small_pieces()), folder / "llama.gguf", "BF16")
+    gguf.write(Source.of_model(gpt2), folder / "gpt2.gguf", "F32")
+    gguf.write(Source.of_model(llama), folder / "llama.gguf", "BF16")
+    write_gguf_vocabulary(small_pieces(), folder / "pieces" / "vocabulary.gguf")
+    write_gguf_vocabulary(bpe, folder / "bpe" / "vocabulary.gguf")
     llmc.write(Source.of_model(gpt2), folder / "llm.c.bin", "BF16")
     write_llama2c(untied, folder / "llama2.c.bin")
     write_llama2c_tokenizer(small_pieces(), folder / "tokenizer.bin")
     small_pieces().save(folder / "pieces")
     bpe.save(folder / "bpe")
-    checkpoint.write(Source.of_model(llama, None), folder / "sharded", "BF16", shard_size=2000)
-    (folder / "sharded" / "state.json").unlink()  # whose checksums would find every change
-    shard = sorted((folder / "sharded").glob("*.safetensors"))[0]
+    for name, size in (("single", 5000), ("sharded", 1000)):
+        checkpoint.write(Source.of_model(llama), folder / name, "BF16", shard_size=size)
+        (folder / name / "state.json").unlink()  # whose checksums would find every change
     adapter = write_adapter(gpt2, folder)
     return {
         **{name: folder / name for name in ("gpt2.gguf", "llama.gguf", "llm.c.bin", "llama2.c.bin", "tokenizer.bin")},
+        "vocabulary.gguf": folder / "pieces" / "vocabulary.gguf",
+        "vocabulary.gguf: BPE": folder / "bpe" / "vocabulary.gguf",
         "tokenizer.json": folder / "pieces" / "tokenizer.json",
         "tokenizer.json: BPE": folder / "bpe" / "tokenizer.json",
-        "shard": shard,
+        "model.safetensors": folder / "single" / "model.safetensors",
         "index": folder / "sharded" / "model.safetensors.index.json",
-        "config.json": folder / "sharded" / "config.json",
+        "config.json": folder / "single" / "config.json",
         "adapter": adapter / "adapter_model.safetensors",
         "adapter_config.json": adapter / "adapter_config.json",
     }
 
 
-def read(name, path):
-    """Read all that a file has; CheckpointError or ValueError is its right."""
-    from barelm.convert.recognise import open_source
+def read(name, path, thorough=True):
+    """Read a file; CheckpointError or ValueError is its right.  thorough: also what its header or vocabulary leads to,
+    and as a user would, who has files that lie beside it read too."""
+    folder = path.parent
+    if name.startswith(("tokenizer", "vocabulary")):
+        tok = Tokenizer.load(path)
+        if thorough:
+            tok.encode("ab é <s>")
+    elif thorough:
+        read_all(open_source(folder if folder.name in ("single", "sharded", "adapter") else path))
+    elif folder.name == "adapter":
+        if name != "adapter":  # the description says where the base is
+            checkpoint.base_of(folder)
+        peft.read(folder, ADAPTED)
+    elif folder.name in ("single", "sharded"):
+        checkpoint.Weights(folder)
+    else:
+        open_source(path)
 
-    if name.startswith("tokenizer"):
-        return Tokenizer.load(path).encode("ab é <s>")
-    source = open_source(path.parent if path.parent.name in ("sharded", "adapter") else path)
-    if source.tokenizer is not None:
-        source.tokenizer.encode("ab é <s>")
-    for tensor in source.shapes:
-        for axis in range(len(source.shapes[tensor])):
+
+def read_all(source):
+    for tensor, shape in source.shapes.items():
+        for axis in range(len(shape)):
             for part in source.rows(tensor, axis):
                 assert part.dtype == np.float32
-    return source
 
 
 def refused(name, path, error):
@@ -122,8 +150,6 @@ def refused(name, path, error):
 def rewritten_gguf(path, values=(), tensors=()):
     """The bytes of a GGUF file with other values and further F32 tensors, through its reader and writer."""
     import io
-
-    from barelm.convert import gguf_file
 
     header = gguf_file.read(path)
     kept = {}
