@@ -53,3 +53,18 @@ def test_any_cut_is_read_or_refused(fuzzer, name):
     for n in range(0, len(data), max(1, len(data) // 80)):
         whole = name == "tokenizer.bin" or not data[n:].strip(b"\0\n")  # pieces, or padding alone, may be left out
         assert fuzzer.attempt(name, data[:n]) == "refused" or whole
+
+
+LONG = {  # what the fuzzer found: texts of any length that came to the file system, or into a message
+    "a base's name is no file's": ("adapter_config.json", b'path": "', b'path": "' + b"a" * 300),
+    "a base's name fills the screen": ("adapter_config.json", b'path": "', b'path": "' + b"a/" * 500),
+    "a shard's name is no file's": ("index", b'"model-00001', b'"' + b"a" * 700 + b"model-00001"),
+    "a field fills the screen": ("config.json", b'"rope_type": "', b'"rope_type": "' + b"a" * 900),
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_long_texts_are_refused_in_few_words(fuzzer, what):
+    name, old, new = LONG[what]
+    assert old in fuzzer.valid[name]
+    assert fuzzer.attempt(name, fuzzer.valid[name].replace(old, new)) == "refused"

@@ -13,6 +13,7 @@ adapter_config.json, which names the base model's folder, and adapter_model.safe
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -175,14 +176,17 @@ def _tensor(source: Source, name: str, dtype: str, progress) -> st.Tensor:
 
 def is_checkpoint(folder) -> bool:
     """Whether the folder has the files of a checkpoint; says nothing about their content."""
-    folder = Path(folder)
-    return is_adapter(folder) or ((folder / _CONFIG).is_file() and _weights_file(folder) is not None)
+    return is_adapter(folder) or (_has(folder, _CONFIG) and _weights_file(folder) is not None)
 
 
 def is_adapter(folder) -> bool:
     """Whether it has the files of an adapter, and not those of a whole model."""
-    folder = Path(folder)
-    return not (folder / _CONFIG).exists() and (folder / peft.CONFIG).is_file() and (folder / peft.WEIGHTS).is_file()
+    whole = os.path.exists(os.path.join(folder, _CONFIG))
+    return not whole and _has(folder, peft.CONFIG) and _has(folder, peft.WEIGHTS)
+
+
+def _has(folder, name: str) -> bool:
+    return os.path.isfile(os.path.join(folder, name))
 
 
 def base_of(folder) -> Path:
@@ -194,13 +198,13 @@ def base_of(folder) -> Path:
         if is_checkpoint(path) and not is_adapter(path):
             return path
     raise CheckpointError(
-        f"{folder / peft.CONFIG}: its base model {name} is no checkpoint here; --base names another place"
+        f"{folder / peft.CONFIG}: its base model {name[:200]} is no checkpoint here; --base names another place"
     )
 
 
 def _weights_file(folder: Path) -> Path | None:
     """What the weights are found by: one file, or the index of several."""
-    return next((folder / name for name in (_WEIGHTS, _INDEX) if (folder / name).is_file()), None)
+    return next((folder / name for name in (_WEIGHTS, _INDEX) if _has(folder, name)), None)
 
 
 def verify(folder) -> dict:
@@ -213,7 +217,7 @@ def verify(folder) -> dict:
         raise CheckpointError(f"{folder}: there is no such folder")
     if not is_adapter(folder):
         _check_model_files(folder)
-    if not (folder / _STATE).exists():
+    if not os.path.exists(os.path.join(folder, _STATE)):
         return {}
     state = _read_json(folder / _STATE)
     files, step = state.get("files"), state.get("step")
@@ -227,7 +231,7 @@ def verify(folder) -> dict:
 
 
 def _check_model_files(folder: Path):
-    if not (folder / _CONFIG).is_file():
+    if not _has(folder, _CONFIG):
         raise CheckpointError(f"{folder}: is no checkpoint, {_CONFIG} is missing")
     if _weights_file(folder) is None:
         pickled = next((name for name in _PICKLES if (folder / name).exists()), None)
@@ -357,4 +361,4 @@ def _tokenizer(folder: Path):
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZERS)
+    return any(_has(folder, name) for name in _TOKENIZERS)

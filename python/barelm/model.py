@@ -116,7 +116,7 @@ class Config:
 
     def _need(self, ok, field, says):
         if not ok:
-            raise ValueError(f"{field}: is {getattr(self, field)!r}, {says}")
+            raise ValueError(f"{field}: is {getattr(self, field)!r:.100}, {says}")
 
     def _need_sizes(self, *names):
         for name in names:

@@ -156,7 +156,8 @@ class _Sum(NamedTuple):
             B = B[where]
         else:
             A = A[:, where]
-        added = (np.float32(self.scale) * B) @ A
+        with np.errstate(over="ignore", invalid="ignore"):  # as elsewhere, what is too large is infinite
+            added = (np.float32(self.scale) * B) @ A
         return self.base.read(axis, where) + (added.T if self.transposed else added)
 
 

@@ -23,6 +23,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16", "F64")
 MAX_HEADER = 100_000_000  # bytes: the format's own limit
 MAX_INDEX = 64 << 20
+MAX_NAME = 255  # of a file
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def read_index(path: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     found: dict[str, Stored] = {}
     for name in sorted(set(files.values())):
-        if not name.endswith(".safetensors") or os.path.basename(name) != name:
+        if not name.endswith(".safetensors") or os.path.basename(name) != name or len(name) > MAX_NAME:
             raise CheckpointError(f"{path}: {name[:80]!r} is no safetensors file of this folder")
         shard = read(path.parent / name)
         other = next((key for key in shard if files.get(key) != name), None)
