@@ -7,6 +7,7 @@ import struct
 import numpy as np
 from barelm import Config, Lora, Model, Tokenizer, checkpoint
 from barelm.convert import gguf, gguf_file, llmc, peft
+from barelm.convert import safetensors_file as st
 from barelm.convert.recognise import open_source
 from barelm.convert.source import CheckpointError, Source
 from barelm.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePiece
@@ -112,24 +113,26 @@ def make_all(folder):
     }
 
 
+READERS = {  # of files that are read together with others
+    "model.safetensors": st.read,
+    "index": st.read_index,
+    "config.json": lambda path: checkpoint.Weights(path.parent),
+    "adapter": lambda path: peft.read(path.parent, ADAPTED),
+    "adapter_config.json": lambda path: (checkpoint.base_of(path.parent), peft.read(path.parent, ADAPTED)),
+}
+
+
 def read(name, path, thorough=True):
     """Read a file; CheckpointError or ValueError is its right.  thorough: also what its header or vocabulary leads to,
-    and as a user would, who has files that lie beside it read too."""
-    folder = path.parent
+    and as a user would, who has the files beside it read too."""
     if name.startswith(("tokenizer", "vocabulary")):
         tok = Tokenizer.load(path)
         if thorough:
             tok.encode("ab é <s>")
     elif thorough:
-        read_all(open_source(folder if folder.name in ("single", "sharded", "adapter") else path))
-    elif folder.name == "adapter":
-        if name != "adapter":  # the description says where the base is
-            checkpoint.base_of(folder)
-        peft.read(folder, ADAPTED)
-    elif folder.name in ("single", "sharded"):
-        checkpoint.Weights(folder)
+        read_all(open_source(path.parent if name in READERS else path))
     else:
-        open_source(path)
+        READERS.get(name, open_source)(path)
 
 
 def read_all(source):

@@ -2,7 +2,7 @@
 refused by a clear error: `python tests/fuzz_guided.py [names] [libFuzzer's options]`.
 
 The files and half of the changes are those of fuzz_readers.py; the other half is libFuzzer's own.  Each reader has a
-process of its own, one after the other.  One file in eight is read to the end, the others as far as their reader goes.
+process of its own, one after the other.  One file in 16 is read to the end, the others as far as their reader goes.
 fuzz.sh runs this under the sanitizers, where -malloc_limit_mb counts too.
 """
 
@@ -34,7 +34,7 @@ def fuzz(fuzzer: Fuzzer, name: str, folder: Path, options: list[str]) -> None:
         return mutated(data, rng)[:room] if rng.random() < 0.5 else atheris.Mutate(data, room)
 
     def attempt(data: bytes) -> None:
-        fuzzer.attempt(name, data, thorough=zlib.crc32(data) % 8 == 0)
+        fuzzer.attempt(name, data, thorough=zlib.crc32(data) % 16 == 0)
 
     atheris.Setup([sys.argv[0], *LIMITS, *options, str(corpus)], attempt, custom_mutator=change)
     atheris.Fuzz()
