@@ -80,6 +80,11 @@ def write_gguf_vocabulary(tok, path):
         gguf_file.write(file, values, [])
 
 
+NAMES = ["gpt2.gguf", "llama.gguf", "llm.c.bin", "llama2.c.bin", "tokenizer.bin", "vocabulary.gguf"]
+NAMES += ["vocabulary.gguf: BPE", "tokenizer.json", "tokenizer.json: BPE", "model.safetensors", "index", "config.json"]
+NAMES += ["adapter", "adapter_config.json"]
+
+
 def make_all(folder):
     """{name: file} of small valid files below the folder.  Vocabularies are in files of their own: to read one takes
     longer than all else."""

@@ -17,16 +17,17 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["barelm"]):
+    from formats import NAMES
     from fuzz_readers import Fuzzer, mutated
 
 LIMITS = ["-max_len=16384", "-timeout=60", "-rss_limit_mb=1024", "-malloc_limit_mb=64"]
 
 
-def fuzz(fuzzer: Fuzzer, name: str, folder: Path, options: list[str]) -> None:
+def fuzz(folder: Path, name: str, options: list[str]) -> None:
     """Ends the process."""
-    rng = random.Random()
-    corpus = folder / "corpus"
-    corpus.mkdir()
+    warnings.simplefilter("ignore")  # dropout that is ignored, say
+    fuzzer, rng, corpus = Fuzzer(folder), random.Random(), folder / "corpus"
+    corpus.mkdir(exist_ok=True)
     (corpus / "valid").write_bytes(fuzzer.valid[name])
 
     def change(data: bytes, room: int, seed: int) -> bytes:
@@ -41,15 +42,17 @@ def fuzz(fuzzer: Fuzzer, name: str, folder: Path, options: list[str]) -> None:
 
 
 def main():
+    if sys.argv[1:2] == ["--in"]:
+        folder, name, *options = sys.argv[2:]
+        fuzz(Path(folder), name, options)
     options = [arg for arg in sys.argv[1:] if arg.startswith("-")]
-    names = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-    warnings.simplefilter("ignore")  # dropout that is ignored, say
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        fuzzer = Fuzzer(Path(folder))
-        if len(names) == 1:
-            fuzz(fuzzer, *names, Path(folder), options)
-        runs = [subprocess.run([sys.executable, __file__, name, *options]) for name in names or fuzzer.files]
-    sys.exit(max(run.returncode for run in runs))
+    failed = []
+    for name in [arg for arg in sys.argv[1:] if arg not in options] or NAMES:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+            print(f"==== {name}", flush=True)
+            if subprocess.run([sys.executable, __file__, "--in", folder, name, *options]).returncode:
+                failed.append(name)
+    sys.exit(", ".join(failed) or 0)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@ fuzz_readers.py does the same by the million.
 """
 
 import pytest
+from formats import NAMES
 from fuzz_readers import Fuzzer, mutated, peak_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-NAMES = ["gpt2.gguf", "llama.gguf", "llm.c.bin", "llama2.c.bin", "tokenizer.bin", "vocabulary.gguf"]
-NAMES += ["vocabulary.gguf: BPE", "tokenizer.json", "tokenizer.json: BPE", "model.safetensors", "index", "config.json"]
-NAMES += ["adapter", "adapter_config.json"]
 pytestmark = pytest.mark.filterwarnings("ignore:config.json")  # dropout that is ignored
 ROOM = 4 << 20  # bytes that reading may take beyond the size of the file: parts, names, the vocabulary
 fuzz = settings(
