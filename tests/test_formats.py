@@ -456,6 +456,21 @@ def test_a_header_that_is_not_true(name, tmp_path):
     refused(tmp_path / "model", *HEADERS[name])
 
 
+def test_strings_lie_across_the_blocks_that_are_read(tmp_path):
+    path = tmp_path / "x.gguf"
+    texts = ["é" * n for n in (0, 1, 70_000, 3)] + ["x" * (i % 97) for i in range(5000)] + ["y" * (1 << 16), "", "z"]
+    with open(path, "wb") as file:
+        gguf_file.write(file, {"texts": texts, "behind them": 7}, [])
+    values = gguf_file.read(path).values
+    assert values["texts"].strings() == texts and values["behind them"] == 7
+    for n in (100, 1 << 16, 1 << 18):
+        path.write_bytes(path.read_bytes()[:-n])
+        with pytest.raises(CheckpointError, match=r"x\.gguf: texts: .* bytes are wanted at byte"):
+            gguf_file.read(path)
+        with pytest.raises(CheckpointError, match=r"x\.gguf: texts: .* bytes are wanted at byte"):
+            values["texts"].strings()
+
+
 VALUES = [
     ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2', must be 'gpt2' or 'llama'"),
     ({"general.architecture": 3}, "general.architecture: is 3, must be a str"),
