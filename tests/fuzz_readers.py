@@ -2,7 +2,8 @@
 `python tests/fuzz_readers.py [--mutations N] [--seconds S] [--seed K] [names]`.
 
 Nothing else may happen: no other exception, no crash, no memory beyond a bound.  What does is kept in the folder named
-at the end, with the seed that makes it again.  1000 or so a second and core.
+at the end, with the seed that makes it again.  3000 or so a second and core; fuzz_guided.py
+looks for them with a plan.
 """
 
 import argparse
