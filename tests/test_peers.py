@@ -255,3 +255,31 @@ def test_nanogpts_recipe_reaches_its_loss_and_pytorchs(test_data, two_torch_thre
     assert ours > 1.7, "better than the recipe can be: it has seen the answers"
     # Rounding errors of 2,000 steps have come to 3e-7, and may grow otherwise elsewhere; another seed makes 3e-3.
     assert abs(ours - theirs) < 1e-3
+
+
+SIZE_OF_124M = dict(vocab_size=50257, context=1024, n_layer=12, n_head=12, n_embd=768)
+LARGE = {
+    "gpt2": Config.preset("gpt2"),
+    "llama": Config(**LLAMA | SIZE_OF_124M | dict(n_kv_head=4, head_size=64, n_inner=2048, tied=True)),
+}
+
+
+@pytest.mark.parametrize("config", LARGE.values(), ids=LARGE.keys())
+def test_models_of_124m(config, tmp_path):
+    """Out to transformers, logits and gradients there, and back in with the same bits.  Sums over 768 channels and 12
+    layers: ten times what the small models leave."""
+    model = Model(config, seed=5)
+    model.save(tmp_path / "ours", optimizer=False)
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    rng = np.random.default_rng(6)
+    batch = [rng.integers(0, config.vocab_size, (2, 40), dtype=np.int32) for _ in range(2)]
+    assert_close("logits", model.logits(batch[0], last=False), logits_of(twin, batch[0]), 10 * CLOSE)
+    loss = cross_entropy(twin, *batch)
+    loss.backward()
+    assert model.forward_backward(*batch, loss_weights(batch[1])) == pytest.approx(loss.item(), rel=1e-6)
+    for name, p in named(twin).items():
+        assert_close(name, model.grads[name], p.grad.numpy(), 10 * CLOSE)
+    twin.save_pretrained(tmp_path / "theirs")
+    again = Model.load(tmp_path / "theirs")
+    assert again.config == config
+    assert all((again.params[name] == p).all() for name, p in model.params.items())
