@@ -197,15 +197,22 @@ inline void load_matrices_transposed(uint32_t (&m)[4], Shared<bf16> row) { load_
 inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
     const char *all = emulate::exchange("mma", mine, sizeof mine);
-    auto half = [all](int lane, int word, int upper) {
-        uint32_t pair;
-        memcpy(&pair, all + lane * emulate::LANE_BYTES + 4 * word, 4);
-        return float_of_bits(upper ? pair & 0xffff0000u : pair << 16);
+    float rows[2][16], columns[2][16]; /* rows g and g + 8 of a, columns q and q + 1 of b */
+    auto unpack = [all](float *to, int lane,
+                        int word) { /* two values of each of four lanes */
+                                    for (int i = 0; i < 4; i++) {
+                                        uint32_t pair;
+                                        memcpy(&pair, all + (lane + i) * emulate::LANE_BYTES + 4 * word, 4);
+                                        to[2 * i] = float_of_bits(pair << 16),
+                                               to[2 * i + 1] = float_of_bits(pair & 0xffff0000u);
+                                    }
     };
     const int g = lane_index() / 4, q = 2 * (lane_index() % 4);
-    for (int i = 0; i < 4; i++) {
-        const int r = g, lower = i / 2, c = q + i % 2;
-        for (int k = 0; k < 16; k++)
-            d[i] += half(4 * r + k % 8 / 2, lower + 2 * (k / 8), k % 2) * half(4 * c + k % 8 / 2, 4 + k / 8, k % 2);
-    }
+    for (int upper = 0; upper < 2; upper++)
+        for (int i = 0; i < 2; i++) {
+            unpack(rows[i] + 8 * upper, 4 * g, i + 2 * upper);
+            unpack(columns[i] + 8 * upper, 4 * (q + i), 4 + upper);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) d[i] += rows[i / 2][k] * columns[i % 2][k];
 }
