@@ -11,6 +11,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # WERROR=ON: warnings are errors, as in .ci/run.
 WERROR ?= OFF
 RUNS   ?= 100000
+# Two processes, for most tests are one thread of Python; each takes half of the tests in order, then helps the other.
+HALVES := -n 2 --dist worksteal
 
 .PHONY: demo test test-peers asan tsan fuzz faults bench lint format clean help
 
@@ -18,16 +20,17 @@ demo: $(VENV)/.installed ## build, train a small GPT-2 on the standard library, 
 	$(BIN)/barelm demo
 
 test: $(VENV)/.test ## all tests but those against torch and transformers
-	$(BIN)/python -m pytest -m "not peers"
+	$(BIN)/python -m pytest $(HALVES) -m "not peers"
 
+# A thread for each half: threads of torch that find no core of their own spin much longer than they work.
 test-peers: $(VENV)/.peers ## the tests against torch, transformers and tokenizers
-	$(BIN)/python -m pytest -m peers
+	OMP_NUM_THREADS=1 BARELM_THREADS=1 $(BIN)/python -m pytest $(HALVES) -m peers
 
 asan: $(VENV)/.test ## quick tests under the address and undefined-behaviour sanitizers
-	sh tests/sanitize.sh asan $(BIN)/python
+	sh tests/sanitize.sh asan $(BIN)/python $(HALVES)
 
 tsan: $(VENV)/.test ## tests with several threads under the thread sanitizer
-	sh tests/sanitize.sh tsan $(BIN)/python
+	sh tests/sanitize.sh tsan $(BIN)/python $(HALVES)
 
 fuzz: $(VENV)/.fuzz ## changed files for every reader, guided by what they reach, under the sanitizers; RUNS=100000 of each
 	sh tests/fuzz.sh $(BIN)/python -runs=$(RUNS)
