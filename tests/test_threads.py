@@ -32,7 +32,7 @@ def default_threads():
     _core.threads_set(0)
 
 
-def script(text, timeout=30, **environment):
+def script(text, timeout=120, **environment):
     """Run a Python text in a process of its own, with the tests' modules at hand; its standard output."""
     path = os.pathsep.join([TESTS, *filter(None, sys.path)])
     done = subprocess.run(
@@ -330,7 +330,7 @@ print(len(seen))
 def test_a_handler_may_ask_the_model_that_computes():
     """A handler runs within the call, on its thread: it is answered or refused, but never waits for what it stops."""
     try:
-        assert script(HANDLER, timeout=6, BARELM_ISA="ref") == "1\n"
+        assert script(HANDLER, timeout=30, BARELM_ISA="ref") == "1\n"
     except subprocess.TimeoutExpired:
         pytest.fail("the handler waits for ever")
 
