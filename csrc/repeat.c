@@ -11,21 +11,27 @@ static void drop(Repeats *r, int i) {
     r->kept[i].recording = NULL;
 }
 
-/* The place of this work; where all are taken, that of the one that came first. */
+/* The place of this work; where all are taken, that of what was not done for the longest time. */
 static int place_of(Repeats *r, const Repeat *key) {
-    for (int i = 0; i < REPEATED && i < r->n; i++)
-        if (same(&r->kept[i].key, key)) return i;
-    int i = r->n++ % REPEATED;
-    drop(r, i);
-    r->kept[i].key = *key, r->kept[i].done = 0;
-    return i;
+    int oldest = 0;
+    for (int i = 0; i < REPEATED; i++) {
+        if (r->kept[i].used && same(&r->kept[i].key, key)) return i;
+        if (r->kept[i].used < r->kept[oldest].used) oldest = i;
+    }
+    drop(r, oldest);
+    r->kept[oldest].key = *key, r->kept[oldest].done = 0;
+    return oldest;
 }
 
 Status repeat(Repeats *r, const Repeat *key, Status (*work)(void *), void *context) {
     if (!r->ops->record) return work(context);
     int i = place_of(r, key);
+    r->kept[i].used = ++r->now;
     if (r->kept[i].recording && r->ops->replay(r->kept[i].recording)) return OK;
-    if (!r->kept[i].done++) return work(context);
+    if (!r->kept[i].done) {
+        r->kept[i].done = 1;
+        return work(context);
+    }
     drop(r, i);
     r->ops->record();
     Status s = work(context);
@@ -35,6 +41,5 @@ Status repeat(Repeats *r, const Repeat *key, Status (*work)(void *), void *conte
 }
 
 void repeats_forget(Repeats *r) {
-    for (int i = 0; i < REPEATED; i++) drop(r, i);
-    r->n = 0;
+    for (int i = 0; i < REPEATED; i++) drop(r, i), r->kept[i].used = 0;
 }

@@ -15,10 +15,11 @@ typedef struct {
     const Ops *ops;
     struct {
         Repeat key;
-        int done; /* times, without a recording */
+        int64_t used; /* when last, 0: never */
+        int done;     /* without a recording */
         void *recording;
     } kept[REPEATED];
-    int n;
+    int64_t now;
 } Repeats;
 
 /* Do the work, or again what was recorded of it: then it is OK, and `work` is not called.  It may do nothing but call

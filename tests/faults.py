@@ -294,9 +294,9 @@ FAULTS = [
     ),
     Fault(
         "model: a step above the limit is made",
-        "csrc/block.c",
-        "if (!isfinite(*norm) || *norm > skip_above) return 0;",
-        "if (!isfinite(*norm)) return 0;",
+        "csrc/update.c",
+        "if (bad || *norm > (double)hyper[HYPER_NORM_LIMIT] ||",
+        "if (bad ||",
     ),
     Fault(
         "linear: derivative of the function left out",
@@ -607,8 +607,8 @@ FAULTS = [
     Fault(
         "model: stale head where only hidden has a gradient",
         "csrc/model.c",
-        "int written = head_is_written && m->trained == &m->base ?",
-        "int written = m->trained == &m->base ?",
+        "head_is_written && m->trained == &m->base ?",
+        "m->trained == &m->base ?",
         MODEL,
     ),
     Fault(
@@ -642,7 +642,7 @@ FAULTS = [
     Fault(
         "model: Ctrl-C is not asked for",
         "csrc/model.c",
-        "return m->poll && m->poll();",
+        "return m->ops->on_host && m->poll && m->poll();",
         "return 0 && m->poll();",
         THREADS,
     ),
@@ -1128,7 +1128,11 @@ FAULTS = [
         BPE,
     ),
     Fault(
-        "guard: what is not finite passes", "python/barelm/loop.py", "if not math.isfinite(value):", "if False:", LOOP
+        "guard: a step on a bad weight is only skipped",
+        "python/barelm/loop.py",
+        'if not str(error).startswith("update: "):',
+        "if False:",
+        LOOP,
     ),
     Fault("guard: a skipped step enters the window", "python/barelm/loop.py", "if why:", "if False:", GUARD),
     Fault(

@@ -220,7 +220,7 @@ def test_a_step_that_is_recorded_has_the_bits_of_one_that_is_not(device, cuda_li
     config = config | dict(n_layer=1)
     _, gpu = twins(config, precision)
     starts = np.array([[0, 1, 1, 1, 4, 4, 4, 4, 4]] * 2, np.int32)
-    others = {2: (1, 9, 1.0), 3: (2, 5, 1.0), 4: (2, 9, 0.5), 6: (3, 12, 1.0)}  # B, T, temperature
+    others = {2: (2, 9, 0.5), 3: (1, 9, 1.0), 4: (2, 5, 1.0), 6: (3, 12, 1.0)}  # B, T, temperature
     for i in range(8):
         batches = [(*random_batch(config, 2, 9, seed=10 * i + j), None, 1.0) for j in range(2)]
         batches[1] = (*batches[1][:2], starts, 1.0)
