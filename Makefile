@@ -13,6 +13,8 @@ WERROR ?= OFF
 RUNS   ?= 100000
 # Two processes, for most tests are one thread of Python; each takes half of the tests in order, then helps the other.
 HALVES := -n 2 --dist worksteal
+# And a thread for each, but where a test asks for more: threads that find no core of their own spin more than they work.
+ALONE := env BARELM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
 .PHONY: demo test test-peers asan tsan fuzz faults bench lint format clean help
 
@@ -20,14 +22,13 @@ demo: $(VENV)/.installed ## build, train a small GPT-2 on the standard library, 
 	$(BIN)/barelm demo
 
 test: $(VENV)/.test ## all tests but those against torch and transformers
-	$(BIN)/python -m pytest $(HALVES) -m "not peers"
+	$(ALONE) $(BIN)/python -m pytest $(HALVES) -m "not peers"
 
-# A thread for each half: threads of torch that find no core of their own spin much longer than they work.
 test-peers: $(VENV)/.peers ## the tests against torch, transformers and tokenizers
-	OMP_NUM_THREADS=1 BARELM_THREADS=1 $(BIN)/python -m pytest $(HALVES) -m peers
+	$(ALONE) $(BIN)/python -m pytest $(HALVES) -m peers
 
 asan: $(VENV)/.test ## quick tests under the address and undefined-behaviour sanitizers
-	sh tests/sanitize.sh asan $(BIN)/python $(HALVES)
+	$(ALONE) sh tests/sanitize.sh asan $(BIN)/python $(HALVES)
 
 tsan: $(VENV)/.test ## tests with several threads under the thread sanitizer
 	sh tests/sanitize.sh tsan $(BIN)/python $(HALVES)
