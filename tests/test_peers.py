@@ -225,11 +225,14 @@ def one_thread_each():
     torch.set_num_threads(before)
 
 
+SIDE_BY_SIDE = 600  # steps that PyTorch takes too; of 2,000 it would take most of the time of all these tests
+
+
 def train_torch(twin, text):
-    """nanoGPT's recipe in PyTorch; its loss over the whole validation part."""
+    """The first steps of nanoGPT's recipe in PyTorch; its loss over the whole validation part."""
     rng = np.random.default_rng(0)
     optimizer = torch_gpt2.adamw(twin, recipe.LR, **recipe.ADAMW, fused=True)
-    for n in range(recipe.STEPS):
+    for n in range(SIDE_BY_SIDE):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(n)
         tokens, targets = (torch.from_numpy(a).long() for a in text.batch(rng))
@@ -253,6 +256,8 @@ def test_nanogpts_recipe_reaches_its_loss_and_pytorchs(test_data, one_thread_eac
     with ThreadPoolExecutor(1) as pool:
         theirs = pool.submit(train_torch, twin, text)
         for n in range(recipe.STEPS):
+            if n == SIDE_BY_SIDE:
+                halfway = recipe.validation_loss(model.forward, text)
             step(model, [text.batch(rng)], recipe.learning_rate(n), clip=recipe.CLIP, **recipe.ADAMW)
         ours = recipe.validation_loss(model.forward, text)
     # nanoGPT's README says 1.88, from 20 batches at random.  Over the whole part, in windows side by side, seeds give
@@ -260,7 +265,7 @@ def test_nanogpts_recipe_reaches_its_loss_and_pytorchs(test_data, one_thread_eac
     assert ours <= 1.91
     assert ours > 1.7, "better than the recipe can be: it has seen the answers"
     # Rounding errors of 2,000 steps have come to 3e-7, and may grow otherwise elsewhere; another seed makes 3e-3.
-    assert abs(ours - theirs.result()) < 1e-3
+    assert abs(halfway - theirs.result()) < 1e-3
 
 
 SIZE_OF_124M = dict(vocab_size=50257, context=1024, n_layer=12, n_head=12, n_embd=768)
