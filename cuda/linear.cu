@@ -11,13 +11,12 @@
  * Order of summation, see csrc/ops.def.  Forward and towards the input: a chain of 512 values of k, chains added in
  * order.  Gradients of weights: a chain is one mma, 16 rows; 8 of them are added in float, and those sums in pairs of
  * floats, which keep what a float would lose. */
-#include "gelu.cuh"
 #include "held.cuh"
+#include "linear.cuh"
 
 namespace {
 
 enum { THREADS = 256, WARPS = THREADS / WARP }; /* of every block here */
-enum Product { FORWARD, INPUT, WEIGHT };
 
 /* A matrix (rows, cols) in memory; row r begins at p + r * ld.  Of whole chunks: p lies on 16 bytes, and ld is a
  * multiple of CHUNK; between cols and ld are zeros. */
@@ -27,48 +26,6 @@ struct Matrix {
     int rows, cols;
     int64_t ld;
 };
-
-/* What becomes of the sums x (M, N), by product:
- *   FORWARD  x += bias; pre = x; out = fn(x) + add        INPUT  out = add + x * fn'(given)        WEIGHT  grad =, += x
- */
-struct Output {
-    act *out, *pre;
-    const act *add, *given;
-    const float *bias;
-    float *grad;
-    int fn, accumulate;
-};
-
-template <Product product>
-__device__ void write(const Output &o, float (&x)[VEC], int m, int n, int N, int count) {
-    const int64_t at = (int64_t)m * N + n;
-    Pack<act, VEC> add = {};
-    if (product == WEIGHT) {
-        Pack<float, VEC> old = {};
-        if (o.accumulate) old = load<VEC>(o.grad + at, count);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) x[i] = o.accumulate ? old[i] + x[i] : x[i];
-        store(o.grad + at, x, count);
-        return;
-    }
-    if (product == FORWARD) {
-        Pack<float, VEC> bias = {};
-        if (o.bias) bias = load<VEC>(o.bias + n, count);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) x[i] = o.bias ? x[i] + bias[i] : x[i];
-        if (o.pre) store(o.pre + at, x, count);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) x[i] = gelu(o.fn, x[i]);
-    } else if (o.fn != FN_NONE) {
-        const Pack<act, VEC> given = load<VEC>(o.given + at, count);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) x[i] *= gelu_slope(o.fn, given[i]);
-    }
-    if (o.add) add = load<VEC>(o.add + at, count);
-#pragma unroll
-    for (int i = 0; i < VEC; i++) x[i] = o.add ? x[i] + add[i] : x[i];
-    store(o.out + at, x, count);
-}
 
 /* A tile of sums lies in shared memory before it is written, so that rows go out 16 bytes at a time, and the code of
  * the functions is there once.  PAD floats behind each row: the lanes of an mma's result meet different banks. */
@@ -86,16 +43,6 @@ __device__ void write_tile(const Output &o, Shared<float> tile, int m0, int n0, 
         write<product>(o, x, m0 + r, n0 + c, N, N - (n0 + c));
     }
 }
-
-/* A sum that keeps the error of its additions (Knuth, TAOCP 2, 4.2.2, theorem B). */
-struct Exact {
-    float high, low;
-    __device__ void add(float x) {
-        const float sum = high + x, part = sum - high;
-        low += (high - (sum - part)) + (x - part);
-        high = sum;
-    }
-};
 
 /* ---- bf16 on tensor cores ---- */
 
@@ -360,6 +307,12 @@ __global__ void __launch_bounds__(THREADS) product_fp32(Output o, Matrix<TA> a, 
 
 /* ---- one of the three ---- */
 
+/* Whether the product is Hopper's: by the device, and for products of nothing not. */
+bool on_sm90(int M, int N, int K) {
+    if (sizeof(act) != sizeof(bf16) || !linear_sm90_room || !is_sm90()) return false;
+    return M > 0 && N > 0 && K > 0;
+}
+
 template <Product product, class TA, class TB>
 void multiply(const Output &o, const Matrix<TA> &a, const Matrix<TB> &b, int prec, int M, int N, int K,
               const char *op) {
@@ -370,9 +323,14 @@ void multiply(const Output &o, const Matrix<TA> &a, const Matrix<TB> &b, int pre
     }
     using S = Shape<product>;
     char *room = NULL;
-    const size_t bytes = room_for(a) + room_for(b);
+    const bool sm90 = on_sm90(M, N, K);
+    const size_t bytes = room_for(a) + room_for(b) + (sm90 ? linear_sm90_room(product, M, N, K) : 0);
     if (bytes > 0) room = (char *)scratch(bytes);
     const Matrix<bf16> a16 = rounded(room, a, op), b16 = rounded(room, b, op);
+    if (sm90)
+        return OPERATOR(linear_sm90)(
+            {product, a16.p,   b16.p,  a16.rows, a16.cols, b16.rows,     b16.cols,      a16.ld, b16.ld, o.out, o.pre,
+             o.add,   o.given, o.bias, o.grad,   o.fn,     o.accumulate, (float *)room, M,      N,      K,     op});
     launch(Grid(divide_up(M, S::BM) * divide_up(N, S::BN), THREADS, S::BYTES, op), product_bf16<product>, o, a16, b16,
            M, N, K);
 }

@@ -1,7 +1,10 @@
 /* runtime.cu -- runtime.h on a GPU: the stream, memory, and the first failure. */
 #include "runtime.h"
+#include "tensor_map.h"
 #include <stdio.h>
 #include <string.h>
+#include <map>
+#include <tuple>
 
 namespace {
 
@@ -76,6 +79,53 @@ const char *barelm_cuda_open(int device) {
     }
     opened = device;
     return NULL;
+}
+
+bool is_sm90(void) {
+    static int major, minor, device = -1;
+    int now = 0;
+    if (!worked(cudaGetDevice(&now), "is_sm90")) return false;
+    if (now != device) {
+        worked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, now), "is_sm90");
+        worked(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, now), "is_sm90");
+        device = now;
+    }
+    return major == 9 && minor == 0;
+}
+
+/* The driver's own function: the library is not linked with it. */
+static decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+    static void *encode;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    if (!encode)
+        worked(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found),
+               "tensor_map");
+    if (!encode) fail("tensor_map", "the driver has no cuTensorMapEncodeTiled");
+    return (decltype(&cuTensorMapEncodeTiled))encode;
+}
+
+/* A map is a few words and costs about a microsecond of the host to make; a run has a few hundred. */
+const TensorMap &tensor_map(const bf16 *p, int rows, int cols, int64_t ld, int box_rows, int box_cols) {
+    static std::map<std::tuple<const void *, int, int, int64_t, int, int>, TensorMap> maps;
+    enum { MOST = 1 << 14 };
+    if (maps.size() >= MOST) maps.clear();
+    const auto key = std::make_tuple((const void *)p, rows, cols, ld, box_rows, box_cols);
+    const auto found = maps.find(key);
+    if (found != maps.end()) return found->second;
+    TensorMap &map = maps[key];
+    const auto encode = tensor_map_encoder();
+    if (message[0]) return map;
+    const cuuint64_t sizes[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)ld * sizeof(bf16)};
+    const cuuint32_t box[2] = {(cuuint32_t)box_cols, (cuuint32_t)box_rows}, each[2] = {1, 1};
+    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16 *>(p), sizes, strides, box, each,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+        maps.erase(key);
+        fail("tensor_map", "not what TMA can copy");
+        static const TensorMap none = {};
+        return none;
+    }
+    return map;
 }
 
 int64_t cuda_memory_free(void) {

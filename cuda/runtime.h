@@ -19,6 +19,7 @@ struct Grid {
     int threads;
     size_t shared;
     const char *op;
+    bool sm90 = false; /* the kernel uses words of prim_sm90.cuh */
     Grid(int64_t blocks_, int threads_, size_t shared_ = 0, const char *op_ = __builtin_FUNCTION())
         : blocks(blocks_), threads(threads_), shared(shared_), op(op_) {}
 };
@@ -63,10 +64,14 @@ template <class... P, class... A>
 inline void launch(const Grid &g, void (*kernel)(P...), A... args) {
     auto thread = [=] { kernel(static_cast<P>(args)...); };
     static_assert(__is_trivially_copyable(decltype(thread)), "a recording keeps its bytes");
-    emulate::launch({g.blocks, g.threads, g.shared, g.op, [](const void *f) { (*(const decltype(thread) *)f)(); }},
-                    &thread, sizeof thread);
+    emulate::launch(
+        {g.blocks, g.threads, g.shared, g.op, [](const void *f) { (*(const decltype(thread) *)f)(); }, g.sm90}, &thread,
+        sizeof thread);
 }
 #endif
+
+/* Whether the GPU runs code for sm_90a: Hopper. */
+bool is_sm90(void);
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /* Threads for `work` pieces: whole warps, at most `most`. */

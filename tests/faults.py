@@ -1724,7 +1724,7 @@ FAULTS = [
     ),
     Fault(
         "cuda linear: the bias is that of the row",
-        "cuda/linear.cu",
+        "cuda/linear.cuh",
         "load<VEC>(o.bias + n, count);",
         "load<VEC>(o.bias + m, count);",
         CUDA,

@@ -4,6 +4,7 @@
  * order and lets cp.async land at once.  Any other number seeds an unfair schedule: blocks and threads in random order,
  * half of the warps standing still for a while, copies landing as late as they may. */
 #include "../runtime.h"
+#include "../prim_sm90.cuh"
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -13,6 +14,7 @@
 #include <ucontext.h>
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -24,6 +26,7 @@ namespace {
 
 /* What every GPU from sm_80 on gives a block (sm_86 and sm_89 the least). */
 enum { MOST_THREADS = 1024, MOST_STATIC = 48 << 10, MOST_SHARED = 99 << 10, STACK = 128 << 10, PAGE = 4096 };
+enum { MOST_SM90 = 227 << 10, AGENTS = 64 }; /* what Hopper gives; the mbarriers of a block, see async.h */
 enum { MOST_READS = 4 * MOST_THREADS };
 
 /* ---- the state of a block ---- */
@@ -68,7 +71,10 @@ struct Access {
 struct Unit {
     uint64_t written = 0, read = 0; /* in which epoch: see below */
     Access write{-1, 0};
-    int pending = -1; /* the thread whose cp.async is still to write here */
+    int pending = -1;             /* the thread whose cp.async is still to write here */
+    bool loading = false;         /* TMA is still to write here */
+    int readers = 0, reader = -1; /* what reads here beside the threads, and the thread that asked for the last */
+    int unfenced = 0;             /* the thread that wrote here without fence_async since, and 1 */
     std::vector<Access> reads;
 };
 
@@ -83,14 +89,15 @@ struct Block {
     Barrier barriers[16];
     int left;
     uint64_t first_epoch;
-    size_t dynamic, used;
+    size_t dynamic, used, element; /* of the dynamic shared memory */
+    bool sm90;
     std::vector<Array> arrays;
 } block;
 
 uint64_t epoch = 1; /* block barriers so far, over all blocks: what was done in another one comes before */
 int current;        /* the thread that runs */
-alignas(1024) char memory[MOST_SHARED];
-Unit units[MOST_SHARED];
+alignas(1024) char memory[MOST_SM90];
+Unit units[MOST_SM90];
 
 /* ---- failures ---- */
 
@@ -181,12 +188,12 @@ void on_fault(int, siginfo_t *info, void *) { fail("access to memory outside an 
 bool ordered(const Access &before) {
     if (before.thread == current) return true;
     const std::vector<uint32_t> &seen = block.threads[(size_t)current].seen;
-    return !seen.empty() && seen[(size_t)before.thread] >= before.clock;
+    return (size_t)before.thread < seen.size() && seen[(size_t)before.thread] >= before.clock;
 }
 
 /* What each of these did comes before what any of them does from now on. */
 void join(const std::vector<int> &threads) {
-    std::vector<uint32_t> all(block.threads.size(), 0);
+    std::vector<uint32_t> all(block.threads.size() + (block.sm90 ? AGENTS : 0), 0);
     for (int t : threads) {
         Thread &thread = block.threads[(size_t)t];
         for (size_t i = 0; i < thread.seen.size(); i++) all[i] = std::max(all[i], thread.seen[i]);
@@ -221,10 +228,13 @@ void release(Barrier &b) {
 
 Warp &my_warp() { return block.warps[(size_t)current / WARP]; }
 
+void leave_async();
+
 void leave() {
     Thread &me = block.threads[(size_t)current];
     for (const auto &group : me.groups)
         if (!group.empty()) fail("returns with cp.async under way");
+    if (block.sm90) leave_async();
     me.left = true;
     block.left++, my_warp().left++;
     if (!block.barriers[0].waiting.empty())
@@ -265,6 +275,11 @@ void finish(const std::vector<Copy> &group) {
 
 /* ---- running ---- */
 
+void begin_async();
+bool land_one();
+void end_async();
+void describe_wait(const Thread &t, char *to, size_t room);
+
 void begin_block(int64_t number, int threads, size_t shared) {
     block_index = {(unsigned)number, 0, 0};
     block.threads.resize((size_t)threads);
@@ -284,6 +299,7 @@ void begin_block(int64_t number, int threads, size_t shared) {
     block.used = (shared + 15) / 16 * 16;
     block.arrays.clear();
     memset(memory, 0xff, block.used);
+    if (block.sm90) begin_async();
 }
 
 bool may_run(const Thread &t) { return !t.left && !(t.waits && t.waits->generation == t.generation); }
@@ -295,8 +311,11 @@ void say_deadlock() {
             break;
         }
     const Thread &t = block.threads[(size_t)current];
-    snprintf(message, sizeof message, "%s: block %u: no thread can go on; thread %d waits in %s, %d of %zu have left",
-             op_now, block_index.x, current, t.waits ? t.waits->word : "nothing", block.left, block.threads.size());
+    char more[128] = "";
+    if (block.sm90) describe_wait(t, more, sizeof more);
+    snprintf(message, sizeof message, "%s: block %u: no thread can go on; thread %d waits in %s%s, %d of %zu have left",
+             op_now, block_index.x, current, t.waits ? t.waits->word : "nothing", more, block.left,
+             block.threads.size());
     failed = true;
 }
 
@@ -311,6 +330,8 @@ void run_block() {
                 for (char &s : stands) s = (char)draw(2);
         }
         bool went_on = false;
+        if (block.sm90 && seed && draw(2)) land_one();
+        if (failed) return;
         for (int t : order) {
             Thread &thread = block.threads[(size_t)t];
             if (stands[(size_t)t / WARP] || !may_run(thread)) continue;
@@ -319,10 +340,11 @@ void run_block() {
             resume(t);
             if (failed) return;
         }
-        if (went_on) continue;
+        if (went_on || (block.sm90 && land_one())) continue;
         if (std::count(stands.begin(), stands.end(), 0) == (long)stands.size()) return say_deadlock();
         std::fill(stands.begin(), stands.end(), 0);
     }
+    if (block.sm90) end_async();
 }
 
 void run_blocks(int64_t blocks, int threads, size_t shared) {
@@ -395,7 +417,10 @@ Region shared_array(const void *declaration, size_t count, size_t element) {
     return region;
 }
 
-Region shared_dynamic(size_t element) { return {memory, block.dynamic, element}; }
+Region shared_dynamic(size_t element) {
+    block.element = element;
+    return {memory, block.dynamic, element};
+}
 
 /* Of each thread its last read: the others come before it. */
 static void keep_last_reads(std::vector<Access> &reads) {
@@ -405,12 +430,17 @@ static void keep_last_reads(std::vector<Access> &reads) {
     reads.erase(std::unique(reads.begin(), reads.end(), same), reads.end());
 }
 
+static void unfenced_write(size_t at);
+
 void check_access(const Region &region, const void *p, size_t bytes, bool write) {
     const Access now = {current, block.threads[(size_t)current].clock};
     const long long at = (const char *)p - region.begin;
     for (Units i(p, bytes, region.element); i.at < i.end; i.at += i.step) {
         Unit &u = units[i.at];
         if (u.pending >= 0) fail("byte %lld of a shared array: cp.async of thread %d is under way", at, u.pending);
+        if (u.loading) fail("byte %lld of a shared array: a tile is being loaded there", at);
+        if (write && u.readers)
+            fail("byte %lld of a shared array: what thread %d asked for still reads it", at, u.reader);
         if (u.written == epoch && !ordered(u.write))
             fail("byte %lld of a shared array: a race with the write of thread %d", at, u.write.thread);
         if (u.read != epoch) u.reads.clear();
@@ -420,6 +450,7 @@ void check_access(const Region &region, const void *p, size_t bytes, bool write)
                     fail("byte %lld of a shared array: a race with the read of thread %d", at, read.thread);
             u.reads.clear();
             u.write = now, u.written = epoch;
+            if (block.sm90 && u.unfenced != current + 1) unfenced_write(i.at);
         } else {
             if (u.written < block.first_epoch) fail("byte %lld of a shared array: nobody wrote it", at);
             u.read = epoch;
@@ -450,17 +481,24 @@ void copy_async_wait(int groups) {
     }
 }
 
+}  // namespace emulate
+
+#include "async.h"
+
+namespace emulate {
+
 static void run(const Launch &l, const void *context_) {
     if (failed || l.blocks <= 0) return;
     op_now = l.op, body = l.body, context = context_;
     if (l.blocks > INT32_MAX || l.threads <= 0 || l.threads > MOST_THREADS || l.threads % WARP ||
-        l.shared > MOST_SHARED) {
+        l.shared > (l.sm90 ? (size_t)MOST_SM90 : (size_t)MOST_SHARED)) {
         snprintf(message, sizeof message, "%s: cannot launch %lld blocks of %d threads with %zu bytes of shared memory",
                  l.op, (long long)l.blocks, l.threads, l.shared);
         failed = true;
         return;
     }
     if (!stacks) make_fibers();
+    block.sm90 = l.sm90;
     block_size = {(unsigned)l.threads, 1, 1}, grid_size = {(unsigned)l.blocks, 1, 1};
 
     static char stack[64 << 10]; /* of the handler: the fiber's own may be what ran out */
@@ -613,6 +651,20 @@ void cuda_forget(void *recording_) {
     for (const Guarded &g : r->working) munmap(g.map, g.mapped);
     delete r;
 }
+
+const TensorMap &tensor_map(const bf16 *p, int rows, int cols, int64_t ld, int box_rows, int box_cols) {
+    static TensorMap map;
+    if (!on_16_bytes(p) || ld * (int64_t)sizeof(bf16) % 16 || rows <= 0 || cols <= 0 || cols > ld || box_rows <= 0 ||
+        box_rows > 256 || box_cols <= 0 || box_cols > TILE_WIDTH)
+        say_failure("tensor_map: not what TMA can copy");
+    map = {(char *)const_cast<bf16 *>(p), rows, cols, ld, box_rows, box_cols};
+    return map;
+}
+
+/* For the tests: whether the emulated GPU is a Hopper. */
+static bool emulated_sm90;
+extern "C" void emulate_sm90(int on) { emulated_sm90 = on; }
+bool is_sm90(void) { return emulated_sm90; }
 
 int64_t cuda_memory_free(void) { return (int64_t)1 << 30; }
 const char *barelm_cuda_open(int device) { return device ? "only one GPU is emulated" : nullptr; }

@@ -39,6 +39,7 @@ struct Launch {
     size_t shared;
     const char *op;
     void (*body)(const void *);
+    bool sm90; /* of prim_sm90.cuh's words: more shared memory, and what works beside the threads */
 };
 void launch(const Launch &l, const void *context, size_t bytes);
 

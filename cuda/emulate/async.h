@@ -1,0 +1,437 @@
+/* async.h -- the part of emulate.cpp on what works beside the threads of Hopper: mbarriers, TMA, wgmma.
+ *
+ * What TMA writes for an mbarrier counts as the write of one more thread, which those hear of who wait for the phase.
+ * A product reads when its warp waits for it, and until then nobody may write there; so does a store. */
+#pragma once
+
+namespace emulate {
+
+namespace {
+
+struct Mbarrier {
+    Barrier phase; /* its generation: how many have ended */
+    int arrivals, missing;
+    long bytes; /* that are still to come; less than 0: more came than were expected so far */
+    bool fenced;
+    int agent;      /* the thread that what TMA writes for it counts as */
+    uint32_t clock; /* of that thread */
+    std::vector<uint32_t> gathered, released;
+};
+
+struct Load {
+    TensorMap map;
+    Region region;
+    char *to;
+    Mbarrier *b;
+    unsigned phase;
+    int thread, row, column;
+};
+
+struct Store {
+    TensorMap map;
+    Region region;
+    const char *from;
+    int row, column;
+};
+
+/* A store whose bytes have been read. */
+struct Written {
+    TensorMap map;
+    int row, column;
+    std::vector<char> bytes;
+};
+
+struct Multiply {
+    Product product;
+    SumsState *sums[WARP];
+};
+
+struct AsyncThread {
+    std::vector<size_t> unfenced; /* places this thread wrote since its last fence_async, and perhaps others */
+    std::vector<std::vector<Store>> stores{1};
+    std::vector<Written> written;
+    unsigned fences = 0, commits = 0;
+};
+
+struct AsyncWarp {
+    Multiply next;
+    std::vector<std::vector<Multiply>> groups{1};
+    unsigned commits = 0;
+    int registers = 0;
+};
+
+struct Async {
+    std::map<size_t, Mbarrier> barriers;
+    std::vector<Load> loads;
+    std::vector<AsyncThread> threads;
+    std::vector<AsyncWarp> warps;
+} async;
+
+void merge(std::vector<uint32_t> &to, const std::vector<uint32_t> &from) {
+    if (to.size() < from.size()) to.resize(from.size(), 0);
+    for (size_t i = 0; i < from.size(); i++) to[i] = std::max(to[i], from[i]);
+}
+
+AsyncThread &async_me() { return async.threads[(size_t)current]; }
+AsyncWarp &async_warp() { return async.warps[(size_t)current / WARP]; }
+
+/* A multiprocessor has 65536 registers; a thread of this kernel begins with its even share, in steps of 8. */
+enum { REGISTERS = 65536 };
+
+void begin_async() {
+    const int threads = (int)block.threads.size();
+    async.barriers.clear();
+    async.loads.clear();
+    async.threads.assign(block.threads.size(), {});
+    async.warps.assign(block.warps.size(), {});
+    for (AsyncWarp &w : async.warps) w.registers = std::min(REGISTERS / threads / 8 * 8, 255);
+}
+
+void put(const Written &w) {
+    for (int r = 0; r < w.map.box_rows; r++)
+        for (int c = 0; c < w.map.box_cols; c++)
+            if (w.row + r >= 0 && w.row + r < w.map.rows && w.column + c >= 0 && w.column + c < w.map.cols)
+                memcpy(w.map.p + ((w.row + r) * w.map.ld + w.column + c) * 2,
+                       &w.bytes[2 * (size_t)(r * w.map.box_cols + c)], 2);
+}
+
+void leave_async() {
+    AsyncThread &me = async_me();
+    for (const auto &group : me.stores)
+        if (!group.empty()) fail("returns with a tile's store under way");
+    for (const auto &group : async_warp().groups)
+        if (!group.empty()) fail("returns with a product under way");
+    for (const Written &w : me.written) put(w);
+    me.written.clear();
+}
+
+/* ---- what the units touch of shared memory ---- */
+
+/* The same places of a Region, element by element, whatever unit reads them. */
+void begin_read(const Region &region, const void *p, size_t bytes, const char *what) {
+    const long long at = (const char *)p - memory;
+    for (Units i(p, bytes, region.element); i.at < i.end; i.at += i.step) {
+        Unit &u = units[i.at];
+        if (u.loading) fail("byte %lld of shared memory: a tile that %s reads is being loaded", at, what);
+        if (u.written < block.first_epoch) fail("byte %lld of shared memory: nobody wrote what %s reads", at, what);
+        if (u.written == epoch && !ordered(u.write))
+            fail("byte %lld of shared memory: %s races with the write of thread %d", at, what, u.write.thread);
+        if (u.unfenced)
+            fail("byte %lld of shared memory: thread %d wrote it, without fence_async before %s", at, u.unfenced - 1,
+                 what);
+        if (u.read != epoch) u.reads.clear(), u.read = epoch;
+        u.readers++, u.reader = current;
+    }
+}
+
+void end_read(const Region &region, const void *p, size_t bytes) {
+    const Access now = {current, block.threads[(size_t)current].clock};
+    for (Units i(p, bytes, region.element); i.at < i.end; i.at += i.step) {
+        Unit &u = units[i.at];
+        u.readers--;
+        if (u.read != epoch) u.reads.clear(), u.read = epoch;
+        if (u.reads.empty() || u.reads.back().thread != current) u.reads.push_back(now);
+        else u.reads.back() = now;
+        if (u.reads.size() >= MOST_READS) keep_last_reads(u.reads);
+    }
+}
+
+/* Where byte `offset` of a tile lies: bits 4 to 6 of the address are turned by bits 7 to 9. */
+char *swizzled(size_t offset) { return memory + (offset ^ (offset >> 7 & 7) << 4); }
+
+/* ---- mbarriers ---- */
+
+void end_phase(Mbarrier &b) {
+    if (b.missing > 0 || b.bytes != 0) return;
+    b.released = b.gathered;
+    b.missing = b.arrivals;
+    b.phase.generation++;
+    b.clock++;
+}
+
+Mbarrier &barrier_at(const Region &region, const void *p) {
+    check_access(region, p, 8, false); /* who made it ready comes before */
+    const auto found = async.barriers.find((size_t)((const char *)p - memory));
+    if (found == async.barriers.end()) fail("an mbarrier that was not made");
+    return found->second;
+}
+
+/* ---- TMA ---- */
+
+void check_tile(const TensorMap &map, const char *place) {
+    if ((place - memory) % TILE_ALIGNMENT) fail("a tile at byte %td: not on 1024 bytes", place - memory);
+    if (map.box_cols != TILE_WIDTH) fail("a tile of %d columns", map.box_cols);
+}
+
+void land(const Load &l) {
+    const size_t bytes = bytes_of_box(l.map), first = (size_t)(l.to - memory);
+    current = l.thread;
+    if (l.phase != l.b->phase.generation) fail("an mbarrier's phase ended before all bytes of its tiles had come");
+    for (int r = 0; r < l.map.box_rows; r++)
+        for (int c = 0; c < l.map.box_cols; c++) {
+            const int64_t row = (int64_t)l.row + r, column = (int64_t)l.column + c;
+            char *to = swizzled(first + 2 * (size_t)(r * l.map.box_cols + c));
+            if (row < 0 || row >= l.map.rows || column < 0 || column >= l.map.cols) memset(to, 0, 2);
+            else memcpy(to, l.map.p + (row * l.map.ld + column) * 2, 2);
+        }
+    for (Units i(l.to, bytes, l.region.element); i.at < i.end; i.at += i.step) {
+        Unit &u = units[i.at];
+        u.loading = false, u.unfenced = 0;
+        u.write = {l.b->agent, l.b->clock}, u.written = epoch;
+        u.reads.clear();
+    }
+    l.b->gathered.resize((size_t)l.b->agent + 1 > l.b->gathered.size() ? (size_t)l.b->agent + 1 : l.b->gathered.size(),
+                         0);
+    l.b->gathered[(size_t)l.b->agent] = l.b->clock;
+    l.b->bytes -= (long)bytes;
+    end_phase(*l.b);
+}
+
+/* One of those under way; false: none was. */
+bool land_one() {
+    if (async.loads.empty() || failed) return false;
+    const size_t i = draw((uint32_t)async.loads.size());
+    const Load load = async.loads[i];
+    async.loads.erase(async.loads.begin() + (long)i);
+    if (!_setjmp(scheduler)) land(load);
+    return true;
+}
+
+/* ---- tensor cores ---- */
+
+/* Value k of row or column `mn` of an operand: its byte in shared memory, before the swizzle. */
+size_t operand_at(uint64_t d, int mn, int k, bool by_k) {
+    const size_t start = (d & 0x3fff) << 4, leading = (d >> 16 & 0x3fff) << 4, stride = (d >> 32 & 0x3fff) << 4;
+    if (by_k)
+        return start + (size_t)(mn / 64) * leading + (size_t)(k / 8) * stride + (size_t)(k % 8 * 128 + mn % 64 * 2);
+    return start + (size_t)(mn / 8) * stride + (size_t)(mn % 8 * 128 + k * 2);
+}
+
+Region tiles_region() { return {memory, block.dynamic, 2}; }
+
+/* Calls f(first byte, bytes) for the lines of an operand: rows first .. first + count. */
+template <class F>
+void lines_of(uint64_t d, int first, int count, bool by_k, F f) {
+    if (by_k) {
+        for (int mn = first; mn < first + count; mn += 8)
+            for (int k = 0; k < 16; k++) f(swizzled(operand_at(d, mn, k, true)), 16);
+        return;
+    }
+    for (int mn = first; mn < first + count; mn++)
+        for (int k = 0; k < 16; k += 8) f(swizzled(operand_at(d, mn, k, false)), 16);
+}
+
+template <class F>
+void lines_of(const Multiply &m, F f) {
+    lines_of(m.product.a, current / WARP % 4 * 16, 16, m.product.a_by_k, f);
+    lines_of(m.product.b, 0, m.product.N, m.product.b_by_k, f);
+}
+
+void begin_product(const Multiply &m) {
+    for (uint64_t d : {m.product.a, m.product.b})
+        if (d >> 62 != 1 || (d >> 49 & 7)) fail("an operand's descriptor: not the swizzle of 128 bytes");
+    Region region = tiles_region();
+    region.element = block.element;
+    lines_of(m, [&](const char *p, size_t bytes) {
+        if (p + bytes > memory + block.dynamic) fail("an operand ends behind the shared memory");
+        begin_read(region, p, bytes, "wgmma");
+    });
+    for (SumsState *s : m.sums) s->under_way++;
+}
+
+float value_at(size_t offset) {
+    uint16_t bits;
+    memcpy(&bits, swizzled(offset), 2);
+    return float_of_bits((uint32_t)bits << 16);
+}
+
+/* One chain in order of k; the order on a GPU is its own. */
+void finish_product(const Multiply &m) {
+    const Product &p = m.product;
+    const int N = p.N, first = current / WARP % 4 * 16;
+    static float b[16][256], d[16][256];
+    for (int k = 0; k < 16; k++)
+        for (int n = 0; n < N; n++) b[k][n] = value_at(operand_at(p.b, n, k, p.b_by_k));
+    for (int r = 0; r < 16; r++) {
+        for (int n = 0; n < N; n++)
+            d[r][n] = p.add ? m.sums[r % 8 * 4 + n % 8 / 2]->x[n / 8 * 4 + r / 8 * 2 + n % 2] : 0.0f;
+        for (int k = 0; k < 16; k++) {
+            const float a = value_at(operand_at(p.a, first + r, k, p.a_by_k));
+            for (int n = 0; n < N; n++) d[r][n] += a * b[k][n];
+        }
+        for (int n = 0; n < N; n++) m.sums[r % 8 * 4 + n % 8 / 2]->x[n / 8 * 4 + r / 8 * 2 + n % 2] = d[r][n];
+    }
+    Region region = tiles_region();
+    region.element = block.element;
+    lines_of(m, [&](const char *at, size_t bytes) { end_read(region, at, bytes); });
+    for (SumsState *s : m.sums) s->under_way--;
+}
+
+}  // namespace
+
+void barrier_init(const Region &region, void *p, int arrivals) {
+    check_access(region, p, 8, true);
+    const int agent = (int)(block.threads.size() + async.barriers.size());
+    if (async.barriers.size() >= AGENTS) fail("more than %d mbarriers", AGENTS);
+    if (!async.barriers.insert({(size_t)((char *)p - memory), {{}, arrivals, arrivals, 0, false, agent, 1, {}, {}}})
+             .second)
+        fail("an mbarrier is made twice");
+}
+
+void barrier_init_fence() {
+    for (auto &b : async.barriers) b.second.fenced = true;
+    for (size_t i : async_me().unfenced)
+        if (async.barriers.count(i)) units[i].unfenced = 0;
+}
+
+void barrier_arrive(const Region &region, void *p, int bytes) {
+    Mbarrier &b = barrier_at(region, p);
+    Thread &me = block.threads[(size_t)current];
+    if (b.missing == 0) fail("an mbarrier: more arrivals than the %d it was made for", b.arrivals);
+    merge(b.gathered, me.seen);
+    if (b.gathered.size() <= (size_t)current) b.gathered.resize((size_t)current + 1, 0);
+    b.gathered[(size_t)current] = me.clock++;
+    b.bytes += bytes;
+    b.missing--;
+    end_phase(b);
+    if (seed && draw(4) == 0) suspend();
+}
+
+void barrier_wait(const Region &region, void *p, uint32_t parity) {
+    Mbarrier &b = barrier_at(region, p);
+    b.phase.word = "an mbarrier";
+    while (b.phase.generation % 2 == parity) wait(b.phase);
+    merge(block.threads[(size_t)current].seen, b.released);
+}
+
+void tile_load(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *p, int row,
+               int column) {
+    Mbarrier &b = barrier_at(region, p);
+    if (!b.fenced) fail("an mbarrier that TMA does not see: no barrier_init_fence");
+    check_tile(map, (const char *)to);
+    const size_t bytes = bytes_of_box(map);
+    check_access(to_region, to, bytes, true); /* who read what it will write over is done */
+    for (Units i(to, bytes, to_region.element); i.at < i.end; i.at += i.step) units[i.at].loading = true;
+    const Load load = {map, to_region, (char *)to, &b, b.phase.generation, current, row, column};
+    if (seed) async.loads.push_back(load);
+    else land(load);
+}
+
+void tile_store(const TensorMap &map, const Region &from_region, const void *from, int row, int column) {
+    check_tile(map, (const char *)from);
+    begin_read(from_region, from, bytes_of_box(map), "a tile's store");
+    async_me().stores.back().push_back({map, from_region, (const char *)from, row, column});
+}
+
+void tile_store_commit() { async_me().stores.emplace_back(); }
+
+void tile_store_wait_read(int groups) {
+    AsyncThread &me = async_me();
+    while ((int)me.stores.size() - 1 > groups) {
+        for (const Store &s : me.stores.front()) {
+            const size_t bytes = bytes_of_box(s.map);
+            Written w = {s.map, s.row, s.column, std::vector<char>(bytes)};
+            for (size_t i = 0; i < bytes; i += 2) memcpy(&w.bytes[i], swizzled((size_t)(s.from - memory) + i), 2);
+            end_read(s.region, s.from, bytes);
+            if (seed) me.written.push_back(std::move(w));
+            else put(w);
+        }
+        me.stores.erase(me.stores.begin());
+    }
+}
+
+void fence_async() {
+    for (size_t i : async_me().unfenced)
+        if (units[i].unfenced == current + 1) units[i].unfenced = 0;
+    async_me().unfenced.clear();
+}
+
+void set_registers(int count, bool more) {
+    AsyncWarp &warp = async_warp();
+    if (count != warp.registers && (count > warp.registers) != more)
+        fail("setmaxnreg: %d registers, where there are %d", count, warp.registers);
+    if (current % WARP < WARP - 1) return; /* the last lane speaks for its warp */
+    warp.registers = count;
+}
+
+SumsState::SumsState(float *x_, int n) : x(x_), touched_after(async_me().fences) {
+    std::fill(x, x + n, float_of_bits(0x7fffffff));
+}
+
+void SumsState::touch() {
+    if (under_way) fail("sums are touched before wgmma_wait");
+    touched_after = async_me().fences;
+}
+
+uint64_t operand(const void *p, int leading, int stride) {
+    return (uint64_t)((const char *)p - memory) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 |
+           (uint64_t)1 << 62;
+}
+
+void wgmma(const Product &product, SumsState &sums) {
+    if (!sums.under_way && sums.touched_after == async_me().fences)
+        fail("wgmma: no wgmma_fence since the sums were touched");
+    Multiply &next = async_warp().next;
+    Barrier &b = my_warp().barrier;
+    if (b.waiting.empty()) next.product = product;
+    const Product &first = next.product;
+    if (first.a != product.a || first.b != product.b || first.N != product.N || first.add != product.add)
+        fail("wgmma: lanes of a warp bring different operands");
+    next.sums[current % WARP] = &sums;
+    if (!arrive(b, WARP, "wgmma", nullptr, 0)) return wait(b);
+    begin_product(next);
+    async_warp().groups.back().push_back(next);
+    release(b);
+}
+
+void wgmma_fence() { async_me().fences++; }
+
+/* The first lane that comes speaks for its warp. */
+void wgmma_commit() {
+    if (++async_me().commits > async_warp().commits) async_warp().commits++, async_warp().groups.emplace_back();
+}
+
+void wgmma_wait(int groups) {
+    Barrier &b = my_warp().barrier;
+    if (!arrive(b, WARP, "wgmma_wait", nullptr, groups)) return wait(b);
+    auto &under_way = async_warp().groups;
+    while ((int)under_way.size() - 1 > groups) {
+        for (const Multiply &m : under_way.front()) finish_product(m);
+        under_way.erase(under_way.begin());
+    }
+    join(b.waiting);
+    release(b);
+}
+
+namespace {
+void check_end() {
+    int registers = 0;
+    for (const AsyncWarp &w : async.warps) registers += w.registers * WARP;
+    if (registers > REGISTERS) fail("setmaxnreg: %d registers, where there are %d", registers, REGISTERS);
+    if (!async.loads.empty()) fail("returns with the load of a tile under way");
+}
+
+/* Of a block whose threads have all returned. */
+void end_async() {
+    for (const AsyncThread &t : async.threads)
+        for (size_t i : t.unfenced) units[i].unfenced = 0;
+    if (!_setjmp(scheduler)) check_end();
+}
+
+/* What a thread that cannot go on waits for. */
+void describe_wait(const Thread &t, char *to, size_t room) {
+    for (const auto &b : async.barriers)
+        if (t.waits == &b.second.phase) {
+            snprintf(to, room, " (byte %zu, phase %u: %d arrivals and %ld bytes are missing)", b.first,
+                     b.second.phase.generation, b.second.missing, b.second.bytes);
+            return;
+        }
+}
+}  // namespace
+
+static void unfenced_write(size_t at) {
+    units[at].unfenced = current + 1;
+    async_me().unfenced.push_back(at);
+}
+
+}  // namespace emulate

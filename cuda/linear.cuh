@@ -1,0 +1,83 @@
+/* linear.cuh -- what the products of a linear layer share: what becomes of their sums; and the seam to Hopper's. */
+#pragma once
+#include "gelu.cuh"
+
+namespace {
+
+enum Product { FORWARD, INPUT, WEIGHT };
+
+/* What becomes of the sums x (M, N), by product:
+ *   FORWARD  x += bias; pre = x; out = fn(x) + add        INPUT  out = add + x * fn'(given)        WEIGHT  grad =, += x
+ */
+struct Output {
+    act *out, *pre;
+    const act *add, *given;
+    const float *bias;
+    float *grad;
+    int fn, accumulate;
+};
+
+template <Product product>
+__device__ void write(const Output &o, float (&x)[VEC], int m, int n, int N, int count) {
+    const int64_t at = (int64_t)m * N + n;
+    Pack<act, VEC> add = {};
+    if (product == WEIGHT) {
+        Pack<float, VEC> old = {};
+        if (o.accumulate) old = load<VEC>(o.grad + at, count);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) x[i] = o.accumulate ? old[i] + x[i] : x[i];
+        store(o.grad + at, x, count);
+        return;
+    }
+    if (product == FORWARD) {
+        Pack<float, VEC> bias = {};
+        if (o.bias) bias = load<VEC>(o.bias + n, count);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) x[i] = o.bias ? x[i] + bias[i] : x[i];
+        if (o.pre) store(o.pre + at, x, count);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) x[i] = gelu(o.fn, x[i]);
+    } else if (o.fn != FN_NONE) {
+        const Pack<act, VEC> given = load<VEC>(o.given + at, count);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) x[i] *= gelu_slope(o.fn, given[i]);
+    }
+    if (o.add) add = load<VEC>(o.add + at, count);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) x[i] = o.add ? x[i] + add[i] : x[i];
+    store(o.out + at, x, count);
+}
+
+/* A sum that keeps the error of its additions (Knuth, TAOCP 2, 4.2.2, theorem B). */
+struct Exact {
+    float high, low;
+    __device__ void add(float x) {
+        const float sum = high + x, part = sum - high;
+        low += (high - (sum - part)) + (x - part);
+        high = sum;
+    }
+};
+
+}  // namespace
+
+/* ---- the seam to linear_sm90.cu, which may not be there: then these are NULL ---- */
+
+/* A product of operands that TMA can copy: rows on 16 bytes.  M, N and K are not 0. */
+struct ProductSm90 {
+    int product;
+    const bf16 *a, *b;
+    int a_rows, a_cols, b_rows, b_cols;
+    int64_t a_ld, b_ld;
+    void *out, *pre; /* of act, as in Output */
+    const void *add, *given;
+    const float *bias;
+    float *grad;
+    int fn, accumulate;
+    float *parts; /* so much working memory as linear_sm90_room says */
+    int M, N, K;
+    const char *op;
+};
+extern "C" {
+__attribute__((weak)) size_t linear_sm90_room(int product, int M, int N, int K);
+__attribute__((weak)) void OPERATOR(linear_sm90)(const ProductSm90 &p);
+}

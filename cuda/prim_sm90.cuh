@@ -1,0 +1,190 @@
+/* prim_sm90.cuh -- the words of Hopper (sm_90a) alone, beside those of prim.cuh.
+ *
+ * Three units work beside the threads: TMA copies tiles between global and shared memory, the tensor cores read both
+ * operands from shared memory, and an mbarrier counts who has come and which bytes have.  To them shared memory is
+ * another way in (the asynchronous proxy): what threads wrote there is theirs to see after fence_async and a barrier.
+ *
+ * A tile has rows of 64 values, 128 bytes, begins on 1024 bytes, and its chunks of 16 bytes lie as tensor_map.h says.
+ */
+#pragma once
+#include "tensor_map.h"
+
+enum { WARPGROUP = 4 * WARP, TILE_WIDTH = 64, TILE_ALIGNMENT = 1024 };
+
+#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "words of sm_90a: CMakeLists.txt compiles their files for 90a alone"
+#endif
+
+/* As SHARED_DYNAMIC, from 1024 bytes on.  The kernel has no other shared memory. */
+#define SHARED_TILES(T, name)                                        \
+    extern __shared__ __align__(1024) unsigned char dynamic_tiles[]; \
+    Shared<T> name = reinterpret_cast<T *>(dynamic_tiles)
+
+/* ---- mbarriers: 8 bytes of shared memory; a phase ends when all arrivals and all bytes it waits for have come ---- */
+
+/* By one thread; then, by the same one, barrier_init_fence, and a barrier of the block before anybody uses it. */
+__device__ inline void barrier_init(Shared<uint64_t> b, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ inline void barrier_arrive(Shared<uint64_t> b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+/* Arrive, and let the phase wait for so many bytes of tile_load besides. */
+__device__ inline void barrier_expect(Shared<uint64_t> b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
+                 : "memory");
+}
+/* Until the phase of that parity has ended: of a new barrier that of parity 1 has, that of parity 0 is the first. */
+__device__ inline void barrier_wait(Shared<uint64_t> b, uint32_t parity) {
+    uint32_t done = 0;
+    while (!done)
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(shared_address(b)), "r"(parity)
+            : "memory");
+}
+
+/* ---- tiles by TMA; each word by one thread ---- */
+
+/* The tile that begins at (row, column), zeros where the matrix has ended; its bytes, all of them, count at `b`. */
+__device__ inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            shared_address(to)),
+        "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(b)), "r"(column), "r"(row)
+        : "memory");
+}
+/* The other way; what lies outside the matrix is not written. */
+__device__ inline void tile_store(const TensorMap &map, Shared<bf16> from, int row, int column) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
+                     reinterpret_cast<uint64_t>(&map)),
+                 "r"(shared_address(from)), "r"(column), "r"(row)
+                 : "memory");
+}
+/* Those since the last commit are one group of this thread. */
+__device__ inline void tile_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+/* Until all but the last `groups` of this thread's have been read from shared memory; before it returns, all must. */
+template <int groups>
+__device__ inline void tile_store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(groups) : "memory");
+}
+/* What this thread wrote in shared memory, TMA and the tensor cores see from now on. */
+__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* ---- one of a warp, registers ---- */
+
+/* True in one lane of the warp, of which all take part. */
+__device__ inline bool elected() {
+    uint32_t mine;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(mine));
+    return mine != 0;
+}
+/* A warpgroup gives registers back, or takes more, to have `count` a thread from now on: a multiple of 8. */
+template <int count>
+__device__ inline void registers_give() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ inline void registers_take() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+/* ---- tensor cores ---- */
+
+/* load_matrices the other way: lane l brings the address of row l % 8 of matrix l / 8. */
+__device__ inline void store_matrices(Shared<bf16> row, const uint32_t (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+                 : "memory");
+}
+
+/* A warpgroup's sums, 64 rows by N: with w = warp of the group, g = lane / 4 and q = 2 (lane % 4), [4 n + e] is row
+ * 16 w + g + 8 (e / 2), column 8 n + q + e % 2.  Index by constants alone. */
+template <int N>
+struct Sums {
+    float x[N / 2];
+    __device__ float &operator[](int i) { return x[i]; }
+};
+
+/* An operand's part in shared memory, from `p` on.  With rows of 64 values of k (row m or n): 8 rows are `stride`
+ * bytes, and `leading` does not count.  With rows of 64 values of m or n (row k): 8 rows are `stride` bytes, and the
+ * next 64 values of m or n are `leading` bytes on. */
+__device__ inline uint64_t operand(Shared<bf16> p, int leading, int stride) {
+    return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)(leading >> 4) << 16 |
+           (uint64_t)(stride >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+/* Before the first product, and wherever the sums were touched. */
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+/* Products since the last commit are one group. */
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/* Until at most `groups` are under way: what those before read may be written over, and their sums be touched. */
+template <int groups>
+__device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
+}
+
+#define SUMS_0                                                                                                       \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_1                                                                                                       \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+    "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_2                                                                                                       \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
+    "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define SUMS_3                                                                                                       \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, " \
+    "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define SUM_(how, i) how(d.x[i])
+#define SUM8_(how, i)                                                                                       \
+    SUM_(how, i), SUM_(how, i + 1), SUM_(how, i + 2), SUM_(how, i + 3), SUM_(how, i + 4), SUM_(how, i + 5), \
+        SUM_(how, i + 6), SUM_(how, i + 7)
+#define SUM32_(how, i) SUM8_(how, i), SUM8_(how, i + 8), SUM8_(how, i + 16), SUM8_(how, i + 24)
+#define WGMMA_(N, sums, a_at, b_at, add_at, a_by_k_at, b_by_k_at, add, ...)                               \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" add_at                                              \
+                 ", 0;\n"                                                                                 \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" sums "}, %" a_at ", %" b_at \
+                 ", p, 1, 1, %" a_by_k_at ", %" b_by_k_at ";\n}"                                          \
+                 : __VA_ARGS__                                                                            \
+                 : "l"(a), "l"(b), "n"(add), "n"((int)a_by_k), "n"((int)b_by_k))
+/* d = or, with `add`, += a (64, 16) b (16, N); by_k: a row of that operand's tile is one k.  Asynchronous, by a whole
+ * warpgroup.  What begins anew does not keep the registers of old sums alive. */
+template <bool a_by_k, bool b_by_k, bool add, int N>
+__device__ inline void wgmma(Sums<N> &d, uint64_t a, uint64_t b) {
+    static_assert(N == 64 || N == 128 || N == 192 || N == 256, "those there are");
+    if constexpr (N == 64 && add) WGMMA_(64, SUMS_0, "32", "33", "34", "35", "36", 1, SUM32_("+f", 0));
+    if constexpr (N == 64 && !add) WGMMA_(64, SUMS_0, "32", "33", "34", "35", "36", 0, SUM32_("=f", 0));
+    if constexpr (N == 128 && add)
+        WGMMA_(128, SUMS_0 ", " SUMS_1, "64", "65", "66", "67", "68", 1, SUM32_("+f", 0), SUM32_("+f", 32));
+    if constexpr (N == 128 && !add)
+        WGMMA_(128, SUMS_0 ", " SUMS_1, "64", "65", "66", "67", "68", 0, SUM32_("=f", 0), SUM32_("=f", 32));
+    if constexpr (N == 192 && add)
+        WGMMA_(192, SUMS_0 ", " SUMS_1 ", " SUMS_2, "96", "97", "98", "99", "100", 1, SUM32_("+f", 0), SUM32_("+f", 32),
+               SUM32_("+f", 64));
+    if constexpr (N == 192 && !add)
+        WGMMA_(192, SUMS_0 ", " SUMS_1 ", " SUMS_2, "96", "97", "98", "99", "100", 0, SUM32_("=f", 0), SUM32_("=f", 32),
+               SUM32_("=f", 64));
+    if constexpr (N == 256 && add)
+        WGMMA_(256, SUMS_0 ", " SUMS_1 ", " SUMS_2 ", " SUMS_3, "128", "129", "130", "131", "132", 1, SUM32_("+f", 0),
+               SUM32_("+f", 32), SUM32_("+f", 64), SUM32_("+f", 96));
+    if constexpr (N == 256 && !add)
+        WGMMA_(256, SUMS_0 ", " SUMS_1 ", " SUMS_2 ", " SUMS_3, "128", "129", "130", "131", "132", 0, SUM32_("=f", 0),
+               SUM32_("=f", 32), SUM32_("=f", 64), SUM32_("=f", 96));
+}
+
+#else
+#include "emulate/sm90.h"
+#endif
+
+/* Chunk c / 8 of row r of a tile. */
+__device__ inline int tile_place(int r, int c) { return r * TILE_WIDTH + ((c / 8 ^ r % 8) * 8); }
