@@ -122,25 +122,34 @@ __device__ void produce(const Places<S> &at, const TensorMap &a, const TensorMap
 template <class S>
 using TileSums = Sums<S::BN>[S::SLICES];
 
-/* From row or column mn of the operand's tile, a multiple of 64 or 0, and k of its step. */
+/* An operand's tile from row or column mn on, a multiple of 64. */
 template <bool by_k>
-__device__ uint64_t part_of(Shared<bf16> tile, int mn, int k) {
-    return by_k ? operand(tile + (mn * BK + k * TILE_WIDTH), BK * TILE_WIDTH * 2, 8 * TILE_WIDTH * 2)
-                : operand(tile + (mn * TILE_WIDTH + k), 16, 8 * TILE_WIDTH * 2);
+__device__ uint64_t part_of(Shared<bf16> tile, int mn) {
+    return by_k ? operand(tile + mn * BK, BK * TILE_WIDTH * 2, 8 * TILE_WIDTH * 2)
+                : operand(tile + mn * TILE_WIDTH, 16, 8 * TILE_WIDTH * 2);
+}
+/* The same from k of its step on, a multiple of 16. */
+template <bool by_k>
+__device__ uint64_t from_k(uint64_t part, int k) {
+    return operand_behind(part, by_k ? k * TILE_WIDTH * 2 : k * 2);
 }
 
 /* A stage's products; `fresh`: the sums begin with them. */
 template <class S, bool fresh>
 __device__ void multiply_stage(TileSums<S> &sum, const Places<S> &at, Ring<S::STAGES> &ring, int row) {
     const Shared<bf16> stage = at.stages + ring.stage * S::STAGE;
+    const uint64_t b_part = part_of<S::B_BY_K>(stage + S::BM * BK, 0);
+    uint64_t a_part[S::SLICES];
+#pragma unroll
+    for (int i = 0; i < S::SLICES; i++) a_part[i] = part_of<S::A_BY_K>(stage, row + i * SLICE);
     barrier_wait(at.full + ring.stage, ring.parity);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < BK; k += 16) {
-        const uint64_t b = part_of<S::B_BY_K>(stage + S::BM * BK, 0, k);
+        const uint64_t b = from_k<S::B_BY_K>(b_part, k);
 #pragma unroll
         for (int i = 0; i < S::SLICES; i++) {
-            const uint64_t a = part_of<S::A_BY_K>(stage, row + i * SLICE, k);
+            const uint64_t a = from_k<S::A_BY_K>(a_part[i], k);
             if (fresh && k == 0) wgmma<S::A_BY_K, S::B_BY_K, false>(sum[i], a, b);
             else wgmma<S::A_BY_K, S::B_BY_K, true>(sum[i], a, b);
         }

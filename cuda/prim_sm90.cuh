@@ -186,5 +186,8 @@ __device__ inline void wgmma(Sums<N> &d, uint64_t a, uint64_t b) {
 #include "emulate/sm90.h"
 #endif
 
-/* Chunk c / 8 of row r of a tile. */
+/* The same operand, so many bytes on: a multiple of 16. */
+__device__ inline uint64_t operand_behind(uint64_t operand, int bytes) { return operand + (uint64_t)(bytes >> 4); }
+
+/* Where chunk c / 8 of row r of a tile lies. */
 __device__ inline int tile_place(int r, int c) { return r * TILE_WIDTH + ((c / 8 ^ r % 8) * 8); }

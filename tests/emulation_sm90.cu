@@ -1,0 +1,203 @@
+/* emulation_sm90.cu -- as emulation.cu, for the words of cuda/prim_sm90.cuh. */
+#include "../cuda/runtime.h"
+#include "../cuda/prim_sm90.cuh"
+
+namespace {
+
+/* Faults that are planted, see test_emulate_sm90.py; 0 is none. */
+enum Fault {
+    NONE,
+    NO_BARRIER,
+    NO_INIT_FENCE,
+    NOT_MADE,
+    WRONG_PARITY,
+    NO_FULL_WAIT,
+    NO_EMPTY_WAIT,
+    EARLY_RELEASE,
+    TOO_FEW_BYTES,
+    TOO_MANY_BYTES,
+    TOO_MANY_ARRIVALS,
+    NOT_ALIGNED,
+    SHARED_END,
+    BLOCK_ENDS,
+    NO_ASYNC_FENCE,
+    OVERWRITTEN,
+    UNDER_WAY,
+    NOT_WRITTEN,
+    TOUCHED,
+    NO_FENCE,
+    NO_COMMIT,
+    NO_PRODUCT_WAIT,
+    LANES_DIFFER,
+    TOO_MUCH_SHARED,
+    TOO_MANY_REGISTERS,
+    GIVES_MORE
+};
+
+enum { THREADS = 64, ROWS = 8, TILE = ROWS * TILE_WIDTH, STAGES = 2 };
+enum { BARRIERS = 3 * TILE }; /* values before them: a tile more than the stages, for what is not aligned */
+
+/* to (rows, cols) = from, a tile of 8 rows after the other, by way of a ring of two stages that one thread fills; the
+ * tile begins at column `column`, and what the matrix lacks comes as zeros: to is (rounds * 8, 64). */
+__global__ void copy_tiles(bf16 *to, const __grid_constant__ TensorMap from, int rounds, int column, int fault) {
+    SHARED_TILES(bf16, all);
+    const Shared<uint64_t> full = shared_cast<uint64_t>(all + BARRIERS), empty = full + STAGES;
+    const int t = (int)threadIdx.x, bytes = TILE * (int)sizeof(bf16);
+    if (t == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            if (fault != NOT_MADE || i == 0) barrier_init(full + i, 1);
+            barrier_init(empty + i, THREADS / WARP);
+        }
+        if (fault != NO_INIT_FENCE) barrier_init_fence();
+    }
+    if (fault != NO_BARRIER) __syncthreads();
+    const auto fetch = [&](int round) {
+        const int stage = round % STAGES;
+        if (fault != NO_EMPTY_WAIT) barrier_wait(empty + stage, (uint32_t)(round / STAGES % 2 ^ 1));
+        barrier_expect(full + stage, fault == TOO_FEW_BYTES ? 16 : fault == TOO_MANY_BYTES ? bytes + 16 : bytes);
+        if (fault == TOO_MANY_ARRIVALS) barrier_arrive(full + stage);
+        tile_load(all + (fault == SHARED_END ? 3 : stage) * TILE + (fault == NOT_ALIGNED ? 64 : 0), from, full + stage,
+                  round * ROWS, column);
+    };
+    if (t == 0) fetch(0);
+    for (int round = 0; round < rounds; round++) {
+        const int stage = round % STAGES;
+        if (t == 0 && round + 1 < rounds) fetch(round + 1);
+        if (fault == EARLY_RELEASE && lane_index() == 0) barrier_arrive(empty + stage);
+        if (fault != NO_FULL_WAIT)
+            barrier_wait(full + stage, (uint32_t)(round / STAGES % 2 ^ (fault == WRONG_PARITY ? 1 : 0)));
+        for (int i = t; i < TILE; i += THREADS)
+            to[round * TILE + i] = all[stage * TILE + tile_place(i / TILE_WIDTH, i % TILE_WIDTH) + i % 8];
+        __syncwarp(); /* orders what the lanes read before the arrival of one */
+        if (fault != EARLY_RELEASE && lane_index() == 0) barrier_arrive(empty + stage);
+    }
+    if (fault == BLOCK_ENDS && t == 0) fetch(rounds);
+}
+
+/* to (rows, cols) = from (rounds * 8, 64), by way of one tile; what lies outside is not written. */
+__global__ void store_tiles(const __grid_constant__ TensorMap to, const bf16 *from, int rounds, int column, int fault) {
+    SHARED_TILES(bf16, tile);
+    const int t = (int)threadIdx.x;
+    for (int round = 0; round < rounds; round++) {
+        if (t == 0 && fault != OVERWRITTEN) tile_store_wait_read<0>();
+        __syncthreads();
+        for (int i = t; i < TILE; i += THREADS)
+            if (fault != NOT_WRITTEN || i != 77)
+                tile[tile_place(i / TILE_WIDTH, i % TILE_WIDTH) + i % 8] = from[round * TILE + i];
+        if (fault != NO_ASYNC_FENCE) fence_async();
+        if (fault != NO_BARRIER) __syncthreads();
+        if (t > 0) continue;
+        tile_store(to, tile, round * ROWS, column);
+        tile_store_commit();
+    }
+    if (t == 0 && fault != UNDER_WAY) tile_store_wait_read<0>();
+}
+
+/* d (64, N) = a (64, K) b (K, N), K 64 or 128, two stages; what each lane holds is written as prim_sm90.cuh says.
+ * Without TMA: threads write the operands themselves, rows of `a` and columns of `b`, or, by k, rows of their
+ * transposes. */
+template <int N, bool a_by_k, bool b_by_k>
+__global__ void product(float *d, const bf16 *a, const bf16 *b, int K, int fault) {
+    SHARED_TILES(bf16, all);
+    const Shared<bf16> a_tile = all, b_tile = all + 64 * TILE_WIDTH;
+    const int t = (int)threadIdx.x;
+    Sums<N> sum;
+    for (int k0 = 0; k0 < K; k0 += 64) {
+        if (fault != NO_PRODUCT_WAIT) wgmma_wait<0>();
+        __syncthreads(); /* all have read what is written over */
+        for (int i = t; i < 64 * 64; i += WARPGROUP) {
+            const int m = i / 64, k = i % 64;
+            a_tile[(a_by_k ? tile_place(k, m) + m % 8 : tile_place(m, k) + k % 8)] = a[m * K + k0 + k];
+        }
+        for (int i = t; i < N * 64; i += WARPGROUP) {
+            const int n = i / 64, k = i % 64;
+            b_tile[b_by_k ? n / 64 * 64 * 64 + tile_place(k, n % 64) + n % 8 : tile_place(n, k) + k % 8] =
+                b[n * K + k0 + k];
+        }
+        if (fault != NO_ASYNC_FENCE) fence_async();
+        if (fault != NO_BARRIER) __syncthreads();
+        const uint64_t a_part = operand(a_tile, a_by_k ? 8192 : 16, 1024), b_part = operand(b_tile, 8192, 1024);
+        if (fault != NO_FENCE) wgmma_fence();
+        for (int k = 0; k < 64; k += 16) {
+            const uint64_t a16 = operand_behind(a_part, a_by_k ? k * 128 : k * 2);
+            const uint64_t b16 =
+                operand_behind(b_part, (b_by_k ? k * 128 : k * 2) + (fault == LANES_DIFFER ? t / 8 * 16 : 0));
+            if (k0 + k == 0) wgmma<a_by_k, b_by_k, false>(sum, a16, b16);
+            else wgmma<a_by_k, b_by_k, true>(sum, a16, b16);
+        }
+        if (fault != NO_COMMIT) wgmma_commit();
+    }
+    if (fault != TOUCHED) wgmma_wait<0>();
+    const int row = t / WARP * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
+    for (int i = 0; i < N / 2; i++) d[(row + i % 4 / 2 * 8) * N + i / 4 * 8 + column + i % 2] = sum[i];
+}
+
+/* Row i of `to` (32, 8): the chunk that lane i brings the address of, when each lane gives 4 times its number and 0
+ * .. 3. */
+__global__ void matrices(uint32_t *to) {
+    SHARED_TILES(bf16, all);
+    const int lane = lane_index();
+    uint32_t m[4];
+    for (int i = 0; i < 4; i++) m[i] = (uint32_t)(8 * lane + 2 * i) | (uint32_t)(8 * lane + 2 * i + 1) << 16;
+    store_matrices(all + lane * 8, m);
+    __syncwarp();
+    for (int i = 0; i < 8; i++) {
+        const bf16 x = all[lane * 8 + i];
+        to[lane * 8 + i] = x.bits;
+    }
+}
+
+/* to[0] = how many lanes of three warpgroups are elected */
+enum { GROUPS = 3 * WARPGROUP };
+__global__ void __launch_bounds__(GROUPS, 1) elect(int *to, int fault) {
+    SHARED_TILES(int, found);
+    if (threadIdx.x < WARPGROUP) {
+        if (fault == GIVES_MORE) registers_give<176>();
+        registers_give<24>();
+    } else if (fault == TOO_MANY_REGISTERS) {
+        registers_take<256>();
+    } else {
+        registers_take<240>();
+    }
+    found[threadIdx.x] = 0;
+    if (elected()) found[threadIdx.x] = 1;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    int sum = 0;
+    for (int i = 0; i < GROUPS; i++) sum += found[i];
+    to[0] = sum;
+}
+
+Grid grid(int threads, size_t shared, const char *op = __builtin_FUNCTION()) {
+    Grid g(1, threads, shared, op);
+    g.sm90 = true;
+    return g;
+}
+
+template <int N, bool a_by_k, bool b_by_k>
+void run_product(float *d, const bf16 *a, const bf16 *b, int K, int fault, const char *op) {
+    const size_t bytes = (64 + N) * TILE_WIDTH * sizeof(bf16);
+    launch(grid(WARPGROUP, fault == TOO_MUCH_SHARED ? 233472 : bytes, op), product<N, a_by_k, b_by_k>, d, a, b, K,
+           fault);
+}
+
+}  // namespace
+
+extern "C" {
+void emulation_copy_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld, int rounds, int column, int fault) {
+    launch(grid(THREADS, BARRIERS * 2 + 2 * STAGES * 8), copy_tiles, to, tensor_map(from, rows, cols, ld, ROWS, 64),
+           rounds, column, fault);
+}
+void emulation_store_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld, int rounds, int column, int fault) {
+    launch(grid(THREADS, TILE * 2), store_tiles, tensor_map(to, rows, cols, ld, ROWS, 64), from, rounds, column, fault);
+}
+void emulation_product(float *d, const bf16 *a, const bf16 *b, int N, int K, int by_k, int fault) {
+    const char *op = __func__;
+    if (N == 64 && by_k == 0) run_product<64, false, false>(d, a, b, K, fault, op);
+    if (N == 128 && by_k == 0) run_product<128, false, false>(d, a, b, K, fault, op);
+    if (N == 192 && by_k == 1) run_product<192, false, true>(d, a, b, K, fault, op);
+    if (N == 256 && by_k == 2) run_product<256, true, true>(d, a, b, K, fault, op);
+}
+void emulation_matrices(uint32_t *to) { launch(grid(WARP, 512), matrices, to); }
+void emulation_elect(int *to, int fault) { launch(grid(GROUPS, GROUPS * sizeof(int)), elect, to, fault); }
+}

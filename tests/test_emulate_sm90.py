@@ -1,0 +1,171 @@
+"""The words of cuda/prim_sm90.cuh, one by one, and their emulation in cuda/emulate: as test_emulate.py, with kernels of
+tests/emulation_sm90.cu.
+
+With BARELM_CUDA_LIBRARY, nvcc and a Hopper the right ones run on it: of its PTX the emulation knows nothing.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from emulated import COMPILER, EMULATION, ROOT, Backend, compile_object, from_bf16, link, to_bf16
+
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
+
+SEEDS = (0, 1, 2, 3)
+by_seed = pytest.mark.parametrize("seed", SEEDS)
+SOURCE = ROOT / "tests" / "emulation_sm90.cu"
+FAULTS = re.findall(r"\w+", re.search(r"enum Fault \{(.*?)\}", SOURCE.read_text(), re.DOTALL)[1].lower())
+
+ON_GPU = bool(os.environ.get("BARELM_CUDA_LIBRARY"))
+emulated_alone = pytest.mark.skipif(ON_GPU, reason="of the emulation itself")
+
+
+def for_gpu(folder):
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc: the words of prim_sm90.cuh were not tried")
+    ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if "9.0" not in subprocess.run(ask, capture_output=True, text=True).stdout.split():
+        pytest.skip("no Hopper: the words of prim_sm90.cuh were not tried")
+    sources = [SOURCE, ROOT / "cuda" / "runtime.cu"]
+    words = ["-shared", "-std=c++17", "--fmad=false", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC"]
+    subprocess.run(["nvcc", *words, "-cudart", "static", *sources, "-o", folder / "words.so"], check=True)
+    return Backend(folder / "words.so", "float")
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulation_sm90")
+    if ON_GPU:
+        return for_gpu(folder)
+    objects = [
+        compile_object(EMULATION, folder / "emulate.o", "-O2", "-U_GLIBCXX_INCLUDE_NEXT_C_HEADERS"),
+        compile_object(SOURCE, folder / "emulation.o"),
+    ]
+    return Backend(link(objects, folder / "emulation.so"), "float")
+
+
+def call(emulation, seed, name, *args):
+    emulation.schedule(seed)
+    emulation.call(f"emulation_{name}", [ctypes.c_int(a) if isinstance(a, int) else a for a in args])
+
+
+ROUNDS, COLUMN = 5, 24  # tiles of 8 rows by 64 columns
+
+
+def matrix(rows, cols, ld):
+    """Other numbers everywhere, and ones between cols and ld that must not be seen."""
+    return np.arange(1, rows * ld + 1, dtype=np.uint16).reshape(rows, ld)
+
+
+def copy_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72):
+    """What came, and what should have."""
+    given = matrix(rows, cols, ld)
+    to, want = (np.zeros((ROUNDS * 8, 64), np.uint16) for _ in range(2))
+    there = given[: ROUNDS * 8, COLUMN : min(cols, COLUMN + 64)]
+    want[: len(there), : there.shape[1]] = there
+    given.flags.writeable = False
+    call(emulation, seed, "copy_tiles", to, given, rows, cols, ld, ROUNDS, COLUMN, FAULTS.index(fault))
+    return to, want
+
+
+def store_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72):
+    given = matrix(ROUNDS * 8, 64, 64)
+    to, want = (np.full((rows, ld), 9, np.uint16) for _ in range(2))
+    there = want[: ROUNDS * 8, COLUMN : min(cols, COLUMN + 64)]
+    there[...] = given[: len(there), : there.shape[1]]
+    call(emulation, seed, "store_tiles", to, given, rows, cols, ld, ROUNDS, COLUMN, FAULTS.index(fault))
+    return to, want
+
+
+def product(emulation, seed, rng, fault="none", N=128, K=128, by_k=0):
+    """Small integers: sums are exact in any order."""
+    a, b = (to_bf16(rng.integers(-8, 9, s).astype(np.float32)) for s in ((64, K), (N, K)))
+    d = np.full((64, N), np.nan, np.float32)
+    call(emulation, seed, "product", d, a, b, N, K, by_k, FAULTS.index(fault))
+    return d, from_bf16(a) @ from_bf16(b).T
+
+
+@by_seed
+@pytest.mark.parametrize("sizes", [(37, 70, 72), (40, 88, 88), (3, 30, 32)], ids=["tails", "whole", "less than a tile"])
+def test_tiles_come_and_go(emulation, seed, sizes):
+    for got, want in copy_tiles(emulation, seed, "none", *sizes), store_tiles(emulation, seed, "none", *sizes):
+        np.testing.assert_array_equal(got, want)
+
+
+@by_seed
+@pytest.mark.parametrize(("N", "K", "by_k"), [(64, 64, 0), (128, 128, 0), (192, 128, 1), (256, 128, 2)])
+def test_products_of_a_warpgroup(emulation, rng, seed, N, K, by_k):
+    np.testing.assert_array_equal(*product(emulation, seed, rng, "none", N, K, by_k))
+
+
+@by_seed
+def test_matrices_and_one_of_a_warp(emulation, seed):
+    """Word i of lane l holds 8 l + 2 i and the number behind it; row r of matrix i are words i of lanes 4 r .. 4 r + 3."""
+    to, elected = np.zeros((32, 8), np.uint32), np.zeros(1, np.int32)
+    call(emulation, seed, "matrices", to)
+    want = [[8 * (4 * (lane % 8) + j // 2) + 2 * (lane // 8) + j % 2 for j in range(8)] for lane in range(32)]
+    np.testing.assert_array_equal(to, want)
+    call(emulation, seed, "elect", elected, 0)
+    assert elected[0] == 12
+
+
+@emulated_alone
+@by_seed
+@pytest.mark.parametrize(
+    ("name", "fault", "said"),
+    [
+        ("copy_tiles", "no_barrier", "a race with the write|nobody wrote|was not made"),
+        ("copy_tiles", "no_init_fence", "TMA does not see"),
+        ("copy_tiles", "not_made", "an mbarrier that was not made|nobody wrote"),
+        ("copy_tiles", "wrong_parity", "is being loaded|a race with the|nobody wrote"),
+        ("copy_tiles", "no_full_wait", "is being loaded|a race with the|nobody wrote"),
+        ("copy_tiles", "no_empty_wait", "a race with the read|is being loaded"),
+        ("copy_tiles", "early_release", "a race with the|is being loaded|waits in an mbarrier"),
+        ("copy_tiles", "too_few_bytes", "phase ended before|waits in an mbarrier.* bytes are missing"),
+        ("copy_tiles", "too_many_bytes", r"waits in an mbarrier \(.*0 arrivals and 16 bytes are missing"),
+        ("copy_tiles", "too_many_arrivals", "more arrivals than the 1|phase ended before"),
+        ("copy_tiles", "not_aligned", "not on 1024 bytes"),
+        ("copy_tiles", "shared_end", "of a shared array of"),
+        ("copy_tiles", "block_ends", "returns with the load of a tile"),
+        ("store_tiles", "no_async_fence", "without fence_async"),
+        ("store_tiles", "no_barrier", "races with the write|nobody wrote|without fence_async"),
+        ("store_tiles", "overwritten", "still reads it"),
+        ("store_tiles", "under_way", "returns with a tile's store under way"),
+        ("store_tiles", "not_written", "nobody wrote what a tile's store reads"),
+        ("product", "touched", "touched before wgmma_wait"),
+        ("product", "no_fence", "no wgmma_fence since"),
+        ("product", "no_commit", "touched before wgmma_wait|still reads it"),
+        ("product", "no_product_wait", "still reads it"),
+        ("product", "no_async_fence", "without fence_async before wgmma"),
+        ("product", "no_barrier", "wgmma races with|nobody wrote what wgmma|without fence_async"),
+        ("product", "lanes_differ", "bring different operands"),
+        ("product", "too_much_shared", "cannot launch 1 blocks of 128 threads with 233472 bytes"),
+        ("elect", "too_many_registers", "68608 registers, where there are 65536"),
+        ("elect", "gives_more", "176 registers, where there are 168"),
+    ],
+)
+def test_each_fault_is_found(emulation, rng, seed, name, fault, said):
+    if fault == "block_ends" and seed == 0:
+        pytest.skip("in order, a tile has come as soon as it was asked for")
+    with pytest.raises(RuntimeError, match=rf"^emulation_{name}: .*({said})"):
+        if name == "copy_tiles":
+            copy_tiles(emulation, seed, fault)
+        elif name == "store_tiles":
+            store_tiles(emulation, seed, fault)
+        elif name == "product":
+            product(emulation, seed, rng, fault)
+        else:
+            call(emulation, seed, name, np.zeros(1, np.int32), FAULTS.index(fault))
+    np.testing.assert_array_equal(*product(emulation, 0, rng))  # and the next kernel runs
+
+
+@emulated_alone
+@pytest.mark.parametrize("sizes", [(8, 70, 71), (8, 0, 72)])
+def test_a_matrix_that_tma_cannot_copy(emulation, sizes):
+    with pytest.raises(RuntimeError, match="tensor_map: not what TMA can copy"):
+        copy_tiles(emulation, 0, "none", *sizes)
