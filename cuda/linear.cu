@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(THREADS) product_fp32(Output o, Matrix<TA> a, 
 
 /* Whether the product is Hopper's: by the device, and for products of nothing not. */
 bool on_sm90(int M, int N, int K) {
-    if (sizeof(act) != sizeof(bf16) || !linear_sm90_room || !is_sm90()) return false;
+    if (sizeof(act) != sizeof(bf16) || !OPERATOR(linear_sm90_room) || !is_sm90()) return false;
     return M > 0 && N > 0 && K > 0;
 }
 
@@ -324,7 +324,7 @@ void multiply(const Output &o, const Matrix<TA> &a, const Matrix<TB> &b, int pre
     using S = Shape<product>;
     char *room = NULL;
     const bool sm90 = on_sm90(M, N, K);
-    const size_t bytes = room_for(a) + room_for(b) + (sm90 ? linear_sm90_room(product, M, N, K) : 0);
+    const size_t bytes = room_for(a) + room_for(b) + (sm90 ? OPERATOR(linear_sm90_room)(product, M, N, K) : 0);
     if (bytes > 0) room = (char *)scratch(bytes);
     const Matrix<bf16> a16 = rounded(room, a, op), b16 = rounded(room, b, op);
     if (sm90)

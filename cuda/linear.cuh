@@ -78,6 +78,6 @@ struct ProductSm90 {
     const char *op;
 };
 extern "C" {
-__attribute__((weak)) size_t linear_sm90_room(int product, int M, int N, int K);
+__attribute__((weak)) size_t OPERATOR(linear_sm90_room)(int product, int M, int N, int K);
 __attribute__((weak)) void OPERATOR(linear_sm90)(const ProductSm90 &p);
 }

@@ -408,7 +408,7 @@ void run_weight(const ProductSm90 &p, Output o) {
 
 }  // namespace
 
-size_t linear_sm90_room(int product, int M, int N, int K) {
+size_t OPERATOR(linear_sm90_room)(int product, int M, int N, int K) {
     const int parts = choose(product, M, N, K).parts;
     return parts > 1 ? (size_t)parts * (size_t)M * (size_t)N * sizeof(float) : 0;
 }
@@ -424,7 +424,7 @@ void OPERATOR(linear_sm90)(const ProductSm90 &p) {
 }
 
 #ifndef __CUDACC__
-extern "C" void emulate_tiling(int tiling, int blocks, int rows) {
+extern "C" void OPERATOR(emulate_tiling)(int tiling, int blocks, int rows) {
     only_tiling = tiling, blocks_at_most = blocks, least_rows = rows;
 }
 #endif

@@ -105,7 +105,7 @@ def test_products_of_a_warpgroup(emulation, rng, seed, N, K, by_k):
 
 @by_seed
 def test_matrices_and_one_of_a_warp(emulation, seed):
-    """Word i of lane l holds 8 l + 2 i and the number behind it; row r of matrix i are words i of lanes 4 r .. 4 r + 3."""
+    """Word i of lane l holds 8 l + 2 i and the next; row r of matrix i is words i of lanes 4 r .. 4 r + 3."""
     to, elected = np.zeros((32, 8), np.uint32), np.zeros(1, np.int32)
     call(emulation, seed, "matrices", to)
     want = [[8 * (4 * (lane % 8) + j // 2) + 2 * (lane // 8) + j % 2 for j in range(8)] for lane in range(32)]
