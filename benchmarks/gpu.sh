@@ -26,7 +26,7 @@ build() {
         "$python" -m barelm doctor
 }
 
-tests() { "$python" -m pytest -q -x -k "not planted" tests/test_emulate.py tests/test_cuda.py tests/test_cuda_attention.py tests/test_cuda_model.py; }
+tests() { "$python" -m pytest -q -x -k "not planted" tests/test_emulate.py tests/test_emulate_sm90.py tests/test_cuda.py tests/test_cuda_attention.py tests/test_cuda_model.py; }
 
 # each tool over kernels of every file, and a whole step of both families
 sanitizers() {

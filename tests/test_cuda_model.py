@@ -59,6 +59,17 @@ def step(model, tokens, targets):
     return loss, grads, model.update(1e-2)
 
 
+@pytest.fixture
+def hopper(cuda_library):
+    """The emulated GPU is a Hopper, whose products are those of linear_sm90.cu; a real one is what it is."""
+    library = ctypes.CDLL(str(cuda_library))
+    if not hasattr(library, "emulate_sm90"):
+        pytest.skip("of the emulation")
+    library.emulate_sm90(1)
+    yield
+    library.emulate_sm90(0)
+
+
 both = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 adapters = pytest.mark.parametrize("lora", [None, Lora(rank=3, alpha=5.0)], ids=["all weights", "an adapter"])
 
@@ -121,6 +132,12 @@ def test_a_row_has_the_bits_it_has_alone_and_a_prefix_those_of_the_whole(device,
     whole = gpu.forward(tokens, targets)
     assert_same_bits(gpu.forward(tokens[1:2].copy(), targets[1:2].copy()), whole[1:2])
     assert_same_bits(gpu.forward(tokens[:, :7].copy(), targets[:, :7].copy()), whole[:, :7])
+
+
+@both
+def test_a_hopper_is_as_close_and_keeps_the_bits_of_rows(device, hopper, config):
+    test_a_step_in_bf16_is_close(device, config)
+    test_a_row_has_the_bits_it_has_alone_and_a_prefix_those_of_the_whole(device, config, "bf16")
 
 
 @both

@@ -5,6 +5,7 @@ On a GPU test_cuda.py tests them, where that is a Hopper.
 """
 
 import ctypes
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from faults import FAULTS
 from test_cuda import build, check_values, run, run_into, small_cases
 from test_ops import filled, same_bits
 
-pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
+pytestmark = [
+    pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)"),
+    pytest.mark.skipif("BARELM_CUDA_LIBRARY" in os.environ, reason="of the emulation: on a GPU test_cuda.py tests them"),
+]
 
 TILINGS = {0: "128x256", 1: "256x128", 2: "128x192", 3: "128x128"}
 CHOSEN = -1  # by the sizes
