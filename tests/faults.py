@@ -2013,6 +2013,62 @@ FAULTS = [
         "(size_t)(parts - 1) * (size_t)M",
         SM90,
     ),
+    Fault(
+        "emulate sm90: what a product reads may be written over",
+        "cuda/emulate/async.h",
+        "        u.readers++, u.reader = current;\n",
+        "        u.readers++, u.readers = 0;\n",
+        EMULATE_SM90,
+    ),
+    Fault(
+        "emulate sm90: a product needs no wgmma_fence",
+        "cuda/emulate/async.h",
+        "if (!sums.under_way && sums.touched_after == async_me().fences)",
+        "if (false)",
+        EMULATE_SM90,
+    ),
+    Fault(
+        "emulate sm90: sums may be touched at any time",
+        "cuda/emulate/async.h",
+        'if (under_way) fail("sums are touched before wgmma_wait");',
+        "",
+        EMULATE_SM90,
+    ),
+    Fault(
+        "emulate sm90: what threads wrote TMA sees at once",
+        "cuda/emulate/async.h",
+        "        if (u.unfenced)\n",
+        "        if (false)\n",
+        EMULATE_SM90,
+    ),
+    Fault(
+        "emulate sm90: mbarriers order nothing",
+        "cuda/emulate/async.h",
+        "    merge(block.threads[(size_t)current].seen, b.released);\n",
+        "",
+        EMULATE_SM90,
+    ),
+    Fault(
+        "emulate sm90: an mbarrier's phase does not wait for bytes",
+        "cuda/emulate/async.h",
+        "if (b.missing > 0 || b.bytes != 0) return;",
+        "if (b.missing > 0) return;",
+        EMULATE_SM90,
+    ),
+    Fault(
+        "emulate sm90: rows behind the end of a matrix come with other values",
+        "cuda/emulate/async.h",
+        "if (row < 0 || row >= l.map.rows || column < 0 || column >= l.map.cols) memset(to, 0, 2);",
+        "if (row < 0 || row >= l.map.rows) memset(to, 0, 2);",
+        EMULATE_SM90,
+    ),
+    Fault(
+        "emulate sm90: the swizzle turns other bits",
+        "cuda/emulate/async.h",
+        "(offset ^ (offset >> 7 & 7) << 4)",
+        "(offset ^ (offset >> 7 & 3) << 4)",
+        EMULATE_SM90,
+    ),
 ]
 
 
