@@ -180,8 +180,8 @@ __device__ void multiply_chain(TileSums<S> &sum, const Places<S> &at, Ring<S::ST
     release<S>(at, before);
 }
 
-/* The sum of the chains so far: their number is the least that registers must hold beside those of the chain at work.
- */
+/* The sums of the chains so far, in registers beside those of the chain at work; what has no place there, in shared
+ * memory, where each thread has places of its own. */
 template <class S, Product = S::product>
 struct Total {
     float kept[S::KEPT];
@@ -345,6 +345,9 @@ enum { TILINGS = 4 };
 /* Steps of k, at the peak, that writing a tile takes. */
 const double WRITING = 4.0;
 
+/* Of the rows, and of all tiles together: 64 KB each, so never more than 135 MB. */
+enum { MOST_PARTS = 16, MOST_PART_TILES = 16 * SMS };
+
 /* Of products that take as long the first.  The order of sums knows the parts alone, which only WEIGHT has. */
 Choice choose(int product, int M, int N, int K) {
     const int64_t steps = divide_up(K, BK), most_parts = product == WEIGHT ? divide_up(K, least_rows) : 1;
@@ -353,7 +356,8 @@ Choice choose(int product, int M, int N, int K) {
     for (int i = product == WEIGHT ? TILINGS - 1 : 0; i < TILINGS; i++) {
         if (only_tiling >= 0 && i != only_tiling && product != WEIGHT) continue;
         const int64_t tiles = divide_up(M, SIDES[i].bm) * divide_up(N, SIDES[i].bn);
-        for (int parts = 1; parts <= most_parts && parts <= 16; parts++) {
+        for (int parts = 1; parts <= most_parts && parts <= MOST_PARTS; parts++) {
+            if (parts > 1 && tiles * parts > MOST_PART_TILES) break;
             const double waves = (double)divide_up(tiles * parts, SMS);
             const double each = ((double)divide_up(steps, parts) + WRITING * (parts > 1 ? 3 : 1)) / SIDES[i].share;
             const double time = waves * each * SIDES[i].bm * SIDES[i].bn;
