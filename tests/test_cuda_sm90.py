@@ -19,7 +19,7 @@ from test_ops import filled, same_bits
 
 pytestmark = [
     pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)"),
-    pytest.mark.skipif("BARELM_CUDA_LIBRARY" in os.environ, reason="of the emulation: on a GPU test_cuda.py tests them"),
+    pytest.mark.skipif("BARELM_CUDA_LIBRARY" in os.environ, reason="on a GPU test_cuda.py tests them"),
 ]
 
 TILINGS = {0: "128x256", 1: "256x128", 2: "128x192", 3: "128x128"}
