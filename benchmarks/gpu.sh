@@ -1,7 +1,7 @@
 #!/bin/sh
 # gpu.sh [FOLDER] -- on a machine with an NVIDIA GPU, nvcc and PyTorch: build, check and measure everything, in under eight
 # minutes.  What it says and the JSON files go to FOLDER (default build/gpu); then copy them into benchmarks/.
-#   ARCH  what nvcc compiles for (default: the GPU that is there)      PYTHON  (default python3)
+#   ARCH  what nvcc compiles for (default 90a-real: an H100 or H200)      PYTHON  (default python3)
 #   ONLY  a part: build, tests, sanitizers, peers, operators or steps
 set -u
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ part() { # name, command ...: its output goes to a file of that name, its end to
 }
 
 build() {
-    cmake -S cuda -B build/gpu/cuda -DBARELM_WERROR=ON "-DCMAKE_CUDA_ARCHITECTURES=${ARCH:-native}" &&
+    cmake -S cuda -B build/gpu/cuda -DBARELM_WERROR=ON "-DCMAKE_CUDA_ARCHITECTURES=${ARCH:-90a-real}" &&
         cmake -S . -B build/gpu/core -DBARELM_CUDA=OFF -DCMAKE_BUILD_TYPE=Release "-DPython_EXECUTABLE=$(command -v "$python")" &&
         cmake --build build/gpu/cuda -j8 && cmake --build build/gpu/core -j8 && cp build/gpu/core/_core*.so python/barelm/ &&
         "$python" -m barelm doctor
