@@ -15,7 +15,7 @@ asan)
     export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$PWD/$folder/report UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
     # all that calls C, but whole runs of the command line: what they call is called by the rest; and the emulation,
     # which changes stacks
-    for name in assistant bench_cuda bench_growth choice cuda cuda_attention cuda_model documents emulate folders formats fuzz_readers guard \
+    for name in assistant bench_cuda bench_growth choice cuda cuda_attention cuda_model cuda_sm90 documents emulate emulate_sm90 folders formats fuzz_readers guard \
         import_export incontext init loop ngram plan prepare regurgitate report sentencepiece shards tasks tokenizer train trust \
         vocabulary; do
         set -- --ignore "tests/test_$name.py" "$@"
