@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import CASES
-from conftest import guarded
 from emulated import COMPILER, ROOT, Backend, compile_object, link
 from faults import FAULTS
-from test_cuda import build, check_values, run, run_into, small_cases
-from test_ops import filled, same_bits
+from test_cuda import build, check_in_place, check_values, run, small_cases
+from test_ops import may_share, same_bits
 
 pytestmark = [
     pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)"),
@@ -91,18 +90,9 @@ def test_rows_in_parts(hopper, which):
     check_values(hopper, build("bf16", *which))
 
 
-@products(lambda op, c: c.residual and c.why in ("one past two tiles", "one past a K block of C"))
+@products(lambda op, c: may_share(op, c) and c.why in ("one past two tiles", "one past a K block of C"))
 def test_in_place_where_the_contract_permits(hopper, which):
-    call = build("bf16", *which)
-    if not getattr(call, "aliases", None):
-        pytest.skip("nothing may be shared")
-    output, given = call.aliases
-    whole = run(hopper, call)
-    shared = guarded(call.args[given])
-    others = {name: filled(*spec) for name, spec in call.outputs.items() if name != output}
-    run_into(hopper, call, **others, **{output: shared, given: shared})
-    for name, a in (others | {output: shared}).items():
-        assert same_bits(a, whole[name]), name
+    check_in_place(hopper, build("bf16", *which))
 
 
 @products(lambda op, c: c.why in ("one past two tiles", "one past a K block of C"))

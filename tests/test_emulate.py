@@ -8,11 +8,10 @@ import ctypes
 import os
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
-from emulated import COMPILER, EMULATION, ROOT, Backend, compile_object, from_bf16, link, to_bf16
+from emulated import COMPILER, EMULATION, ROOT, Backend, compile_object, from_bf16, library_for_gpu, link, to_bf16
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
 
@@ -30,10 +29,7 @@ emulated_alone = pytest.mark.skipif(ON_GPU, reason="of the emulation itself")
 def for_gpu(folder):
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc: the words of prim.cuh were not tried")
-    sources = [SOURCE, ROOT / "cuda" / "runtime.cu"]
-    words = ["-shared", "-std=c++17", "--fmad=false", "-arch=native", "-Xcompiler", "-fPIC", "-cudart", "static"]
-    subprocess.run(["nvcc", *words, *sources, "-o", folder / "words.so"], check=True)
-    return Backend(folder / "words.so", "float")
+    return Backend(library_for_gpu(SOURCE, "native", folder / "words.so"), "float")
 
 
 @pytest.fixture(scope="module")

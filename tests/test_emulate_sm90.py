@@ -12,7 +12,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from emulated import COMPILER, EMULATION, ROOT, Backend, compile_object, from_bf16, link, to_bf16
+from emulated import COMPILER, EMULATION, ROOT, Backend, compile_object, from_bf16, library_for_gpu, link, to_bf16
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
 
@@ -31,10 +31,7 @@ def for_gpu(folder):
     ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     if "9.0" not in subprocess.run(ask, capture_output=True, text=True).stdout.split():
         pytest.skip("no Hopper: the words of prim_sm90.cuh were not tried")
-    sources = [SOURCE, ROOT / "cuda" / "runtime.cu"]
-    words = ["-shared", "-std=c++17", "--fmad=false", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC"]
-    subprocess.run(["nvcc", *words, "-cudart", "static", *sources, "-o", folder / "words.so"], check=True)
-    return Backend(folder / "words.so", "float")
+    return Backend(library_for_gpu(SOURCE, "sm_90a", folder / "words.so"), "float")
 
 
 @pytest.fixture(scope="module")
