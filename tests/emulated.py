@@ -56,9 +56,9 @@ def compile_objects(folder):
         return dict(zip(jobs, pool.map(lambda job: compile_object(*job), jobs.values()), strict=True))
 
 
-def library_for_gpu(source, arch, output):
-    """The kernels of one file and runtime.h's functions, for the GPU that is there."""
-    words = ["-shared", "-std=c++17", "--fmad=false", f"-arch={arch}", "-Xcompiler", "-fPIC", "-cudart", "static"]
+def library_for_gpu(source, output, *arch):
+    """The kernels of one file and runtime.h's functions, for the GPU that nvcc is told of."""
+    words = ["-shared", "-std=c++17", "--fmad=false", *arch, "-Xcompiler", "-fPIC", "-cudart", "static"]
     subprocess.run(["nvcc", *words, source, ROOT / "cuda" / "runtime.cu", "-o", output], check=True)
     return output
 

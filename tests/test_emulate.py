@@ -29,7 +29,7 @@ emulated_alone = pytest.mark.skipif(ON_GPU, reason="of the emulation itself")
 def for_gpu(folder):
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc: the words of prim.cuh were not tried")
-    return Backend(library_for_gpu(SOURCE, "native", folder / "words.so"), "float")
+    return Backend(library_for_gpu(SOURCE, folder / "words.so", "-arch=native"), "float")
 
 
 @pytest.fixture(scope="module")

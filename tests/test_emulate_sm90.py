@@ -31,7 +31,8 @@ def for_gpu(folder):
     ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     if "9.0" not in subprocess.run(ask, capture_output=True, text=True).stdout.split():
         pytest.skip("no Hopper: the words of prim_sm90.cuh were not tried")
-    return Backend(library_for_gpu(SOURCE, "sm_90a", folder / "words.so"), "float")
+    arch = "-gencode", "arch=compute_90a,code=sm_90a"
+    return Backend(library_for_gpu(SOURCE, folder / "words.so", *arch), "float")
 
 
 @pytest.fixture(scope="module")
