@@ -39,7 +39,7 @@ CPU_PEERS = (
     "torch eager tuned bf16",
     "torch compile tuned bf16",
 )
-CUDA_PEERS = ("barelm bf16", "torch eager bf16", "torch compile bf16")
+CUDA_PEERS = ("barelm bf16", "torch eager bf16", "torch compile bf16", "llm.c bf16")
 HEADER = (
     "model",
     "B, T",
@@ -49,6 +49,7 @@ HEADER = (
     "% of peak",
     "x stock PyTorch",
     "x tuned",
+    "x llm.c",
     "spread %",
     "rounds",
     "GiB",
@@ -58,6 +59,7 @@ CUDA_PEAK = {
     "bf16": 989.4e12,
     "fp32": 66.9e12,
 }  # FLOP/s of an H200 (NVIDIA H200 data sheet: half of those with sparsity)
+RIVALS = ("stock", "tuned", "llm.c")  # of PyTorch the first two
 PAUSE = 0.2  # seconds between turns: threads that wait for work by spinning have gone to sleep by then
 
 
@@ -78,12 +80,16 @@ class Workload:
     def config(self):
         return Config(**self.sizes)
 
+    def row(self):
+        """The tokens of four steps and the one that follows them, int32."""
+        return np.random.default_rng(0).integers(0, self.config.vocab_size, 4 * self.tokens + 1, dtype=np.int32)
+
     def batches(self):
         """A step's micro-batches, each tokens, targets (B, T) int32: those of four steps, round and round, so that
         updates that work show in the loss."""
-        rng, V, shape = np.random.default_rng(0), self.config.vocab_size, (2, self.B, self.T)
-        one = [[tuple(rng.integers(0, V, shape, dtype=np.int32)) for _ in range(self.micro_batches)] for _ in range(4)]
-        return itertools.cycle(one)
+        row, shape = self.row(), (4, self.micro_batches, self.B, self.T)
+        steps = zip(row[:-1].reshape(shape), row[1:].reshape(shape), strict=True)
+        return itertools.cycle([list(zip(*step, strict=True)) for step in steps])
 
 
 GPT2 = dict(vocab_size=50304)  # 124M; the vocabulary that PyTorch is fastest with
@@ -144,24 +150,36 @@ def torch_step(workload, precision, folder, compiled):
     return take
 
 
-def serve(pipe, peer, workload, folder):
+def llmc_step(workload, folder, command):
+    import llmc
+
+    return llmc.Llmc(command, folder.parent / "llm.c", folder, workload, LR, ADAMW["weight_decay"])
+
+
+def serve(pipe, peer, workload, folder, llmc):
     """Answer each number n with (the seconds that n steps took, the loss of the last one).  Where steps are short, one
     that is not timed goes before: it brings back what the others drove out of the caches."""
     library, *mode, precision = peer.split()
     if library == "barelm":
         take = barelm_step(workload, precision, folder)
-    else:
+    elif library == "torch":
         take = torch_step(workload, precision, folder, mode[0] == "compile")
-    batches = workload.batches()
-    while n := pipe.recv():
-        if n > 1:
-            take(next(batches))
-        ready, loss = [next(batches) for _ in range(n)], 0.0
-        start = time.perf_counter()
-        for batch in ready:
-            loss = take(batch)
-        pipe.send((time.perf_counter() - start, loss))
-    pipe.send(peak_memory() if workload.device == "cpu" else device_memory(library, workload))
+    else:
+        take = llmc_step(workload, folder, llmc)
+    with contextlib.closing(take) if library == "llm.c" else contextlib.nullcontext():
+        batches = workload.batches()
+        while n := pipe.recv():
+            if n > 1:
+                take(next(batches))
+            ready, loss = [next(batches) for _ in range(n)], 0.0
+            start = time.perf_counter()
+            for batch in ready:
+                loss = take(batch)
+            spent = time.perf_counter() - start
+            if library == "llm.c":
+                take.rest()
+            pipe.send((spent, loss))
+        pipe.send(peak_memory() if workload.device == "cpu" else device_memory(library, workload, take))
 
 
 def peak_memory():
@@ -171,10 +189,12 @@ def peak_memory():
     return int(lines[0][1]) / 2**20 if lines else None
 
 
-def device_memory(library, workload):
+def device_memory(library, workload, take):
     """The GiB of the GPU that a peer has taken."""
     if library == "barelm":
         return sum(workload.config.memory(workload.B, workload.T, precision="bf16", device="cuda").values()) / 2**30
+    if library == "llm.c":
+        return take.mib / 2**10
     import torch
 
     return torch.cuda.max_memory_reserved() / 2**30
@@ -186,11 +206,11 @@ def device_memory(library, workload):
 class Peer:
     """A running peer, warmed up: the first of its steps compiles where something is to be compiled."""
 
-    def __init__(self, name, workload, folder):
+    def __init__(self, name, workload, folder, llmc=None):
         context = multiprocessing.get_context("spawn")
         self.name, self.seconds = name, []
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, name, workload, folder), daemon=False)
+        self.process = context.Process(target=serve, args=(theirs, name, workload, folder, llmc), daemon=False)
         with tuned.preloaded(folder.parent) if "tuned" in name else contextlib.nullcontext():
             self.process.start()
         theirs.close()
@@ -234,8 +254,9 @@ def check_losses(peers):
             raise RuntimeError(f"{peer.name} computes the losses {peer.losses}, {first.name} {first.losses}")
 
 
-def race(workload, names, rounds, seconds):
-    """Run all peers on one workload; each round gives every peer one turn of some steps."""
+def race(workload, names, rounds, seconds, llmc=None):
+    """Run all peers on one workload; each round gives every peer one turn of some steps.  `llmc`: llm.c's program
+    and its options."""
     peers = []
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "start"
@@ -243,7 +264,7 @@ def race(workload, names, rounds, seconds):
         try:
             for name in names:
                 print(f"{workload.name} ({workload.B}, {workload.T}): {name} warms up", file=sys.stderr, flush=True)
-                peers.append(Peer(name, workload, weights))
+                peers.append(Peer(name, workload, weights, llmc))
             check_losses(peers)
             steps = max(1, round(seconds / float(np.median([peer.warm for peer in peers]))))
             for _, peer in itertools.product(range(rounds), peers):
@@ -268,21 +289,23 @@ def race(workload, names, rounds, seconds):
     ]
 
 
+def rival(peer):
+    """Which of RIVALS a peer is; None: barelm."""
+    library, *mode, _ = peer.split()
+    return None if library == "barelm" else library if library == "llm.c" else "tuned" if "tuned" in mode else "stock"
+
+
 def summarize(results, peak):
-    """Add to each result its median, spread, tokens/s, share of peak and ratios to PyTorch's best, stock and tuned."""
+    """Add to each result its median, spread, tokens/s, share of peak and ratios to the best of each of RIVALS."""
     for r in results:
         workload, precision = Workload(**r["workload"]), r["peer"].split()[-1]
         seconds, tokens = np.array(r["seconds"]), workload.tokens
         low, r["median"], high = (float(q) for q in np.quantile(seconds, [0.25, 0.5, 0.75]))
         r["spread"], r["tokens_per_second"] = (high - low) / r["median"], tokens / r["median"]
         r["share_of_peak"] = flops_per_token(workload.config, workload.T) * r["tokens_per_second"] / peak[precision]
-        for kind, with_tuned in (("stock", False), ("tuned", True)):
-            rivals = [
-                np.array(t["seconds"])
-                for t in results
-                if t["peer"].startswith("torch") and t["peer"].endswith(precision)
-                if ("tuned" in t["peer"]) == with_tuned
-            ]
+        for kind in RIVALS:
+            same = [t for t in results if t["peer"].endswith(precision) and rival(t["peer"]) == kind]
+            rivals = [np.array(t["seconds"]) for t in same]
             best = min(rivals, key=np.median, default=None)
             # the one with the better median; its time over ours in each round, both having met the same noise
             r[kind] = None if best is None else float(np.median(best / seconds))
@@ -291,7 +314,7 @@ def summarize(results, peak):
 
 def row(r):
     workload = Workload(**r["workload"])
-    ratios = ["" if r[kind] is None else f"{r[kind]:.2f}" for kind in ("stock", "tuned")]
+    ratios = ["" if r[kind] is None else f"{r[kind]:.2f}" for kind in RIVALS]
     memory = "" if r["gib"] is None else f"{r['gib']:.2f}"
     return (
         workload.name,
@@ -315,6 +338,9 @@ def selected(options):
     if why and any("tuned" in name for name in names):
         print(f"left out: tuned PyTorch ({why})", file=sys.stderr)
         names = [name for name in names if "tuned" not in name]
+    if not options.llmc and "llm.c bf16" in names:
+        print("left out: llm.c (--llmc names its program)", file=sys.stderr)
+        names.remove("llm.c bf16")
     workloads = [w for w in workloads if any(word in f"{w.name} {w.B},{w.T}" for word in options.only or [""])]
     if not names or not workloads:
         raise SystemExit("nothing to run: --only and --peers leave no workload or no peer")
@@ -329,8 +355,12 @@ def main():
         metavar="WORD",
         help="workloads with this in their name, as in 'gpt2 4,64' (may be repeated)",
     )
-    parser.add_argument("--peers", action="append", metavar="WORD", help=f"of {', '.join(CPU_PEERS)} (may be repeated)")
+    known = dict.fromkeys(CPU_PEERS + CUDA_PEERS)
+    parser.add_argument("--peers", action="append", metavar="WORD", help=f"of {', '.join(known)} (may be repeated)")
     parser.add_argument("--device", choices=KINDS, default="cpu")
+    parser.add_argument(
+        "--llmc", metavar="COMMAND", help="on a GPU: llm.c's program and its options, as in 'llm.c/train_gpt2cu -r 0'"
+    )
     parser.add_argument("--rounds", type=int, help="turns of each peer (default 9)")
     parser.add_argument("--quick", action="store_true", help="3 rounds of short turns")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON, every turn's time included")
@@ -349,7 +379,8 @@ def main():
     print("\n| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER), flush=True)
     results = []
     for workload in workloads:
-        found = race(workload, names, options.rounds or (3 if options.quick else 9), 0.3 if options.quick else 1.5)
+        rounds, seconds = options.rounds or (3 if options.quick else 9), 0.3 if options.quick else 1.5
+        found = race(workload, names, rounds, seconds, options.llmc)
         for r in summarize(found, ceilings[about["backend"]]):
             print("| " + " | ".join(row(r)) + " |", flush=True)
         results += found

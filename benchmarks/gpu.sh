@@ -2,6 +2,7 @@
 # gpu.sh [FOLDER] -- on a machine with an NVIDIA GPU, nvcc and PyTorch: build, check and measure everything, in under eight
 # minutes.  What it says and the JSON files go to FOLDER (default build/gpu); then copy them into benchmarks/.
 #   ARCH  what nvcc compiles for (default 90a-real: an H100 or H200)      PYTHON  (default python3)
+#   LLMC  llm.c's program and its options, if steps are to be measured beside it: "llm.c/train_gpt2cu -r 0"
 #   ONLY  a part: build, tests, sanitizers, peers, operators or steps
 set -u
 cd "$(dirname "$0")/.."
@@ -40,7 +41,7 @@ sanitizers() {
 
 peers() { "$python" -m pytest -q -m peers tests/test_peers_cuda.py; }
 operators() { "$python" benchmarks/bench_cuda.py --json "$out/h200-operators.json"; }
-steps() { "$python" benchmarks/bench_model.py --device cuda --only gpt2\ 64 --rounds 5 --json "$out/h200-steps.json"; }
+steps() { "$python" benchmarks/bench_model.py --device cuda --only gpt2\ 64 --rounds 5 --llmc "${LLMC:-}" --json "$out/h200-steps.json"; }
 
 part build build
 part tests tests
