@@ -8,7 +8,7 @@ import pytest
 from barelm import Config, Model
 from barelm.loop import step
 
-B, T, STEPS, WARMUP, LR = 16, 64, 300, 30, 1e-3
+B, T, STEPS, WARMUP, LR = 8, 64, 300, 30, 1e-3
 ADAMW = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 VALIDATION = 256  # windows
 
@@ -28,7 +28,7 @@ def pair(windows):
 def description(family):
     """Six layers."""
     return Config.preset(
-        family, n_layer=6, n_head=4, n_kv_head=None, n_embd=128, n_inner=None, vocab_size=256, context=T
+        family, n_layer=6, n_head=2, n_kv_head=None, n_embd=64, n_inner=None, vocab_size=256, context=T
     )
 
 
@@ -59,5 +59,5 @@ def test_300_steps_in_bf16_learn_what_they_learn_in_fp32(stories):
     exact, rounded = validation_loss("fp32", stories), validation_loss("bf16", stories)
     assert exact < 2.4  # nats a byte; the frequencies of bytes alone give 3.0
     assert rounded != exact
-    # 0.14 % apart: runs that differ by rounding alone drift apart.
+    # 0.07 % apart: runs that differ by rounding alone drift apart.
     assert abs(rounded - exact) <= 0.005 * exact, (rounded, exact)

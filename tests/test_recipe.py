@@ -16,15 +16,15 @@ from barelm.loop import step
 
 
 @pytest.mark.slow
-def test_nanogpts_recipe_is_on_its_way_after_400_steps(test_data):
+def test_nanogpts_recipe_is_on_its_way_after_200_steps(test_data):
     text = recipe.Text.read(test_data / "text" / "tinyshakespeare.txt")
     assert (text.vocab_size, len(text.train), len(text.validation)) == (65, 1_003_854, 111_540)
     model, rng = recipe.make_model(text), np.random.default_rng(0)
-    for n in range(400):
+    for n in range(200):
         step(model, [text.batch(rng)], recipe.learning_rate(n), clip=recipe.CLIP, **recipe.ADAMW)
     loss = recipe.validation_loss(model.forward, text)
-    # Seeds give 2.318 to 2.347; a fifth of the recipe is behind, and the frequencies of letters alone give 3.3.
-    assert 2.2 < loss <= 2.4
+    # Seeds give 2.465 to 2.483; a tenth of the recipe is behind, and the frequencies of letters alone give 3.3.
+    assert 2.4 < loss <= 2.52
 
 
 # ---- gpt-nano-sort
