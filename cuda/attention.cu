@@ -428,9 +428,12 @@ void launch_backward(const Backward &p, const char *op) {
 void OPERATOR(attention_forward)(act *out, float *lse, const act *qkv, const int32_t *starts, int prec, int B, int T,
                                  int NH, int NKV, int HS) {
     const Attention a = {out, lse, qkv, starts, B, T, NH, NKV, HS, score_scale(HS), LOG2_E * score_scale(HS)};
+    const bool sm90 = OPERATOR(attention_forward_sm90) && is_sm90() && (int64_t)B * T * NH > 0;
     if (!on_tensor_cores(prec, HS)) {
         const Grid grid(blocks_for(a, NH), TILE_THREADS, plain_bytes(HS));
         launch(grid, prec == PREC_BF16 ? forward_plain<true> : forward_plain<false>, a);
+    } else if (sm90 && (is_fast(64, HS, qkv, out) || is_fast(128, HS, qkv, out))) {
+        OPERATOR(attention_forward_sm90)(out, lse, qkv, starts, B, T, NH, NKV, HS, __func__);
     } else if (is_fast(64, HS, qkv, out)) launch_forward<64, sizeof(act) == 2>(a, __func__);
     else if (HS <= 64) launch_forward<64, false>(a, __func__);
     else if (is_fast(128, HS, qkv, out)) launch_forward<128, sizeof(act) == 2>(a, __func__);

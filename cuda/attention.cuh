@@ -27,7 +27,7 @@ inline bool is_fast(int W, int HS, const act *x, const act *y, const act *z = NU
 /* ---- memory ---- */
 
 /* Of 8 values at x the first `count`, or none, rounded; zeros behind them. */
-__device__ uint4 rounded_chunk(const act *x, int count) {
+__device__ inline uint4 rounded_chunk(const act *x, int count) {
     const Pack<act, CHUNK> p = load<CHUNK>(x, count);
     return {pack_bf16(p[0], p[1]), pack_bf16(p[2], p[3]), pack_bf16(p[4], p[5]), pack_bf16(p[6], p[7])};
 }
@@ -378,3 +378,9 @@ __device__ void attend(const Queries &x, const Keys &keys, Out out, Save save) {
 }
 
 }  // namespace
+
+/* ---- the seam to attention_sm90.cu, which may not be there: then this is NULL.  Heads of 64 or 128 values, T > 0 ----
+ */
+extern "C" __attribute__((weak)) void OPERATOR(attention_forward_sm90)(act *out, float *lse, const act *qkv,
+                                                                       const int32_t *starts, int B, int T, int NH,
+                                                                       int NKV, int HS, const char *op);

@@ -57,17 +57,6 @@ struct Places {
           empty(full + S::STAGES) {}
 };
 
-/* The stage that is next, and the parity of the phase in which it is filled. */
-template <int STAGES>
-struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ void advance() {
-        if (++stage < STAGES) return;
-        stage = 0, parity ^= 1;
-    }
-};
-
 /* What there is to do: tiles, and parts of the steps of k. */
 struct Work {
     int M, N, steps, part_steps, tiles_m, tiles_n, items;

@@ -59,11 +59,26 @@ __device__ inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<u
         "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(b)), "r"(column), "r"(row)
         : "memory");
 }
+/* The same of matrix `which` of several. */
+__device__ inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column,
+                                 int which) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+            "r"(shared_address(to)),
+        "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(b)), "r"(column), "r"(row), "r"(which)
+        : "memory");
+}
 /* The other way; what lies outside the matrix is not written. */
 __device__ inline void tile_store(const TensorMap &map, Shared<bf16> from, int row, int column) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
                      reinterpret_cast<uint64_t>(&map)),
                  "r"(shared_address(from)), "r"(column), "r"(row)
+                 : "memory");
+}
+__device__ inline void tile_store(const TensorMap &map, Shared<bf16> from, int row, int column, int which) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+                     reinterpret_cast<uint64_t>(&map)),
+                 "r"(shared_address(from)), "r"(column), "r"(row), "r"(which)
                  : "memory");
 }
 /* Those since the last commit are one group of this thread. */
@@ -181,6 +196,22 @@ __device__ inline void wgmma(Sums<N> &d, uint64_t a, uint64_t b) {
         WGMMA_(256, SUMS_0 ", " SUMS_1 ", " SUMS_2 ", " SUMS_3, "128", "129", "130", "131", "132", 0, SUM32_("=f", 0),
                SUM32_("=f", 32), SUM32_("=f", 64), SUM32_("=f", 96));
 }
+/* The same with a (64, 16) in registers, of each warp 16 rows as multiply_add has them: they must stay until the
+ * product is waited for, and a fence comes behind what wrote them. */
+template <bool b_by_k, bool add>
+__device__ inline void wgmma_rows(Sums<64> &d, const uint32_t (&a)[4], uint64_t b) {
+#define WGMMA_ROWS_(how)                                                \
+    asm volatile(                                                       \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                    \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SUMS_0 \
+        "}, {%32, %33, %34, %35}, %36, p, "                             \
+        "1, 1, %38;\n}"                                                 \
+        : SUM32_(how, 0)                                                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)add), "n"((int)b_by_k))
+    if constexpr (add) WGMMA_ROWS_("+f");
+    else WGMMA_ROWS_("=f");
+#undef WGMMA_ROWS_
+}
 
 #else
 #include "emulate/sm90.h"
@@ -191,3 +222,15 @@ __device__ inline uint64_t operand_behind(uint64_t operand, int bytes) { return 
 
 /* Where chunk c / 8 of row r of a tile lies. */
 __device__ inline int tile_place(int r, int c) { return r * TILE_WIDTH + ((c / 8 ^ r % 8) * 8); }
+
+/* Of stages that are filled and freed in turns the one that is next, and the parity of the phase in which it is filled.
+ */
+template <int STAGES>
+struct Ring {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ void advance() {
+        if (++stage < STAGES) return;
+        stage = 0, parity ^= 1;
+    }
+};

@@ -105,19 +105,20 @@ static decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 
 /* A map is a few words and costs about a microsecond of the host to make; a run has a few hundred. */
-const TensorMap &tensor_map(const bf16 *p, int rows, int cols, int64_t ld, int box_rows, int box_cols) {
-    static std::map<std::tuple<const void *, int, int, int64_t, int, int>, TensorMap> maps;
+const TensorMap &tensor_map(const bf16 *p, int rows, int cols, int64_t ld, int box_rows, int box_cols, int count) {
+    static std::map<std::tuple<const void *, int, int, int64_t, int, int, int>, TensorMap> maps;
     enum { MOST = 1 << 14 };
     if (maps.size() >= MOST) maps.clear();
-    const auto key = std::make_tuple((const void *)p, rows, cols, ld, box_rows, box_cols);
+    const auto key = std::make_tuple((const void *)p, rows, cols, ld, box_rows, box_cols, count);
     const auto found = maps.find(key);
     if (found != maps.end()) return found->second;
     TensorMap &map = maps[key];
     const auto encode = tensor_map_encoder();
     if (message[0]) return map;
-    const cuuint64_t sizes[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)ld * sizeof(bf16)};
-    const cuuint32_t box[2] = {(cuuint32_t)box_cols, (cuuint32_t)box_rows}, each[2] = {1, 1};
-    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16 *>(p), sizes, strides, box, each,
+    const cuuint64_t row = (cuuint64_t)ld * sizeof(bf16), strides[2] = {row, row * (cuuint64_t)rows};
+    const cuuint64_t sizes[3] = {(cuuint64_t)cols, (cuuint64_t)rows, (cuuint64_t)count};
+    const cuuint32_t box[3] = {(cuuint32_t)box_cols, (cuuint32_t)box_rows, 1}, each[3] = {1, 1, 1};
+    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, count ? 3 : 2, const_cast<bf16 *>(p), sizes, strides, box, each,
                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
         maps.erase(key);

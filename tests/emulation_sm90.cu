@@ -31,15 +31,19 @@ enum Fault {
     LANES_DIFFER,
     TOO_MUCH_SHARED,
     TOO_MANY_REGISTERS,
-    GIVES_MORE
+    GIVES_MORE,
+    ROWS_CHANGED,
+    OTHER_RANK
 };
 
 enum { THREADS = 64, ROWS = 8, TILE = ROWS * TILE_WIDTH, STAGES = 2 };
 enum { BARRIERS = 3 * TILE }; /* values before them: a tile more than the stages, for what is not aligned */
 
 /* to (rows, cols) = from, a tile of 8 rows after the other, by way of a ring of two stages that one thread fills; the
- * tile begins at column `column`, and what the matrix lacks comes as zeros: to is (rounds * 8, 64). */
-__global__ void copy_tiles(bf16 *to, const __grid_constant__ TensorMap from, int rounds, int column, int fault) {
+ * tile begins at column `column`, and what the matrix lacks comes as zeros: to is (rounds * 8, 64).  which: of several
+ * matrices, or -1. */
+__global__ void copy_tiles(bf16 *to, const __grid_constant__ TensorMap from, int rounds, int column, int which,
+                           int fault) {
     SHARED_TILES(bf16, all);
     const Shared<uint64_t> full = shared_cast<uint64_t>(all + BARRIERS), empty = full + STAGES;
     const int t = (int)threadIdx.x, bytes = TILE * (int)sizeof(bf16);
@@ -56,8 +60,9 @@ __global__ void copy_tiles(bf16 *to, const __grid_constant__ TensorMap from, int
         if (fault != NO_EMPTY_WAIT) barrier_wait(empty + stage, (uint32_t)(round / STAGES % 2 ^ 1));
         barrier_expect(full + stage, fault == TOO_FEW_BYTES ? 16 : fault == TOO_MANY_BYTES ? bytes + 16 : bytes);
         if (fault == TOO_MANY_ARRIVALS) barrier_arrive(full + stage);
-        tile_load(all + (fault == SHARED_END ? 3 : stage) * TILE + (fault == NOT_ALIGNED ? 64 : 0), from, full + stage,
-                  round * ROWS, column);
+        const Shared<bf16> place = all + (fault == SHARED_END ? 3 : stage) * TILE + (fault == NOT_ALIGNED ? 64 : 0);
+        if (which < 0) tile_load(place, from, full + stage, round * ROWS, column);
+        else tile_load(place, from, full + stage, round * ROWS, column, which);
     };
     if (t == 0) fetch(0);
     for (int round = 0; round < rounds; round++) {
@@ -75,7 +80,8 @@ __global__ void copy_tiles(bf16 *to, const __grid_constant__ TensorMap from, int
 }
 
 /* to (rows, cols) = from (rounds * 8, 64), by way of one tile; what lies outside is not written. */
-__global__ void store_tiles(const __grid_constant__ TensorMap to, const bf16 *from, int rounds, int column, int fault) {
+__global__ void store_tiles(const __grid_constant__ TensorMap to, const bf16 *from, int rounds, int column, int which,
+                            int fault) {
     SHARED_TILES(bf16, tile);
     const int t = (int)threadIdx.x;
     for (int round = 0; round < rounds; round++) {
@@ -87,7 +93,8 @@ __global__ void store_tiles(const __grid_constant__ TensorMap to, const bf16 *fr
         if (fault != NO_ASYNC_FENCE) fence_async();
         if (fault != NO_BARRIER) __syncthreads();
         if (t > 0) continue;
-        tile_store(to, tile, round * ROWS, column);
+        if (which < 0) tile_store(to, tile, round * ROWS, column);
+        else tile_store(to, tile, round * ROWS, column, which);
         tile_store_commit();
     }
     if (t == 0 && fault != UNDER_WAY) tile_store_wait_read<0>();
@@ -130,6 +137,28 @@ __global__ void product(float *d, const bf16 *a, const bf16 *b, int K, int fault
     if (fault != TOUCHED) wgmma_wait<0>();
     const int row = t / WARP * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
     for (int i = 0; i < N / 2; i++) d[(row + i % 4 / 2 * 8) * N + i / 4 * 8 + column + i % 2] = sum[i];
+}
+
+/* d (64, 64) = a (64, K) b (K, 64), K 16 or 32, of which a comes in registers and b by k. */
+__global__ void product_of_rows(float *d, const bf16 *a, const bf16 *b, int K, int fault) {
+    SHARED_TILES(bf16, tile);
+    const int t = (int)threadIdx.x, row = t / WARP * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
+    for (int i = t; i < 64 * K; i += WARPGROUP) tile[tile_place(i % K, i / K) + i / K % 8] = b[i];
+    fence_async();
+    __syncthreads();
+    uint32_t rows[2][4];
+    for (int k = 0; k < K; k += 16)
+        for (int i = 0; i < 4; i++)
+            memcpy(&rows[k / 16][i], a + (row + i % 2 * 8) * K + k + i / 2 * 8 + column, sizeof rows[0][0]);
+    const uint64_t part = operand(tile, 8192, 1024);
+    Sums<64> sum;
+    wgmma_fence();
+    wgmma_rows<true, false>(sum, rows[0], part);
+    if (K > 16) wgmma_rows<true, true>(sum, rows[1], operand_behind(part, 16 * 128));
+    wgmma_commit();
+    if (fault == ROWS_CHANGED) rows[0][3]++;
+    wgmma_wait<0>();
+    for (int i = 0; i < 32; i++) d[(row + i % 4 / 2 * 8) * 64 + i / 4 * 8 + column + i % 2] = sum[i];
 }
 
 /* Row i of `to` (32, 8): the chunk that lane i brings the address of, when each lane gives 4 times its number and 0
@@ -184,12 +213,17 @@ void run_product(float *d, const bf16 *a, const bf16 *b, int K, int fault, const
 }  // namespace
 
 extern "C" {
-void emulation_copy_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld, int rounds, int column, int fault) {
-    launch(grid(THREADS, BARRIERS * 2 + 2 * STAGES * 8), copy_tiles, to, tensor_map(from, rows, cols, ld, ROWS, 64),
-           rounds, column, fault);
+/* which: -1, of one matrix; else of three */
+void emulation_copy_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld, int rounds, int column, int which,
+                          int fault) {
+    const int count = (which < 0) == (fault == OTHER_RANK) ? 3 : 0;
+    const TensorMap map = tensor_map(from, rows, cols, ld, ROWS, 64, count);
+    launch(grid(THREADS, BARRIERS * 2 + 2 * STAGES * 8), copy_tiles, to, map, rounds, column, which, fault);
 }
-void emulation_store_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld, int rounds, int column, int fault) {
-    launch(grid(THREADS, TILE * 2), store_tiles, tensor_map(to, rows, cols, ld, ROWS, 64), from, rounds, column, fault);
+void emulation_store_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld, int rounds, int column, int which,
+                           int fault) {
+    const TensorMap map = tensor_map(to, rows, cols, ld, ROWS, 64, which < 0 ? 0 : 3);
+    launch(grid(THREADS, TILE * 2), store_tiles, map, from, rounds, column, which, fault);
 }
 void emulation_product(float *d, const bf16 *a, const bf16 *b, int N, int K, int by_k, int fault) {
     const char *op = __func__;
@@ -197,6 +231,9 @@ void emulation_product(float *d, const bf16 *a, const bf16 *b, int N, int K, int
     if (N == 128 && by_k == 0) run_product<128, false, false>(d, a, b, K, fault, op);
     if (N == 192 && by_k == 1) run_product<192, false, true>(d, a, b, K, fault, op);
     if (N == 256 && by_k == 2) run_product<256, true, true>(d, a, b, K, fault, op);
+}
+void emulation_product_of_rows(float *d, const bf16 *a, const bf16 *b, int K, int fault) {
+    launch(grid(WARPGROUP, 32 * TILE_WIDTH * sizeof(bf16)), product_of_rows, d, a, b, K, fault);
 }
 void emulation_matrices(uint32_t *to) { launch(grid(WARP, 512), matrices, to); }
 void emulation_elect(int *to, int fault) { launch(grid(GROUPS, GROUPS * sizeof(int)), elect, to, fault); }

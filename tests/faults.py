@@ -56,12 +56,13 @@ ALL = tuple(
         "cuda_model",
         "emulate_sm90",
         "cuda_sm90",
+        "cuda_attention_sm90",
     )
 )
 (OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD) = ALL[:9]
 (TRAIN, TRUST, NGRAM, LOOP, DRAWS, SESSION, PACKED, LOAD, ENGINE) = ALL[9:18]
 (FOLDERS, PIECES, FORMATS, FUZZ, IMPORT, HELD, LORA, INIT, CUDA, EMULATE, CUDA_ATTENTION, DEVICE) = ALL[18:30]
-(EMULATE_SM90, SM90) = ALL[30:]
+(EMULATE_SM90, SM90, ATTENTION_SM90) = ALL[30:]
 
 
 @dataclass
@@ -1966,7 +1967,7 @@ FAULTS = [
     ),
     Fault(
         "cuda sm90: the parity never turns",
-        "cuda/linear_sm90.cu",
+        "cuda/prim_sm90.cuh",
         "stage = 0, parity ^= 1;",
         "stage = 0;",
         SM90,
@@ -2014,6 +2015,167 @@ FAULTS = [
         SM90,
     ),
     Fault(
+        "cuda attention sm90: the queries are not waited for",
+        "cuda/attention_sm90.cu",
+        "        barrier_wait(at.queries_full + place.stage, place.parity);\n",
+        "",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: the keys are not waited for",
+        "cuda/attention_sm90.cu",
+        "        if (!block.seen) return;\n        barrier_wait(at.keys_full + block.at.stage, block.at.parity);\n",
+        "        if (!block.seen) return;\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: the values are not waited for",
+        "cuda/attention_sm90.cu",
+        "        barrier_wait(at.values_full + block.at.stage, block.at.parity);\n",
+        "",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: a block that is not seen is let go before it comes",
+        "cuda/attention_sm90.cu",
+        "            blocks.wait_for_keys(block);\n",
+        "",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: a stage is free before its values are multiplied",
+        "cuda/attention_sm90.cu",
+        "            slice.add_block(at, queries, s, block, s_next, next, x);\n            blocks.release(block);\n",
+        "            blocks.release(block);\n            slice.add_block(at, queries, s, block, s_next, next, x);\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: a stage is filled that is still multiplied",
+        "cuda/attention_sm90.cu",
+        "                barrier_wait(at.empty + stage, ring.parity ^ 1);\n",
+        "",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: a stage is free when one consumer has done with it",
+        "cuda/attention_sm90.cu",
+        "barrier_init(at.empty + i, CONSUMERS * WARPGROUP / WARP);",
+        "barrier_init(at.empty + i, WARPGROUP / WARP);",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: queries come where outputs are still stored",
+        "cuda/attention_sm90.cu",
+        "            tile_store_wait_read<0>();\n            barrier_arrive(at.queries_empty + place.stage);\n",
+        "            barrier_arrive(at.queries_empty + place.stage);\n            tile_store_wait_read<0>();\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: the place of queries is filled a phase too early",
+        "cuda/attention_sm90.cu",
+        "barrier_wait(at.queries_empty + place.stage, place.parity ^ 1);",
+        "barrier_wait(at.queries_empty + place.stage, 1);",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: outputs are stored before TMA sees them",
+        "cuda/attention_sm90.cu",
+        "        fence_async();\n        sync_consumer(consumer);\n        if",
+        "        sync_consumer(consumer);\n        if",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: outputs are stored before all are there",
+        "cuda/attention_sm90.cu",
+        "        fence_async();\n        sync_consumer(consumer);\n        if",
+        "        fence_async();\n        if",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: a value behind the last key is not cleared",
+        "cuda/attention_sm90.cu",
+        "clear_rows<W>(at.values(stage), here);",
+        "clear_rows<W>(at.values(stage), here + 1);",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: cleared values are not seen by the tensor cores",
+        "cuda/attention_sm90.cu",
+        "                fence_async();\n                __syncwarp();\n",
+        "                __syncwarp();\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: values are cleared before they have come",
+        "cuda/attention_sm90.cu",
+        "                barrier_wait(at.landed, landed);\n",
+        "",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: values that are cleared are waited for once",
+        "cuda/attention_sm90.cu",
+        "                landed ^= 1;\n",
+        "",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: factors of the other row",
+        "cuda/attention_sm90.cu",
+        "sum = fmaf(sum, keep[0][i % 4 / 2], c[i]);",
+        "sum = fmaf(sum, keep[0][i % 2], c[i]);",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: values 8 keys on",
+        "cuda/attention_sm90.cuh",
+        "operand_behind(b, k * 2 * LINES)",
+        "operand_behind(b, k * LINES)",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: the first half of a head twice",
+        "cuda/attention_sm90.cuh",
+        "const int tile = k / TILE_WIDTH * TILE, bytes",
+        "const int tile = 0, bytes",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: keys behind a query are seen",
+        "cuda/attention_sm90.cu",
+        "x.first + row + 1 - block.k0 >= KEY_BLOCK;",
+        "x.first + row + 16 - block.k0 >= KEY_BLOCK;",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: blocks that the first queries do not see are not let go",
+        "cuda/attention_sm90.cu",
+        "        while (block.there) skip();\n",
+        "",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: another head's keys",
+        "cuda/attention_sm90.cu",
+        "work.NH + h / (work.NH / work.NKV)",
+        "work.NH + h % work.NKV",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: matrices of an output change places",
+        "cuda/attention_sm90.cuh",
+        "lane / 8 % 2 * 8 + lane % 8",
+        "lane / 16 % 2 * 8 + lane % 8",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: outputs go to the first row of a batch",
+        "cuda/attention_sm90.cuh",
+        "tile_store(map, from + c * SLICE, t, h * W + c, b)",
+        "tile_store(map, from + c * SLICE, t, h * W + c, 0)",
+        ATTENTION_SM90,
+    ),
+    Fault(
         "emulate sm90: what a product reads may be written over",
         "cuda/emulate/async.h",
         "        u.readers++, u.reader = current;\n",
@@ -2058,8 +2220,8 @@ FAULTS = [
     Fault(
         "emulate sm90: rows behind the end of a matrix come with other values",
         "cuda/emulate/async.h",
-        "if (row < 0 || row >= l.map.rows || column < 0 || column >= l.map.cols) memset(to, 0, 2);",
-        "if (row < 0 || row >= l.map.rows) memset(to, 0, 2);",
+        "i >= 0 && i < map.rows && j >= 0 && j < map.cols &&",
+        "i >= 0 && i < map.rows && j >= 0 &&",
         EMULATE_SM90,
     ),
     Fault(

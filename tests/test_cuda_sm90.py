@@ -24,7 +24,7 @@ pytestmark = [
 TILINGS = {0: "128x256", 1: "256x128", 2: "128x192", 3: "128x128"}
 CHOSEN = -1  # by the sizes
 LEAST_ROWS = 512  # of a part of the rows
-HEADER = {"linear.cuh": "linear_sm90.cu"}  # and a file that includes it
+HEADER = {name: "linear_sm90.cu" for name in ("linear.cuh", "prim_sm90.cuh")}  # and a file that includes it
 
 
 class Hopper(Backend):

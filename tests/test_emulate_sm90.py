@@ -60,23 +60,23 @@ def matrix(rows, cols, ld):
     return np.arange(1, rows * ld + 1, dtype=np.uint16).reshape(rows, ld)
 
 
-def copy_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72):
+def copy_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72, which=-1):
     """What came, and what should have."""
-    given = matrix(rows, cols, ld)
+    given = matrix(rows if which < 0 else 3 * rows, cols, ld)
     to, want = (np.zeros((ROUNDS * 8, 64), np.uint16) for _ in range(2))
-    there = given[: ROUNDS * 8, COLUMN : min(cols, COLUMN + 64)]
+    there = given[max(which, 0) * rows :][:rows][: ROUNDS * 8, COLUMN : min(cols, COLUMN + 64)]
     want[: len(there), : there.shape[1]] = there
     given.flags.writeable = False
-    call(emulation, seed, "copy_tiles", to, given, rows, cols, ld, ROUNDS, COLUMN, FAULTS.index(fault))
+    call(emulation, seed, "copy_tiles", to, given, rows, cols, ld, ROUNDS, COLUMN, which, FAULTS.index(fault))
     return to, want
 
 
-def store_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72):
+def store_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72, which=-1):
     given = matrix(ROUNDS * 8, 64, 64)
-    to, want = (np.full((rows, ld), 9, np.uint16) for _ in range(2))
-    there = want[: ROUNDS * 8, COLUMN : min(cols, COLUMN + 64)]
+    to, want = (np.full((rows if which < 0 else 3 * rows, ld), 9, np.uint16) for _ in range(2))
+    there = want[max(which, 0) * rows :][:rows][: ROUNDS * 8, COLUMN : min(cols, COLUMN + 64)]
     there[...] = given[: len(there), : there.shape[1]]
-    call(emulation, seed, "store_tiles", to, given, rows, cols, ld, ROUNDS, COLUMN, FAULTS.index(fault))
+    call(emulation, seed, "store_tiles", to, given, rows, cols, ld, ROUNDS, COLUMN, which, FAULTS.index(fault))
     return to, want
 
 
@@ -88,17 +88,31 @@ def product(emulation, seed, rng, fault="none", N=128, K=128, by_k=0):
     return d, from_bf16(a) @ from_bf16(b).T
 
 
+def product_of_rows(emulation, seed, rng, fault="none", K=32):
+    a, b = (to_bf16(rng.integers(-8, 9, (64, K)).astype(np.float32)) for _ in range(2))
+    d = np.full((64, 64), np.nan, np.float32)
+    call(emulation, seed, "product_of_rows", d, a, b, K, FAULTS.index(fault))
+    return d, from_bf16(a) @ from_bf16(b).T
+
+
 @by_seed
+@pytest.mark.parametrize("which", [-1, 0, 2])
 @pytest.mark.parametrize("sizes", [(37, 70, 72), (40, 88, 88), (3, 30, 32)], ids=["tails", "whole", "less than a tile"])
-def test_tiles_come_and_go(emulation, seed, sizes):
-    for got, want in copy_tiles(emulation, seed, "none", *sizes), store_tiles(emulation, seed, "none", *sizes):
-        np.testing.assert_array_equal(got, want)
+def test_tiles_come_and_go(emulation, seed, sizes, which):
+    for move in copy_tiles, store_tiles:
+        np.testing.assert_array_equal(*move(emulation, seed, "none", *sizes, which))
 
 
 @by_seed
 @pytest.mark.parametrize(("N", "K", "by_k"), [(64, 64, 0), (128, 128, 0), (192, 128, 1), (256, 128, 2)])
 def test_products_of_a_warpgroup(emulation, rng, seed, N, K, by_k):
     np.testing.assert_array_equal(*product(emulation, seed, rng, "none", N, K, by_k))
+
+
+@by_seed
+@pytest.mark.parametrize("K", [16, 32])
+def test_products_of_rows_in_registers(emulation, rng, seed, K):
+    np.testing.assert_array_equal(*product_of_rows(emulation, seed, rng, "none", K))
 
 
 @by_seed
@@ -128,6 +142,7 @@ def test_matrices_and_one_of_a_warp(emulation, seed):
         ("copy_tiles", "too_many_bytes", r"waits in an mbarrier \(.*0 arrivals and 16 bytes are missing"),
         ("copy_tiles", "too_many_arrivals", "more arrivals than the 1|phase ended before"),
         ("copy_tiles", "not_aligned", "not on 1024 bytes"),
+        ("copy_tiles", "other_rank", "a tile of matrix -1, where there are 3"),
         ("copy_tiles", "shared_end", "of a shared array of"),
         ("copy_tiles", "block_ends", "returns with the load of a tile"),
         ("store_tiles", "no_async_fence", "without fence_async"),
@@ -143,6 +158,7 @@ def test_matrices_and_one_of_a_warp(emulation, seed):
         ("product", "no_barrier", "wgmma races with|nobody wrote what wgmma|without fence_async"),
         ("product", "lanes_differ", "bring different operands"),
         ("product", "too_much_shared", "cannot launch 1 blocks of 128 threads with 233472 bytes"),
+        ("product_of_rows", "rows_changed", "rows were changed before wgmma_wait"),
         ("elect", "too_many_registers", "68608 registers, where there are 65536"),
         ("elect", "gives_more", "176 registers, where there are 168"),
     ],
@@ -155,8 +171,8 @@ def test_each_fault_is_found(emulation, rng, seed, name, fault, said):
             copy_tiles(emulation, seed, fault)
         elif name == "store_tiles":
             store_tiles(emulation, seed, fault)
-        elif name == "product":
-            product(emulation, seed, rng, fault)
+        elif name.startswith("product"):
+            {"product": product, "product_of_rows": product_of_rows}[name](emulation, seed, rng, fault)
         else:
             call(emulation, seed, name, np.zeros(1, np.int32), FAULTS.index(fault))
     np.testing.assert_array_equal(*product(emulation, 0, rng))  # and the next kernel runs

@@ -18,32 +18,45 @@ struct Mbarrier {
     std::vector<uint32_t> gathered, released;
 };
 
-struct Load {
+/* A tile of a map's matrix or of one of its matrices. */
+struct Tile {
     TensorMap map;
+    int row, column, which; /* -1: there is but one */
+
+    /* Value (r, c) of the tile; NULL outside the matrix. */
+    char *at(int r, int c) const {
+        const int64_t i = (int64_t)row + r, j = (int64_t)column + c, k = which < 0 ? 0 : which;
+        const bool there = i >= 0 && i < map.rows && j >= 0 && j < map.cols && k < std::max(map.count, 1);
+        return there ? map.p + ((k * map.rows + i) * map.ld + j) * 2 : nullptr;
+    }
+};
+
+struct Load {
+    Tile tile;
     Region region;
     char *to;
     Mbarrier *b;
     unsigned phase;
-    int thread, row, column;
+    int thread;
 };
 
 struct Store {
-    TensorMap map;
+    Tile tile;
     Region region;
     const char *from;
-    int row, column;
 };
 
 /* A store whose bytes have been read. */
 struct Written {
-    TensorMap map;
-    int row, column;
+    Tile tile;
     std::vector<char> bytes;
 };
 
 struct Multiply {
     Product product;
     SumsState *sums[WARP];
+    const uint32_t *rows[WARP];
+    uint32_t was[WARP][4]; /* what lay there */
 };
 
 struct AsyncThread {
@@ -88,11 +101,10 @@ void begin_async() {
 }
 
 void put(const Written &w) {
-    for (int r = 0; r < w.map.box_rows; r++)
-        for (int c = 0; c < w.map.box_cols; c++)
-            if (w.row + r >= 0 && w.row + r < w.map.rows && w.column + c >= 0 && w.column + c < w.map.cols)
-                memcpy(w.map.p + ((w.row + r) * w.map.ld + w.column + c) * 2,
-                       &w.bytes[2 * (size_t)(r * w.map.box_cols + c)], 2);
+    const TensorMap &map = w.tile.map;
+    for (int r = 0; r < map.box_rows; r++)
+        for (int c = 0; c < map.box_cols; c++)
+            if (char *to = w.tile.at(r, c)) memcpy(to, &w.bytes[2 * (size_t)(r * map.box_cols + c)], 2);
 }
 
 void leave_async() {
@@ -158,21 +170,22 @@ Mbarrier &barrier_at(const Region &region, const void *p) {
 
 /* ---- TMA ---- */
 
-void check_tile(const TensorMap &map, const char *place) {
+void check_tile(const TensorMap &map, const char *place, int which) {
     if ((place - memory) % TILE_ALIGNMENT) fail("a tile at byte %td: not on 1024 bytes", place - memory);
     if (map.box_cols != TILE_WIDTH) fail("a tile of %d columns", map.box_cols);
+    if ((which < 0) != (map.count == 0)) fail("a tile of matrix %d, where there are %d", which, map.count);
 }
 
 void land(const Load &l) {
-    const size_t bytes = bytes_of_box(l.map), first = (size_t)(l.to - memory);
+    const TensorMap &map = l.tile.map;
+    const size_t bytes = bytes_of_box(map), first = (size_t)(l.to - memory);
     current = l.thread;
     if (l.phase != l.b->phase.generation) fail("an mbarrier's phase ended before all bytes of its tiles had come");
-    for (int r = 0; r < l.map.box_rows; r++)
-        for (int c = 0; c < l.map.box_cols; c++) {
-            const int64_t row = (int64_t)l.row + r, column = (int64_t)l.column + c;
-            char *to = swizzled(first + 2 * (size_t)(r * l.map.box_cols + c));
-            if (row < 0 || row >= l.map.rows || column < 0 || column >= l.map.cols) memset(to, 0, 2);
-            else memcpy(to, l.map.p + (row * l.map.ld + column) * 2, 2);
+    for (int r = 0; r < map.box_rows; r++)
+        for (int c = 0; c < map.box_cols; c++) {
+            char *to = swizzled(first + 2 * (size_t)(r * map.box_cols + c));
+            if (const char *from = l.tile.at(r, c)) memcpy(to, from, 2);
+            else memset(to, 0, 2);
         }
     for (Units i(l.to, bytes, l.region.element); i.at < i.end; i.at += i.step) {
         Unit &u = units[i.at];
@@ -223,12 +236,12 @@ void lines_of(uint64_t d, int first, int count, bool by_k, F f) {
 
 template <class F>
 void lines_of(const Multiply &m, F f) {
-    lines_of(m.product.a, current / WARP % 4 * 16, 16, m.product.a_by_k, f);
+    if (!m.product.rows) lines_of(m.product.a, current / WARP % 4 * 16, 16, m.product.a_by_k, f);
     lines_of(m.product.b, 0, m.product.N, m.product.b_by_k, f);
 }
 
 void begin_product(const Multiply &m) {
-    for (uint64_t d : {m.product.a, m.product.b})
+    for (uint64_t d : {m.product.rows ? m.product.b : m.product.a, m.product.b})
         if (d >> 62 != 1 || (d >> 49 & 7)) fail("an operand's descriptor: not the swizzle of 128 bytes");
     Region region = tiles_region();
     region.element = block.element;
@@ -237,6 +250,12 @@ void begin_product(const Multiply &m) {
         begin_read(region, p, bytes, "wgmma");
     });
     for (SumsState *s : m.sums) s->under_way++;
+}
+
+/* Value k of row r of a warp's 16, which lanes hold as prim.cuh's left operand. */
+float value_of_rows(const Multiply &m, int r, int k) {
+    const uint32_t two = m.was[r % 8 * 4 + k % 8 / 2][r / 8 + k / 8 * 2];
+    return float_of_bits(k % 2 ? two & 0xffff0000 : two << 16);
 }
 
 float value_at(size_t offset) {
@@ -256,7 +275,7 @@ void finish_product(const Multiply &m) {
         for (int n = 0; n < N; n++)
             d[r][n] = p.add ? m.sums[r % 8 * 4 + n % 8 / 2]->x[n / 8 * 4 + r / 8 * 2 + n % 2] : 0.0f;
         for (int k = 0; k < 16; k++) {
-            const float a = value_at(operand_at(p.a, first + r, k, p.a_by_k));
+            const float a = p.rows ? value_of_rows(m, r, k) : value_at(operand_at(p.a, first + r, k, p.a_by_k));
             for (int n = 0; n < N; n++) d[r][n] += a * b[k][n];
         }
         for (int n = 0; n < N; n++) m.sums[r % 8 * 4 + n % 8 / 2]->x[n / 8 * 4 + r / 8 * 2 + n % 2] = d[r][n];
@@ -265,6 +284,8 @@ void finish_product(const Multiply &m) {
     region.element = block.element;
     lines_of(m, [&](const char *at, size_t bytes) { end_read(region, at, bytes); });
     for (SumsState *s : m.sums) s->under_way--;
+    for (int i = 0; p.rows && i < WARP; i++)
+        if (memcmp(m.rows[i], m.was[i], sizeof m.was[i])) fail("wgmma: its rows were changed before wgmma_wait");
 }
 
 }  // namespace
@@ -305,22 +326,22 @@ void barrier_wait(const Region &region, void *p, uint32_t parity) {
 }
 
 void tile_load(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *p, int row,
-               int column) {
+               int column, int which) {
     Mbarrier &b = barrier_at(region, p);
     if (!b.fenced) fail("an mbarrier that TMA does not see: no barrier_init_fence");
-    check_tile(map, (const char *)to);
+    check_tile(map, (const char *)to, which);
     const size_t bytes = bytes_of_box(map);
     check_access(to_region, to, bytes, true); /* who read what it will write over is done */
     for (Units i(to, bytes, to_region.element); i.at < i.end; i.at += i.step) units[i.at].loading = true;
-    const Load load = {map, to_region, (char *)to, &b, b.phase.generation, current, row, column};
+    const Load load = {{map, row, column, which}, to_region, (char *)to, &b, b.phase.generation, current};
     if (seed) async.loads.push_back(load);
     else land(load);
 }
 
-void tile_store(const TensorMap &map, const Region &from_region, const void *from, int row, int column) {
-    check_tile(map, (const char *)from);
+void tile_store(const TensorMap &map, const Region &from_region, const void *from, int row, int column, int which) {
+    check_tile(map, (const char *)from, which);
     begin_read(from_region, from, bytes_of_box(map), "a tile's store");
-    async_me().stores.back().push_back({map, from_region, (const char *)from, row, column});
+    async_me().stores.back().push_back({{map, row, column, which}, from_region, (const char *)from});
 }
 
 void tile_store_commit() { async_me().stores.emplace_back(); }
@@ -329,8 +350,8 @@ void tile_store_wait_read(int groups) {
     AsyncThread &me = async_me();
     while ((int)me.stores.size() - 1 > groups) {
         for (const Store &s : me.stores.front()) {
-            const size_t bytes = bytes_of_box(s.map);
-            Written w = {s.map, s.row, s.column, std::vector<char>(bytes)};
+            const size_t bytes = bytes_of_box(s.tile.map);
+            Written w = {s.tile, std::vector<char>(bytes)};
             for (size_t i = 0; i < bytes; i += 2) memcpy(&w.bytes[i], swizzled((size_t)(s.from - memory) + i), 2);
             end_read(s.region, s.from, bytes);
             if (seed) me.written.push_back(std::move(w));
@@ -378,6 +399,10 @@ void wgmma(const Product &product, SumsState &sums) {
     if (first.a != product.a || first.b != product.b || first.N != product.N || first.add != product.add)
         fail("wgmma: lanes of a warp bring different operands");
     next.sums[current % WARP] = &sums;
+    if (product.rows) {
+        next.rows[current % WARP] = product.rows;
+        memcpy(next.was[current % WARP], product.rows, sizeof next.was[0]);
+    }
     if (!arrive(b, WARP, "wgmma", nullptr, 0)) return wait(b);
     begin_product(next);
     async_warp().groups.back().push_back(next);

@@ -21,6 +21,7 @@ struct Product {
     uint64_t a, b;
     int N;
     bool a_by_k, b_by_k, add;
+    const uint32_t *rows; /* of this lane, in the place of a; NULL: there are none */
 };
 
 void barrier_init(const Region &region, void *b, int arrivals);
@@ -28,8 +29,8 @@ void barrier_init_fence();
 void barrier_arrive(const Region &region, void *b, int bytes);
 void barrier_wait(const Region &region, void *b, uint32_t parity);
 void tile_load(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *b, int row,
-               int column);
-void tile_store(const TensorMap &map, const Region &from_region, const void *from, int row, int column);
+               int column, int which);
+void tile_store(const TensorMap &map, const Region &from_region, const void *from, int row, int column, int which);
 void tile_store_commit();
 void tile_store_wait_read(int groups);
 void fence_async();
@@ -51,15 +52,15 @@ inline void barrier_expect(Shared<uint64_t> b, int bytes) { emulate::barrier_arr
 inline void barrier_wait(Shared<uint64_t> b, uint32_t parity) { emulate::barrier_wait(b.region, b.at(0, 8), parity); }
 
 inline size_t bytes_of_box(const TensorMap &map) { return (size_t)map.box_rows * (size_t)map.box_cols * sizeof(bf16); }
-inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column) {
+inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column, int which = -1) {
     void *first = to.at(0, 16);
     to.at((int64_t)bytes_of_box(map) / 2 - 8, 16);
-    emulate::tile_load(to.region, first, map, b.region, b.at(0, 8), row, column);
+    emulate::tile_load(to.region, first, map, b.region, b.at(0, 8), row, column, which);
 }
-inline void tile_store(const TensorMap &map, Shared<bf16> from, int row, int column) {
+inline void tile_store(const TensorMap &map, Shared<bf16> from, int row, int column, int which = -1) {
     const void *first = from.at(0, 16);
     from.at((int64_t)bytes_of_box(map) / 2 - 8, 16);
-    emulate::tile_store(map, from.region, first, row, column);
+    emulate::tile_store(map, from.region, first, row, column, which);
 }
 inline void tile_store_commit() { emulate::tile_store_commit(); }
 template <int groups>
@@ -115,5 +116,9 @@ void wgmma_wait() {
 template <bool a_by_k, bool b_by_k, bool add, int N>
 void wgmma(Sums<N> &d, uint64_t a, uint64_t b) {
     static_assert(N % 8 == 0 && N <= 256, "8, 16 .. 256");
-    emulate::wgmma({a, b, N, a_by_k, b_by_k, add}, d.state);
+    emulate::wgmma({a, b, N, a_by_k, b_by_k, add, nullptr}, d.state);
+}
+template <bool b_by_k, bool add>
+void wgmma_rows(Sums<64> &d, const uint32_t (&a)[4], uint64_t b) {
+    emulate::wgmma({0, b, 64, false, b_by_k, add, a}, d.state);
 }

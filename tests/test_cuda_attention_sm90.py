@@ -1,0 +1,130 @@
+"""cuda/attention_sm90.cu on the CPU, thread by thread: cases and tolerances of test_cuda_attention.py, where heads have
+64 or 128 values, and the bits of attention by mma.sync.
+
+On a GPU test_cuda_attention.py tests it, where that is a Hopper.
+"""
+
+import ctypes
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_cuda_attention as attention
+from cases import case
+from emulated import COMPILER, ROOT, Backend, compile_object, link
+from faults import FAULTS
+from test_cuda import check_values, run
+from test_cuda_attention import FAST, GROUPED, ONE, build
+from test_ops import same_bits
+
+pytestmark = [
+    pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)"),
+    pytest.mark.skipif("BARELM_CUDA_LIBRARY" in os.environ, reason="on a GPU test_cuda_attention.py tests it"),
+]
+
+FILES = ("attention.cu", "attention_paged.cu", "attention_sm90.cu")
+ALL = 132  # blocks at most
+CASES = [c for c in FAST if c.HS in (64, 128)] + [
+    case("one position", **(ONE | dict(T=1, NH=1, NKV=1, HS=64))),
+    case("documents in every row of a batch", **(ONE | dict(B=2, T=135, NH=1, NKV=1, HS=64, starts="packed"))),
+    case("three tiles, the last a few", **(ONE | dict(B=1, T=260, NH=1, NKV=1, HS=64))),
+    case("large scores", **(ONE | dict(T=129, NH=2, NKV=1, HS=128, scale=8))),
+    case("windows", **(ONE | dict(T=70, NH=1, NKV=1, HS=128, starts="window"))),
+]
+
+
+class Hopper(Backend):
+    def __init__(self, library):
+        super().__init__(library, "bf16")
+        self.blocks(ALL)
+        self.hopper(True)
+
+    def blocks(self, most):
+        self.library.emulate_attention_bf16(ctypes.c_int(most))
+
+    def hopper(self, on):
+        self.library.emulate_sm90(int(on))
+
+
+@pytest.fixture(scope="module")
+def objects(cuda_objects):
+    return {name: cuda_objects[name] for name in [*((file, "bf16") for file in FILES), ("emulate", None)]}
+
+
+@pytest.fixture
+def hopper(objects, tmp_path_factory):
+    library = tmp_path_factory.getbasetemp() / "attention_hopper.so"
+    if not library.exists():
+        link(objects.values(), library)
+    backend = Hopper(library)
+    backend.schedule(0)
+    return backend
+
+
+def forward(c):
+    return build("bf16", "attention_forward", c)
+
+
+@pytest.mark.parametrize("c", CASES, ids=str)
+def test_values_and_the_same_bits_under_every_schedule(hopper, c):
+    check_values(hopper, forward(c))
+
+
+def check_bits(hopper, c):
+    """Of one and two blocks, which have several items each, and of attention by mma.sync."""
+    call = forward(c)
+    whole = run(hopper, call)
+    for most, on, seed in (1, True, 5), (2, True, 6), (-1, False, 0):  # -1: Hopper's launch would have no blocks
+        hopper.blocks(most)
+        hopper.hopper(on)
+        hopper.schedule(seed)
+        other = run(hopper, call)
+        for name in whole:
+            assert same_bits(whole[name], other[name]), (name, most)
+    hopper.blocks(ALL)
+    hopper.hopper(True)
+
+
+@pytest.mark.parametrize("c", CASES, ids=str)
+def test_bits_are_those_of_any_number_of_blocks_and_of_other_gpus(hopper, c):
+    check_bits(hopper, c)
+
+
+@pytest.mark.parametrize("HS", [64, 128])
+def test_attention_hears_nothing_of_its_neighbours(hopper, rng, HS):
+    attention.test_attention_hears_nothing_of_its_neighbours(hopper, rng, HS, "bf16")
+
+
+def test_pages_and_rows_of_a_batch_have_the_bits_of_the_whole(hopper, rng):
+    attention.check_pages(hopper, rng, "bf16", (2, 1, 64))
+    attention.check_pages(hopper, rng, "bf16", (1, 1, 128))
+    call = forward(replace(GROUPED, sizes=GROUPED.sizes | dict(B=2)))
+    whole = run(hopper, call)
+    for b in 0, 1:
+        part = run(hopper, call.part([b]))
+        assert same_bits(part["out"][0], whole["out"][b]) and same_bits(part["lse"][0], whole["lse"][b])
+
+
+def test_no_rows(hopper):
+    assert all(a.size == 0 for a in run(hopper, forward(GROUPED).part([])).values())
+
+
+@pytest.mark.parametrize(
+    "fault", [f for f in FAULTS if f.first == f"tests/{Path(__file__).name}"], ids=lambda fault: fault.what
+)
+def test_a_planted_fault_is_caught(fault, objects, tmp_path):
+    for path in (ROOT / "cuda").glob("attention*.cu*"):  # a header is found beside what includes it
+        shutil.copy(path, tmp_path)
+    (tmp_path / Path(fault.file).name).write_text((ROOT / fault.file).read_text().replace(fault.old, fault.new))
+    broken = compile_object(tmp_path / FILES[-1], tmp_path / "broken.o", "-DACT=bf16", "-O0", "-Wno-unused")
+    library = link((objects | {(FILES[-1], "bf16"): broken}).values(), tmp_path / "broken.so")
+    caught = pytest.raises((RuntimeError, AssertionError, pytest.fail.Exception))
+    with Hopper(library) as hopper, caught as found:
+        test_attention_hears_nothing_of_its_neighbours(hopper, np.random.default_rng(0), 64)
+        for c in CASES:
+            check_values(hopper, forward(c), (1, 2))
+            check_bits(hopper, c)
+    print(found.value)
