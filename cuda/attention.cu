@@ -425,10 +425,13 @@ void launch_backward(const Backward &p, const char *op) {
 
 }  // namespace
 
+/* Whether attention is Hopper's: by the device, and of no rows not. */
+static bool on_sm90(const Attention &a) { return is_sm90() && a.B > 0 && a.T > 0 && a.NH > 0; }
+
 void OPERATOR(attention_forward)(act *out, float *lse, const act *qkv, const int32_t *starts, int prec, int B, int T,
                                  int NH, int NKV, int HS) {
     const Attention a = {out, lse, qkv, starts, B, T, NH, NKV, HS, score_scale(HS), LOG2_E * score_scale(HS)};
-    const bool sm90 = OPERATOR(attention_forward_sm90) && is_sm90() && (int64_t)B * T * NH > 0;
+    const bool sm90 = OPERATOR(attention_forward_sm90) && on_sm90(a);
     if (!on_tensor_cores(prec, HS)) {
         const Grid grid(blocks_for(a, NH), TILE_THREADS, plain_bytes(HS));
         launch(grid, prec == PREC_BF16 ? forward_plain<true> : forward_plain<false>, a);
@@ -452,6 +455,8 @@ void OPERATOR(attention_backward)(act *dqkv, const act *dout, const act *qkv, co
                prec == PREC_BF16 ? query_gradients_plain<true> : query_gradients_plain<false>, p);
         launch(Grid(blocks_for(a, NKV), TILE_THREADS, bytes),
                prec == PREC_BF16 ? key_gradients_plain<true> : key_gradients_plain<false>, p);
+    } else if (OPERATOR(attention_backward_sm90) && on_sm90(a) && is_fast(64, HS, qkv, dout, dqkv)) {
+        OPERATOR(attention_backward_sm90)(dqkv, dout, qkv, lse, d, starts, B, T, NH, NKV, __func__);
     } else if (is_fast(64, HS, qkv, dout, dqkv)) launch_backward<64, sizeof(act) == 2>(p, __func__);
     else if (HS <= 64) launch_backward<64, false>(p, __func__);
     else if (is_fast(128, HS, qkv, dout, dqkv)) launch_backward<128, sizeof(act) == 2>(p, __func__);

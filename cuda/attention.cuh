@@ -379,8 +379,14 @@ __device__ void attend(const Queries &x, const Keys &keys, Out out, Save save) {
 
 }  // namespace
 
-/* ---- the seam to attention_sm90.cu, which may not be there: then this is NULL.  Heads of 64 or 128 values, T > 0 ----
- */
-extern "C" __attribute__((weak)) void OPERATOR(attention_forward_sm90)(act *out, float *lse, const act *qkv,
-                                                                       const int32_t *starts, int B, int T, int NH,
-                                                                       int NKV, int HS, const char *op);
+/* ---- the seam to Hopper's, which may not be there: then these are NULL.  T, B and NH are not 0 ---- */
+extern "C" {
+/* heads of 64 or 128 values */
+__attribute__((weak)) void OPERATOR(attention_forward_sm90)(act *out, float *lse, const act *qkv, const int32_t *starts,
+                                                            int B, int T, int NH, int NKV, int HS, const char *op);
+/* of 64; averages (B, NH, T): dout.out of each query and head */
+__attribute__((weak)) void OPERATOR(attention_backward_sm90)(act *dqkv, const act *dout, const act *qkv,
+                                                             const float *lse, const float *averages,
+                                                             const int32_t *starts, int B, int T, int NH, int NKV,
+                                                             const char *op);
+}

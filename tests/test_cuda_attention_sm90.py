@@ -25,7 +25,8 @@ pytestmark = [
     pytest.mark.skipif("BARELM_CUDA_LIBRARY" in os.environ, reason="on a GPU test_cuda_attention.py tests it"),
 ]
 
-FILES = ("attention.cu", "attention_paged.cu", "attention_sm90.cu")
+FILES = ("attention.cu", "attention_paged.cu", "attention_sm90.cu", "attention_backward_sm90.cu")
+OPS = ("attention_forward", "attention_backward")  # the second with 64 values alone
 ALL = 132  # blocks at most
 CASES = [c for c in FAST if c.HS in (64, 128)] + [
     case("one position", **(ONE | dict(T=1, NH=1, NKV=1, HS=64))),
@@ -44,6 +45,7 @@ class Hopper(Backend):
 
     def blocks(self, most):
         self.library.emulate_attention_bf16(ctypes.c_int(most))
+        self.library.emulate_attention_backward_bf16(ctypes.c_int(most))
 
     def hopper(self, on):
         self.library.emulate_sm90(int(on))
@@ -64,18 +66,18 @@ def hopper(objects, tmp_path_factory):
     return backend
 
 
-def forward(c):
-    return build("bf16", "attention_forward", c)
+WHICH = [(op, c) for op in OPS for c in CASES if op == OPS[0] or c.HS == 64]
+every_case = pytest.mark.parametrize("which", WHICH, ids=[f"{op}-{c}" for op, c in WHICH])
 
 
-@pytest.mark.parametrize("c", CASES, ids=str)
-def test_values_and_the_same_bits_under_every_schedule(hopper, c):
-    check_values(hopper, forward(c))
+@every_case
+def test_values_and_the_same_bits_under_every_schedule(hopper, which):
+    check_values(hopper, build("bf16", *which))
 
 
-def check_bits(hopper, c):
+def check_bits(hopper, op, c):
     """Of one and two blocks, which have several items each, and of attention by mma.sync."""
-    call = forward(c)
+    call = build("bf16", op, c)
     whole = run(hopper, call)
     for most, on, seed in (1, True, 5), (2, True, 6), (-1, False, 0):  # -1: Hopper's launch would have no blocks
         hopper.blocks(most)
@@ -88,9 +90,9 @@ def check_bits(hopper, c):
     hopper.hopper(True)
 
 
-@pytest.mark.parametrize("c", CASES, ids=str)
-def test_bits_are_those_of_any_number_of_blocks_and_of_other_gpus(hopper, c):
-    check_bits(hopper, c)
+@every_case
+def test_bits_are_those_of_any_number_of_blocks_and_of_other_gpus(hopper, which):
+    check_bits(hopper, *which)
 
 
 @pytest.mark.parametrize("HS", [64, 128])
@@ -101,15 +103,17 @@ def test_attention_hears_nothing_of_its_neighbours(hopper, rng, HS):
 def test_pages_and_rows_of_a_batch_have_the_bits_of_the_whole(hopper, rng):
     attention.check_pages(hopper, rng, "bf16", (2, 1, 64))
     attention.check_pages(hopper, rng, "bf16", (1, 1, 128))
-    call = forward(replace(GROUPED, sizes=GROUPED.sizes | dict(B=2)))
-    whole = run(hopper, call)
-    for b in 0, 1:
-        part = run(hopper, call.part([b]))
-        assert same_bits(part["out"][0], whole["out"][b]) and same_bits(part["lse"][0], whole["lse"][b])
+    for op in OPS:
+        call = build("bf16", op, replace(GROUPED, sizes=GROUPED.sizes | dict(B=2)))
+        whole = run(hopper, call)
+        for b in 0, 1:
+            part = run(hopper, call.part([b]))
+            assert all(same_bits(part[name][0], whole[name][b]) for name in whole)
 
 
-def test_no_rows(hopper):
-    assert all(a.size == 0 for a in run(hopper, forward(GROUPED).part([])).values())
+@pytest.mark.parametrize("op", OPS)
+def test_no_rows(hopper, op):
+    assert all(a.size == 0 for a in run(hopper, build("bf16", op, GROUPED).part([])).values())
 
 
 @pytest.mark.parametrize(
@@ -119,12 +123,13 @@ def test_a_planted_fault_is_caught(fault, objects, tmp_path):
     for path in (ROOT / "cuda").glob("attention*.cu*"):  # a header is found beside what includes it
         shutil.copy(path, tmp_path)
     (tmp_path / Path(fault.file).name).write_text((ROOT / fault.file).read_text().replace(fault.old, fault.new))
-    broken = compile_object(tmp_path / FILES[-1], tmp_path / "broken.o", "-DACT=bf16", "-O0", "-Wno-unused")
-    library = link((objects | {(FILES[-1], "bf16"): broken}).values(), tmp_path / "broken.so")
+    op, file = (OPS[1], FILES[3]) if "backward" in fault.file else (OPS[0], FILES[2])
+    broken = compile_object(tmp_path / file, tmp_path / "broken.o", "-DACT=bf16", "-O0", "-Wno-unused")
+    library = link((objects | {(file, "bf16"): broken}).values(), tmp_path / "broken.so")
     caught = pytest.raises((RuntimeError, AssertionError, pytest.fail.Exception))
     with Hopper(library) as hopper, caught as found:
         test_attention_hears_nothing_of_its_neighbours(hopper, np.random.default_rng(0), 64)
-        for c in CASES:
-            check_values(hopper, forward(c), (1, 2))
-            check_bits(hopper, c)
+        for c in (c for which, c in WHICH if which == op):
+            check_values(hopper, build("bf16", op, c), (1, 2))
+            check_bits(hopper, op, c)
     print(found.value)
