@@ -2,6 +2,7 @@
 tiny models of both families, and the folder of outside test data."""
 
 import ctypes
+import fcntl
 import mmap
 import os
 import signal
@@ -37,12 +38,22 @@ def rng():
     return np.random.default_rng(0)
 
 
+def pytest_collection_modifyitems(items):
+    """What takes longest first: of two processes neither then waits for the other's last test."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def cuda_objects(tmp_path_factory):
-    """The kernels of cuda/, compiled for their emulation: see emulated.py."""
+    """The kernels of cuda/, compiled for their emulation: see emulated.py.  Processes of one run share them."""
     from emulated import compile_objects  # which wants `guarded` of this file
 
-    return compile_objects(tmp_path_factory.mktemp("cuda"))
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cuda"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return compile_objects(folder)
 
 
 @pytest.fixture(scope="session")

@@ -46,14 +46,15 @@ def link(objects, output):
 
 
 def compile_objects(folder):
-    """{(name of the file, act): object}; the emulation itself is ("emulate", None)."""
+    """{(name of the file, act): object}; the emulation itself is ("emulate", None).  What is there is kept."""
     jobs = {
         (path.name, act): (path, folder / f"{path.stem}_{act}.o", f"-DACT={act}") for path in sources() for act in ACTS
     }
     jobs["library", None] = (ROOT / "cuda" / "library.cpp", folder / "library.o")
     jobs["emulate", None] = (EMULATION, folder / "emulate.o", "-O2", "-U_GLIBCXX_INCLUDE_NEXT_C_HEADERS")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(jobs, pool.map(lambda job: compile_object(*job), jobs.values()), strict=True))
+        objects = pool.map(lambda job: job[1] if job[1].exists() else compile_object(*job), jobs.values())
+        return dict(zip(jobs, objects, strict=True))
 
 
 def library_for_gpu(source, output, *arch):
