@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "adapter.h"
+#include "repeat.h"
 #include "status.h"
 
 /* Tokens that go through the layers at a time: the activations of a long prompt stay within a few MB. */
@@ -60,7 +61,8 @@ struct Session {
 
     char *arena, *head; /* of a slice; of the rows' last tokens: residual, norm, logits, ... */
     int64_t arena_bytes, head_bytes;
-    int R; /* rows of the last step */
+    int R;           /* rows of the last step */
+    Repeats repeats; /* slices: until arrays they use are freed, or weights or an adapter come from elsewhere */
     int (*poll)(void);
     char error[ERROR_ROOM];
 };
@@ -130,6 +132,7 @@ static void taken(Session *s, int64_t version) {
 /* ---- an adapter ---- */
 
 static void free_added(Session *s) {
+    repeats_forget(&s->repeats);
     if (s->added.packed) s->ops->free(s->added.packed, (size_t)s->added.bytes);
     if (s->added.dense) s->ops->free(s->added.dense, (size_t)s->added.dense_bytes);
     s->added = (Added){0};
@@ -203,6 +206,7 @@ static void free_part(Session *s) {
 }
 
 Status session_load(Session *s, Model *m, int64_t version) {
+    repeats_forget(&s->repeats);
     const int held = model_held(m);
     const Layout from = held_layout(&s->c, s->ops, held);
     Status status = held == PREC_FP32 ? OK : allocate_part(s);
@@ -311,7 +315,8 @@ Session *session_create(const Config *c, const Ops *ops, int prec, int pages, ch
                    .cache_prec = cache_precision(prec),
                    .layout = param_layout(c),
                    .pages = pages,
-                   .n_free = pages};
+                   .n_free = pages,
+                   .repeats = {.ops = ops}};
     s->page_bytes = bytes_of_page(c, ops, prec);
     pack_layout(s);
     Status status = OK;
@@ -510,6 +515,7 @@ static int64_t slice_layout(const Session *s, Slice *out, char *arena, int64_t N
 /* A block of at least this many bytes, for content that does not outlive the step. */
 static Status grow(Session *s, char **p, int64_t *have, int64_t bytes, const char *purpose) {
     if (bytes <= *have) return OK;
+    repeats_forget(&s->repeats);
     if (*p) s->ops->free(*p, (size_t)*have);
     *p = NULL, *have = 0;
     Status status = allocate(s->ops, s->error, (void **)p, bytes, purpose);
@@ -652,6 +658,23 @@ static Status head_forward(Session *s, const Head *h, float *logits, int R) {
 
 /* ---- a step ------------------------------------------------------------------------------------------------------ */
 
+typedef struct {
+    const Session *s;
+    const Slice *b;
+    const Plan *p;
+} SliceWork;
+
+/* On the arrays that describe() filled. */
+static Status slice_forward(void *context) {
+    const SliceWork *w = context;
+    embed(w->s, w->b, w->p->N);
+    for (int l = 0; l < w->s->c.n_layer; l++) {
+        if (!w->s->ops->record && w->s->poll && w->s->poll()) return INTERRUPTED; /* what is recorded is one whole */
+        block_forward(w->s, w->b, l, w->p->N, w->p->R, w->p->pages);
+    }
+    return OK;
+}
+
 /* Leaves the state of every token in b->x. */
 static Status run_slice(Session *s, Slice *b, const Plan *p, const int *rows, const int32_t *tokens) {
     int64_t bytes = slice_layout(s, b, NULL, p->N, p->R, p->pages);
@@ -659,12 +682,10 @@ static Status run_slice(Session *s, Slice *b, const Plan *p, const int *rows, co
     if (status) return status;
     slice_layout(s, b, s->arena, p->N, p->R, p->pages);
     if (describe(s, b, p, rows, tokens)) return failed(s->error, NO_MEMORY, "table of a step: no memory");
-    embed(s, b, p->N);
-    for (int l = 0; l < s->c.n_layer; l++) {
-        if (s->poll && s->poll()) return INTERRUPTED;
-        block_forward(s, b, l, p->N, p->R, p->pages);
-    }
-    return OK;
+    if (s->ops->record && s->poll && s->poll()) return INTERRUPTED;
+    SliceWork work = {s, b, p};
+    const Repeat key = {.B = p->N, .T = p->R, .live = p->pages}; /* where its arrays lie follows from these */
+    return repeat(&s->repeats, &key, slice_forward, &work);
 }
 
 Status session_step(Session *s, float *logits, const int *rows, const int *counts, const int32_t *tokens, int R) {

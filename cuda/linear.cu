@@ -13,19 +13,11 @@
  * floats, which keep what a float would lose. */
 #include "held.cuh"
 #include "linear.cuh"
+#include "linear_few.cuh"
 
 namespace {
 
 enum { THREADS = 256, WARPS = THREADS / WARP }; /* of every block here */
-
-/* A matrix (rows, cols) in memory; row r begins at p + r * ld.  Of whole chunks: p lies on 16 bytes, and ld is a
- * multiple of CHUNK; between cols and ld are zeros. */
-template <class T>
-struct Matrix {
-    const T *p;
-    int rows, cols;
-    int64_t ld;
-};
 
 /* A tile of sums lies in shared memory before it is written, so that rows go out 16 bytes at a time, and the code of
  * the functions is there once.  PAD floats behind each row: the lanes of an mma's result meet different banks. */
@@ -46,7 +38,7 @@ __device__ void write_tile(const Output &o, Shared<float> tile, int m0, int n0, 
 
 /* ---- bf16 on tensor cores ---- */
 
-enum { STAGES = 3, BK = 64, CHUNK = 8 };
+enum { STAGES = 3, BK = 64 };
 
 /* A tile of `rows` by `width` values in shared memory. */
 template <int rows, int width>
@@ -327,6 +319,8 @@ void multiply(const Output &o, const Matrix<TA> &a, const Matrix<TB> &b, int pre
     const size_t bytes = room_for(a) + room_for(b) + (sm90 ? OPERATOR(linear_sm90_room)(product, M, N, K) : 0);
     if (bytes > 0) room = (char *)scratch(bytes);
     const Matrix<bf16> a16 = rounded(room, a, op), b16 = rounded(room, b, op);
+    if constexpr (product == FORWARD)
+        if (are_few(M, K)) return multiply_few(o, a16, b16, M, N, K, op);
     if (sm90)
         return OPERATOR(linear_sm90)(
             {product, a16.p,   b16.p,  a16.rows, a16.cols, b16.rows,     b16.cols,      a16.ld, b16.ld, o.out, o.pre,

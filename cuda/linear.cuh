@@ -6,6 +6,17 @@ namespace {
 
 enum Product { FORWARD, INPUT, WEIGHT };
 
+enum { CHUNK = 8 }; /* values of 16 bytes in bf16 */
+
+/* A matrix (rows, cols) in memory; row r begins at p + r * ld.  Of whole chunks: p lies on 16 bytes, and ld is a
+ * multiple of CHUNK; between cols and ld are zeros. */
+template <class T>
+struct Matrix {
+    const T *p;
+    int rows, cols;
+    int64_t ld;
+};
+
 /* What becomes of the sums x (M, N), by product:
  *   FORWARD  x += bias; pre = x; out = fn(x) + add        INPUT  out = add + x * fn'(given)        WEIGHT  grad =, += x
  */

@@ -20,7 +20,7 @@
 namespace {
 
 enum { CONSUMERS = 2, THREADS = (1 + CONSUMERS) * WARPGROUP, BK = 64, SLICE = 64 };
-enum { CHUNK = 32, STAGING = SLICE * CHUNK }; /* columns that a consumer writes at a time; floats for them */
+enum { STRIP = 32, STAGING = SLICE * STRIP }; /* columns that a consumer writes at a time; floats for them */
 enum { SMS = 132 };                           /* of an H100 or H200; fewer or more change the time alone */
 
 /* Of both tiles of a stage, which have TILE_WIDTH values in a row. */
@@ -214,7 +214,7 @@ __device__ void sync_consumer(int consumer) {
 
 /* Where value (r, c) of a chunk lies: groups of 4 change places by row, so that lanes of a row or column of an mma's
  * result meet different banks; 8 values from a multiple of 8 on stay together. */
-__device__ int staged(int r, int c) { return r * CHUNK + ((c / 4 ^ r % 4 * 2) * 4) + c % 4; }
+__device__ int staged(int r, int c) { return r * STRIP + ((c / 4 ^ r % 4 * 2) * 4) + c % 4; }
 
 /* A slice of 64 rows, from m0. */
 template <class S>
@@ -222,21 +222,21 @@ __device__ void write_slice(const Output &o, Shared<float> staging, const Total<
                             int m0, int n0, int M, int N) {
     const int t = (int)threadIdx.x % WARPGROUP, row = t / WARP * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
 #pragma unroll 1 /* the code of the functions is there once */
-    for (int chunk = 0; chunk < S::BN / CHUNK; chunk++) {
-        if (n0 + chunk * CHUNK >= N || m0 >= M) return;
+    for (int chunk = 0; chunk < S::BN / STRIP; chunk++) {
+        if (n0 + chunk * STRIP >= N || m0 >= M) return;
         sync_consumer<S>(consumer); /* the chunk before has been read */
 #pragma unroll
-        for (int c = 0; c < S::BN / CHUNK; c++) {
+        for (int c = 0; c < S::BN / STRIP; c++) {
             if (c != chunk) continue;
 #pragma unroll
-            for (int i = 0; i < CHUNK / 2; i++)
+            for (int i = 0; i < STRIP / 2; i++)
                 staging[staged(row + i % 4 / 2 * 8, i / 4 * 8 + column + i % 2)] =
-                    total.read(slice * S::BN / 2 + c * (CHUNK / 2) + i);
+                    total.read(slice * S::BN / 2 + c * (STRIP / 2) + i);
         }
         sync_consumer<S>(consumer);
 #pragma unroll 1
         for (int i = t; i < STAGING / VEC; i += WARPGROUP) {
-            const int r = i / (CHUNK / VEC), c = i % (CHUNK / VEC) * VEC, n = n0 + chunk * CHUNK + c;
+            const int r = i / (STRIP / VEC), c = i % (STRIP / VEC) * VEC, n = n0 + chunk * STRIP + c;
             if (m0 + r >= M || n >= N) continue;
             float x[VEC];
 #pragma unroll

@@ -104,6 +104,7 @@ def linear_cases():
         yield case("several K blocks of C", N=5, C=1100, OC=6, fn="none", prec=prec, **(off | dict(bias=True)))
         yield case("several K blocks of OC", N=6, C=19, OC=1025, fn="gelu_tanh", prec=prec, **on)
         yield case("several K blocks of N", N=1031, C=13, OC=21, fn="gelu_tanh", prec=prec, **on)
+        yield case("few rows, five K blocks", N=5, C=2100, OC=9, fn="none", prec=prec, **(off | dict(bias=True)))
         yield case("decode: one row", N=1, C=600, OC=131, fn="gelu_erf", prec=prec, **on)
         yield case("all edges", N=70, C=300, OC=203, fn="gelu_tanh", prec=prec, **on)
         plain = off | dict(bias=True, accumulate=True)

@@ -20,9 +20,9 @@ asan)
         ngram plan prepare regurgitate report sentencepiece shards tasks tokenizer train trust vocabulary; do
         set -- --ignore "tests/test_$name.py" "$@"
     done
-    # Large models in plain loops, whose text is that of the small ones.
+    # Not the plain loops: in make test, as here, arrays of operators end at pages that cannot be read.
     set -- -m "not slow and not peers" \
-        -k "not (ref- and (joint_path or micro_batches or any_number_of_threads or block_borders))" "$@"
+        -k "not ref-" "$@"
     ;;
 tsan)
     option=-DBARELM_TSAN=ON runs=avx2

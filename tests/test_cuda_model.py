@@ -41,11 +41,16 @@ def twins(config, precision, lora=None):
     for name, p in cpu.params.items():
         gpu.put(name, 0, np.ascontiguousarray(p.T if name in gpu.transposed else p))
     for model in (cpu, gpu) if lora else ():
-        model.adapt(lora, seed=3)
-        for name, p in copies(model.adapter_params).items():
-            values = np.random.default_rng(len(name)).normal(0, 0.2, p.shape).astype(np.float32)
-            model.put(name, 0, values, "adapter")
+        adapt(model, lora)
     return cpu, gpu
+
+
+def adapt(model, lora):
+    """An adapter of random values."""
+    model.adapt(lora, seed=3)
+    for name, p in copies(model.adapter_params).items():
+        values = np.random.default_rng(len(name)).normal(0, 0.2, p.shape).astype(np.float32)
+        model.put(name, 0, values, "adapter")
 
 
 def weights_of(targets):
@@ -175,6 +180,48 @@ def test_a_session_decodes(device, config, weights, off):
     fork = session.fork(rows[0])[0]
     logits = session.step([fork], [[3]])
     assert_same_bits(session.step([rows[0]], [[3]]), logits)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@both
+def test_a_recorded_step_of_a_session_has_the_bits_of_a_prompt(device, cuda_library, config, weights):
+    """Rows that come, go on alone and together, over the border of a page; beside each step a new session, which has
+    recorded nothing, takes all tokens at once."""
+    library = ctypes.CDLL(str(cuda_library))
+    _, gpu = twins(config | dict(n_layer=1, context=80), "fp32")
+    text = np.random.default_rng(5).integers(0, 70, (2, 80)).tolist()
+    session = Session(gpu, 400, weights)
+    rows, length = [session.add(), session.add()], [0, 0]
+    turns = [{0: 62}, {0: 1}, {0: 1}, {0: 1}, {0: 1}, {1: 3}, {0: 1, 1: 1}, {0: 1, 1: 1}, {0: 1, 1: 1}, {0: 1}, {1: 1}]
+    turns += [{0: 2}, {1: 2}, {1: 2}, {1: 2}, {0: 1, 1: 1}]
+    for i, turn in enumerate(turns):
+        if i == 8 and hasattr(library, "emulate_move_scratch"):
+            library.emulate_move_scratch()
+        new = [text[r][length[r] : length[r] + n] for r, n in turn.items()]
+        got = session.step([rows[r] for r in turn], new)
+        for r, logits in zip(turn, got, strict=True):
+            length[r] += turn[r]
+            fresh = Session(gpu, 200, weights)
+            assert_same_bits(fresh.step([fresh.add()], [text[r][: length[r]]])[0], logits)
+
+
+@both
+def test_other_weights_and_an_adapter_count_from_the_next_step_of_a_session_on(device, config):
+    """What was recorded with those before is not used."""
+    cpu, gpu = twins(config, "fp32")
+    tokens, targets = random_batch(config, 1, 6)
+    session = Session(gpu, 200)
+    for change in (lambda m: None, lambda m: step(m, tokens, targets), lambda m: adapt(m, Lora(rank=2))):
+        for m in (gpu, cpu):
+            change(m)
+        session.refresh()
+        row = session.add()
+        for at in range(4):
+            got = session.step([row], [tokens[0, at : at + 1].tolist()])
+        want = Session(cpu, 200)
+        want = want.step([want.add()], [tokens[0, :4].tolist()])
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+        session.free(row)
 
 
 @both

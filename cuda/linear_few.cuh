@@ -1,0 +1,101 @@
+/* linear_few.cuh -- the product of a few rows with a weight, bf16: a step of decoding, which reads all weights once and
+ * computes little.
+ *
+ * A tile of product_bf16 would leave most of the GPU idle: of 128 rows one is there, and of 768 columns 12 blocks get
+ * 64 each.  Here a block has 8 columns, and each of its warps a block of 512 values of k: 8 KB of weights, all on their
+ * way at once.  The chains are those of product_bf16, by the same instruction, added in the same order: a row has the
+ * bits that it has among many. */
+#pragma once
+#include "linear.cuh"
+
+namespace {
+
+enum { FEW = 16, FEW_COLUMNS = 8, FEW_K = K_BLOCK * 2, FEW_WARPS = 4, FEW_GROUPS = 4 };
+
+/* Blocks of k; warps; and of each warp: rows of weights, then of activations. */
+inline __device__ __host__ int few_blocks(int K) { return (K + FEW_K - 1) / FEW_K; }
+inline __device__ __host__ int few_warps(int K) { return few_blocks(K) < FEW_WARPS ? few_blocks(K) : FEW_WARPS; }
+inline size_t few_bytes(int M, int K) {
+    const size_t rows = (size_t)few_warps(K) * (size_t)(FEW_COLUMNS + M) * FEW_K * sizeof(bf16);
+    return rows + CHUNK * sizeof(bf16) + (size_t)few_blocks(K) * FEW * FEW_COLUMNS * sizeof(float);
+}
+
+__device__ inline int few_place(int r, int c) { return r * FEW_K + ((c / CHUNK ^ r % 8) * CHUNK); }
+
+/* Columns k .. k + FEW_K / FEW_GROUPS of `rows` rows from r0 on, by a warp; zeros where the matrix has ended. */
+__device__ inline void few_fetch(Shared<bf16> to, const Matrix<bf16> &x, int r0, int rows, int k0, int k) {
+    constexpr int chunks = FEW_K / FEW_GROUPS / CHUNK;
+    for (int i = lane_index(); i < rows * chunks; i += WARP) {
+        const int r = i / chunks, c = k + i % chunks * CHUNK;
+        const bool there = r0 + r < x.rows && k0 + c < x.cols;
+        copy_async(to + few_place(r, c), there ? x.p + (r0 + r) * x.ld + k0 + c : x.p, there ? 16 : 0);
+    }
+}
+
+/* out (M, N) of M <= FEW rows a and N rows b. */
+__global__ void __launch_bounds__(FEW_WARPS *WARP)
+    product_few(Output o, Matrix<bf16> a, Matrix<bf16> b, int M, int N, int K) {
+    SHARED_DYNAMIC(bf16, memory);
+    const int blocks = few_blocks(K), warps = few_warps(K), warp = warp_index(), lane = lane_index();
+    const int n0 = (int)blockIdx.x * FEW_COLUMNS;
+    const Shared<bf16> zeros = memory + warps * (FEW_COLUMNS + M) * FEW_K,
+                       columns = memory + warp * FEW_COLUMNS * FEW_K;
+    const Shared<bf16> rows = memory + (warps * FEW_COLUMNS + warp * M) * FEW_K;
+    const Shared<float> sums = shared_cast<float>(zeros + CHUNK);
+    if (threadIdx.x == 0) shared_cast<uint4>(zeros)[0] = {0, 0, 0, 0}; /* rows from M on */
+    __syncthreads();
+    for (int block = warp; block < blocks; block += warps) {
+        const int k0 = block * FEW_K;
+        __syncwarp(); /* all lanes have read what is written over */
+#pragma unroll
+        for (int k = 0; k < FEW_K; k += FEW_K / FEW_GROUPS) {
+            few_fetch(columns, b, n0, FEW_COLUMNS, k0, k);
+            few_fetch(rows, a, 0, M, k0, k);
+            copy_async_commit();
+        }
+        float sum[4] = {};
+#pragma unroll
+        for (int group = 0; group < FEW_GROUPS; group++) {
+            if (group == 0) copy_async_wait<3>();
+            else if (group == 1) copy_async_wait<2>();
+            else if (group == 2) copy_async_wait<1>();
+            else copy_async_wait<0>();
+            __syncwarp();
+#pragma unroll
+            for (int k = group * (FEW_K / FEW_GROUPS); k < (group + 1) * (FEW_K / FEW_GROUPS); k += 32) {
+                uint32_t right[4], left[4];
+                load_matrices(right, columns + few_place(lane % 8, k + lane / 8 * CHUNK));
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int row = lane % 16, c = k + 16 * i + lane / 16 * CHUNK;
+                    load_matrices(left, row < M ? rows + few_place(row, c) : zeros);
+                    multiply_add(sum, left, right[2 * i], right[2 * i + 1]);
+                }
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            sums[(block * FEW + e / 2 * 8 + lane / 4) * FEW_COLUMNS + lane % 4 * 2 + e % 2] = sum[e];
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < M * FEW_COLUMNS / VEC; i += (int)blockDim.x) {
+        const int row = i / (FEW_COLUMNS / VEC), c = i % (FEW_COLUMNS / VEC) * VEC;
+        if (n0 + c >= N) continue;
+        float x[VEC] = {};
+        for (int block = 0; block < blocks; block++)
+#pragma unroll
+            for (int j = 0; j < VEC; j++) x[j] += sums[(block * FEW + row) * FEW_COLUMNS + c + j];
+        write<FORWARD>(o, x, row, n0 + c, N, N - (n0 + c));
+    }
+}
+
+/* Whether there are so few rows that it pays, and few enough sums of chains. */
+inline bool are_few(int M, int K) { return M > 0 && M <= FEW && few_bytes(M, K) <= 96 << 10; }
+
+inline void multiply_few(const Output &o, const Matrix<bf16> &a, const Matrix<bf16> &b, int M, int N, int K,
+                         const char *op) {
+    const Grid grid(divide_up(N, FEW_COLUMNS), few_warps(K) * WARP, few_bytes(M, K), op);
+    launch(grid, product_few, o, a, b, M, N, K);
+}
+
+}  // namespace
