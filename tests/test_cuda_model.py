@@ -189,11 +189,13 @@ def test_a_recorded_step_of_a_session_has_the_bits_of_a_prompt(device, cuda_libr
     recorded nothing, takes all tokens at once."""
     library = ctypes.CDLL(str(cuda_library))
     _, gpu = twins(config | dict(n_layer=1, context=80), "fp32")
-    text = np.random.default_rng(5).integers(0, 70, (2, 80)).tolist()
-    session = Session(gpu, 400, weights)
-    rows, length = [session.add(), session.add()], [0, 0]
+    text = np.random.default_rng(5).integers(0, 70, (19, 80)).tolist()
+    session = Session(gpu, 1600, weights)
+    rows, length = [session.add() for _ in text], [0 for _ in text]
     turns = [{0: 62}, {0: 1}, {0: 1}, {0: 1}, {0: 1}, {1: 3}, {0: 1, 1: 1}, {0: 1, 1: 1}, {0: 1, 1: 1}, {0: 1}, {1: 1}]
     turns += [{0: 2}, {1: 2}, {1: 2}, {1: 2}, {0: 1, 1: 1}]
+    turns += 3 * [dict.fromkeys(range(2, 19), 1)] + [{2: 17}]  # as many tokens on as many pages
+    turns += [{3: 70}, {0: 1}]  # activations lie elsewhere from then on
     for i, turn in enumerate(turns):
         if i == 8 and hasattr(library, "emulate_move_scratch"):
             library.emulate_move_scratch()
@@ -211,7 +213,8 @@ def test_other_weights_and_an_adapter_count_from_the_next_step_of_a_session_on(d
     cpu, gpu = twins(config, "fp32")
     tokens, targets = random_batch(config, 1, 6)
     session = Session(gpu, 200)
-    for change in (lambda m: None, lambda m: step(m, tokens, targets), lambda m: adapt(m, Lora(rank=2))):
+    session.step([session.add()], [[1] * 18])  # room for activations that need not grow
+    for change in (lambda m: step(m, tokens, targets), lambda m: adapt(m, Lora(rank=2))):
         for m in (gpu, cpu):
             change(m)
         session.refresh()
