@@ -99,9 +99,10 @@ def linear_cases():
         yield case("one past a vector of 8", N=9, C=9, OC=9, fn="gelu_erf", prec=prec, **on)
         yield case("one past a vector of 16", N=2, C=17, OC=17, fn="none", prec=prec, **(on | dict(residual=False)))
         yield case("one past two tiles", N=17, C=33, OC=97, fn="gelu_tanh", prec=prec, **(on | dict(pre=False)))
-        yield case("one past a K block of C", N=4, C=257, OC=20, fn="none", prec=prec, **on)
+        block = 256 if prec == "fp32" else 512  # values of a K block
+        yield case("one past a K block of C", N=20, C=block + 1, OC=20, fn="none", prec=prec, **on)
         yield case("one past two K blocks of C", N=7, C=513, OC=35, fn="gelu_erf", prec=prec, **off)
-        yield case("several K blocks of C", N=5, C=1100, OC=6, fn="none", prec=prec, **(off | dict(bias=True)))
+        yield case("several K blocks of C", N=18, C=1100, OC=6, fn="none", prec=prec, **(off | dict(bias=True)))
         yield case("several K blocks of OC", N=6, C=19, OC=1025, fn="gelu_tanh", prec=prec, **on)
         yield case("several K blocks of N", N=1031, C=13, OC=21, fn="gelu_tanh", prec=prec, **on)
         yield case("few rows, five K blocks", N=5, C=2100, OC=9, fn="none", prec=prec, **(off | dict(bias=True)))
