@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import multiprocessing
+import shlex
 import sys
 import tempfile
 import time
@@ -365,6 +366,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="3 rounds of short turns")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON, every turn's time included")
     options = parser.parse_args()
+    if options.llmc and options.device != "cuda":
+        parser.error("--llmc: llm.c is measured on a GPU, with --device cuda")
+    if options.llmc and not Path(shlex.split(options.llmc)[0]).is_file():
+        parser.error(f"--llmc: there is no program {shlex.split(options.llmc)[0]}")
     workloads, names = selected(options)
     about = machine.describe()
     machine.show(about)

@@ -120,18 +120,6 @@ struct BackwardShape : Shape<W> {
     static constexpr size_t BYTES = (size_t)(2 * Shape<W>::ROWS + 4 * STAGE) * W * sizeof(bf16);
 };
 
-/* The least of starts[i], i < count; the same in every lane. */
-__device__ int least_start(const int32_t *starts, int count) {
-    if (!starts) return 0;
-    int least = INT32_MAX;
-    for (int i = lane_index(); i < count; i += WARP) least = starts[i] < least ? starts[i] : least;
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
-        const int other = shuffle_xor(least, lanes);
-        least = other < least ? other : least;
-    }
-    return least;
-}
-
 /* sums, the rows of a warp from row0 on, to rows of a head; `count` rows of the tile are there. */
 template <int W, bool fast, int MT>
 __device__ void store_sums(act *to, int64_t stride, const float (&sums)[MT][W / 8][4], int row0, int count, int width,

@@ -269,6 +269,18 @@ __device__ Run run_at(const int32_t *starts, int first, int count) {
     return {first, end - 1, start};
 }
 
+/* The least of starts[i], i < count; 0 without starts; the same in every lane. */
+__device__ inline int least_start(const int32_t *starts, int count) {
+    if (!starts) return 0;
+    int least = INT32_MAX;
+    for (int i = lane_index(); i < count; i += WARP) least = starts[i] < least ? starts[i] : least;
+    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
+        const int other = shuffle_xor(least, lanes);
+        least = other < least ? other : least;
+    }
+    return least;
+}
+
 /* Blocks of keys, run after run. */
 struct Walk {
     Run run;

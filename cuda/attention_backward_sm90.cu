@@ -61,17 +61,6 @@ struct Item {
     }
 };
 
-/* The least of starts[i], i < count; the same in every lane. */
-__device__ inline int least_start(const int32_t *starts, int count) {
-    int least = INT32_MAX;
-    for (int i = lane_index(); i < count; i += WARP) least = starts[i] < least ? starts[i] : least;
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
-        const int other = shuffle_xor(least, lanes);
-        least = other < least ? other : least;
-    }
-    return least;
-}
-
 /* The blocks of an item's others, of head h from t on: of keys those that the queries see, of queries those that see a
  * key, head by head. */
 template <Of of>
@@ -84,7 +73,7 @@ struct Others {
         own_end = it.t0 + ROWS < work.T ? it.t0 + ROWS : work.T;
         if (of == QUERIES) {
             h = last_head = it.h / work.group();
-            first = starts ? least_start(starts + it.t0, own_end - it.t0) / SLICE * SLICE : 0, end = own_end;
+            first = least_start(starts ? starts + it.t0 : NULL, own_end - it.t0) / SLICE * SLICE, end = own_end;
         } else {
             h = it.h * work.group(), last_head = h + work.group() - 1;
             first = it.t0, end = work.T;
@@ -320,12 +309,6 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-#ifdef __CUDACC__
-const int blocks_at_most = SMS;
-#else
-int blocks_at_most = SMS; /* for the tests: several items a block */
-#endif
-
 }  // namespace
 
 void OPERATOR(attention_backward_sm90)(act *dqkv, const act *dout, const act *qkv, const float *lse,
@@ -340,9 +323,7 @@ void OPERATOR(attention_backward_sm90)(act *dqkv, const act *dout, const act *qk
         auto run = [&](int heads, auto kernel) {
             const int items = (int)(divide_up(T, ROWS) * B * heads);
             const Work work = {lse, averages, starts, B, T, NH, NKV, items, LOG2_E * scale, scale};
-            Grid grid(items < blocks_at_most ? items : blocks_at_most, THREADS, BYTES, op);
-            grid.sm90 = true;
-            launch(grid, kernel, from, d, to, work);
+            launch(blocks_that_stay(items, BYTES, op), kernel, from, d, to, work);
         };
         run(NH, gradients_sm90<QUERIES>);
         run(NKV, gradients_sm90<KEYS>);

@@ -321,20 +321,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-#ifdef __CUDACC__
-const int blocks_at_most = SMS;
-#else
-int blocks_at_most = SMS; /* for the tests: several items a block */
-#endif
-
 template <int W>
 void run(const act *out, const act *qkv, const Work &work, const char *op) {
     const int in = (work.NH + 2 * work.NKV) * W, width = work.NH * W;
     const TensorMap from = tensor_map((const bf16 *)qkv, work.T, in, in, SLICE, TILE_WIDTH, work.B);
     const TensorMap to = tensor_map((const bf16 *)out, work.T, width, width, SLICE, TILE_WIDTH, work.B);
-    Grid grid(work.items < blocks_at_most ? work.items : blocks_at_most, THREADS, Sizes<W>::BYTES, op);
-    grid.sm90 = true;
-    launch(grid, attention_sm90<W>, from, to, work);
+    launch(blocks_that_stay(work.items, Sizes<W>::BYTES, op), attention_sm90<W>, from, to, work);
 }
 
 }  // namespace

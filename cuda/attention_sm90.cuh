@@ -77,4 +77,16 @@ __device__ inline void sync_consumer(int consumer) {
     else sync_group<2>(WARPGROUP);
 }
 
+#ifdef __CUDACC__
+const int blocks_at_most = SMS;
+#else
+int blocks_at_most = SMS; /* for the tests: several items a block */
+#endif
+
+inline Grid blocks_that_stay(int items, size_t bytes, const char *op) {
+    Grid grid(items < blocks_at_most ? items : blocks_at_most, THREADS, bytes, op);
+    grid.sm90 = true;
+    return grid;
+}
+
 }  // namespace

@@ -2,6 +2,7 @@
 model and our tokens, and it stands still while others are timed."""
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -103,6 +104,20 @@ def test_what_it_said_before_it_died_is_the_error(running):
     peer(None), peer(None)
     with pytest.raises(RuntimeError, match=r"ended with 3.*\n(.*\n)*out of memory"):
         peer(None)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--llmc", "x"], "--llmc: .*--device cuda"),
+        (["--device", "cuda", "--llmc", "x -r 0"], "--llmc: .*no program x"),
+    ],
+)
+def test_a_wrong_flag_is_named(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_model.py", *words])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_without_its_program_it_is_left_out(capsys):
