@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <tuple>
+#include <utility>
 extern "C" {
 #include "clock.h"
 #include "peak.h"
@@ -36,36 +37,51 @@ const Ops &backend(const std::string &name) {
                                 "', must be one that this build has and this machine runs: " + all);
 }
 
-// How a C argument looks from Python: a pointer is an array or None, everything else is itself.  Activations (void *)
-// are float32 on every CPU backend.
+// A C argument from what Python hands over at place i: a pointer from an array or None, everything else from itself.
+// Activations (void *) are float32 on every CPU backend.
 template <class T>
 struct Arg {
-    using type = T;
-    static T get(T x) { return x; }
+    static T get(const py::args &args, size_t i) { return args[i].cast<T>(); }
 };
 template <class T>
 struct Arg<T *> {
     using element = std::conditional_t<std::is_void_v<std::remove_const_t<T>>, float, std::remove_const_t<T>>;
-    using type = std::optional<py::array_t<element, py::array::c_style>>;
-    static T *get(type &a) {
-        if (!a) return nullptr;
-        if constexpr (std::is_const_v<T>) return a->data();
-        else return a->mutable_data();  // raises if the array is read-only
+    using array = py::array_t<element, py::array::c_style>;
+    static T *get(const py::args &args, size_t i) {
+        py::object a = args[i];
+        if (a.is_none()) return nullptr;
+        if (!py::isinstance<array>(a))  // never converted: an output that was copied is lost
+            throw py::type_error("argument " + str((int64_t)i) + ": must be None or a C-contiguous array of " +
+                                 py::str(py::dtype::of<element>()).cast<std::string>());
+        if constexpr (std::is_const_v<T>) return py::reinterpret_borrow<array>(a).data();
+        else return py::reinterpret_borrow<array>(a).mutable_data();  // raises if the array is read-only
     }
 };
 
-template <class... A>
-void bind(py::module_ &m, const char *name, void (*Ops::*op)(A...)) {
-    m.def(
-        name,
-        [op](const std::string &on, typename Arg<A>::type... args) {
-            const Ops &ops = backend(on);
-            ready();
-            auto c = std::make_tuple(Arg<A>::get(args)...);
-            py::gil_scoped_release nogil;
-            std::apply(ops.*op, c);
-        },
-        py::arg(), ((void)sizeof(A), py::arg().noconvert())...);  // noconvert: an output that was copied is lost
+template <auto op>
+struct Call;
+template <class... A, void (*Ops::*op)(A...)>
+struct Call<op> {
+    static void run(const Ops &ops, const py::args &args) {
+        if (args.size() != sizeof...(A))
+            throw py::type_error("takes " + str(sizeof...(A)) + " arguments, not " + str((int64_t)args.size()));
+        run(ops, args, std::index_sequence_for<A...>());
+    }
+    template <size_t... i>
+    static void run(const Ops &ops, const py::args &args, std::index_sequence<i...>) {
+        std::tuple<A...> c{Arg<A>::get(args, i)...};
+        py::gil_scoped_release nogil;
+        std::apply(ops.*op, c);
+    }
+};
+
+// One signature for all: what pybind11 makes of each is most of the time that this file takes to compile.
+static void bind(py::module_ &m, const char *name, void (*call)(const Ops &, const py::args &)) {
+    m.def(name, [call](const std::string &on, const py::args &args) {
+        const Ops &ops = backend(on);
+        ready();
+        call(ops, args);
+    });
 }
 
 // ---- what the doors share ------------------------------------------------------------------------------------------
@@ -138,7 +154,7 @@ Config config_of(const py::object &c) {
 PYBIND11_MODULE(_core, m) {
     py::module_ ops =
         m.def_submodule("ops", "Every operator of csrc/ops.def: ops.name(backend, arguments as declared there).");
-#define OP(name, args) bind(ops, #name, &Ops::name);
+#define OP(name, args) bind(ops, #name, Call<&Ops::name>::run);
 #include "ops.def"
 #undef OP
 

@@ -1178,6 +1178,9 @@ def test_an_array_of_a_wrong_kind_is_an_error_and_never_a_lost_result(which, bac
         call(backend, **good | {next(iter(call.outputs)): [0.0, 1.0]})
     with pytest.raises(ValueError, match="nonesuch"):
         call("nonesuch", **good)
+    for arguments in ([0] * (len(call.args) - 1), [0] * (len(call.args) + 1)):
+        with pytest.raises(TypeError, match=f"takes {len(call.args)} arguments, not {len(arguments)}"):
+            getattr(ops, call.op)(backend, *arguments)
 
 
 # ---- truths of single operators
