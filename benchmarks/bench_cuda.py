@@ -201,6 +201,8 @@ def memory_bound(d, s):
     yield "logprob forward", words, lse, 2 * rows * s.V, None
     back = ("logprob_backward", logits, row[2], logits, targets, row[1], 1.0, rows, s.V, s.Vp)
     yield "logprob backward", words, back, 4 * rows * s.V, None
+    both = ("logprob_forward_backward", logits, *row[:2], row[2], logits, targets, 1.0, rows, s.V, s.Vp)
+    yield "logprob, both", words, both, 4 * rows * s.V, None
 
 
 def products(d, s):

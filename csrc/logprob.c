@@ -1,6 +1,6 @@
 /* logprob.c -- log-probability of the targets.  A row is read twice, once for its maximum and once for the sum of
- * exponentials; the second time it comes from the cache.  Rows are shared out among the threads, a row is never split:
- * its sums run in W lanes whatever the batch. */
+ * exponentials; the second time it comes from the cache, as does the third for its gradient.  Rows are shared out among
+ * the threads, a row is never split: its sums run in W lanes whatever the batch. */
 #include "simd.h"
 #include "threads.h"
 
@@ -85,6 +85,15 @@ static void backward(void *context, int task) {
     for (int n = task * job->rows; n < end; n++) backward_row(job, n);
 }
 
+static void both(void *context, int task) {
+    const Job *job = context;
+    const int end = min_int(job->N, (task + 1) * job->rows);
+    for (int n = task * job->rows; n < end; n++) {
+        forward_row(job, n, 0);
+        backward_row(job, n);
+    }
+}
+
 void CAT(logprob_forward, ISA)(float *logprobs, float *lse, float *entropy, const float *logits, const int32_t *targets,
                                float invtemp, int N, int V, int Vp) {
     Job job = {.logprobs = logprobs,
@@ -113,4 +122,21 @@ void CAT(logprob_backward, ISA)(float *dlogits, const float *dlogprobs, const fl
                .Vp = Vp,
                .rows = rows_per_task(Vp)};
     parallel_for(backward, &job, tasks_for(N, job.rows));
+}
+
+void CAT(logprob_forward_backward, ISA)(float *dlogits, float *logprobs, float *lse, const float *dlogprobs,
+                                        const float *logits, const int32_t *targets, float invtemp, int N, int V,
+                                        int Vp) {
+    Job job = {.logprobs = logprobs,
+               .lse = lse,
+               .dlogits = dlogits,
+               .dlogprobs = dlogprobs,
+               .logits = logits,
+               .targets = targets,
+               .invtemp = invtemp,
+               .N = N,
+               .V = V,
+               .Vp = Vp,
+               .rows = rows_per_task(Vp)};
+    parallel_for(both, &job, tasks_for(N, job.rows));
 }

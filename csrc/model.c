@@ -560,12 +560,10 @@ static void chunk_logprobs(const Model *m, const Chunk *k, int entropy) {
                             k->rows, m->c.vocab_size, vocab_padded(m));
 }
 
-/* From the chunk's logits, which it uses up: adds to the head's weight, and leaves the gradient of hidden in dnorm. */
+/* From the gradient of the chunk's logits: adds to the head's weight, and leaves the gradient of hidden in dnorm. */
 static void chunk_backward(const Model *m, const Chunk *k, int has_dhidden) {
     const int C = m->c.n_embd, Vp = vocab_padded(m), add = m->trained->live || k->row > 0;
     const Weight head = weight_at(m, head_param(&m->c), 0);
-    m->ops->logprob_backward(k->logits, k->dlogprobs, k->logits, k->targets, k->lse, m->invtemp, k->rows,
-                             m->c.vocab_size, Vp);
     m->ops->linear_backward_input(k->dhidden, k->logits, has_dhidden ? k->dhidden : NULL, head.p, head.held, NULL,
                                   FN_NONE, m->prec, k->rows, C, Vp);
     if (m->base.grads)
@@ -759,6 +757,8 @@ static Status head_backward(Model *m, int has_dhidden) {
         if (interrupted(m)) return INTERRUPTED;
         Chunk k = head_chunk(m, row);
         chunk_logits(m, &k);
+        m->ops->logprob_backward(k.logits, k.dlogprobs, k.logits, k.targets, k.lse, m->invtemp, k.rows, m->c.vocab_size,
+                                 vocab_padded(m));
         chunk_backward(m, &k, has_dhidden);
     }
     return OK;
@@ -797,7 +797,8 @@ static Status joint_backward(void *context) {
     for (int row = 0; row < m->B * m->T && !s; row += m->ops->head_rows) {
         Chunk k = head_chunk(m, row);
         chunk_logits(m, &k);
-        chunk_logprobs(m, &k, 0);
+        m->ops->logprob_forward_backward(k.logits, k.logprobs, k.lse, k.dlogprobs, k.logits, k.targets, m->invtemp,
+                                         k.rows, m->c.vocab_size, vocab_padded(m));
         chunk_backward(m, &k, 0);
         if (interrupted(m)) s = INTERRUPTED;
     }

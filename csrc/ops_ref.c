@@ -635,6 +635,12 @@ static void logprob_backward(float *dlogits, const float *dlogprobs, const float
     }
 }
 
+static void logprob_forward_backward(float *dlogits, float *logprobs, float *lse, const float *dlogprobs,
+                                     const float *logits, const int32_t *targets, float invtemp, int N, int V, int Vp) {
+    logprob_forward(logprobs, lse, NULL, logits, targets, invtemp, N, V, Vp);
+    logprob_backward(dlogits, dlogprobs, logits, targets, lse, invtemp, N, V, Vp);
+}
+
 /* Whether token a stands before token b: the greater logit, of equals the lower id. */
 static int before(const float *x, int a, int b) { return x[a] > x[b] || (x[a] == x[b] && a < b); }
 

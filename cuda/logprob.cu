@@ -2,12 +2,13 @@
  *
  * Forward reads the row once: each thread keeps the greatest value it met and two sums relative to it, which it scales
  * down when it meets a greater one; the threads' are then put together the same way.  Bound by memory: bf16 2 bytes a
- * value forward, 4 backward. */
+ * value forward, 4 backward; and 4 for both at once, whose second reading comes from L2. */
 #include "ops.cuh"
 
 namespace {
 
-enum { FORWARD_THREADS = 512, BACKWARD_THREADS = 256 };
+/* 1024: two blocks on an SM, so that L2 keeps their rows from the first reading to the second. */
+enum { FORWARD_THREADS = 1024, BACKWARD_THREADS = 256 };
 
 /* Over some values y: the greatest, the sum of exp(y - max), and that of exp(y - max) * (y - max). */
 struct Tally {
@@ -60,50 +61,74 @@ __device__ Tally thread_tally(const act *x, float invtemp, int V) {
     return t;
 }
 
-__global__ void __launch_bounds__(FORWARD_THREADS)
-    forward(float *logprobs, float *lse, float *entropy, const act *logits, const int32_t *targets, float invtemp,
-            int V, int Vp) {
+/* Over the block, in its first thread. */
+__device__ Tally block_tally(Tally t) {
     enum { WARPS = FORWARD_THREADS / WARP };
     SHARED(float, parts, 3 * WARPS);
-    const int64_t n = blockIdx.x;
-    const act *x = logits + n * Vp;
-    Tally t = warp_tally(thread_tally(x, invtemp, V));
+    t = warp_tally(t);
     if (lane_index() == 0) {
         parts[warp_index()] = t.max;
         parts[WARPS + warp_index()] = t.sum;
         parts[2 * WARPS + warp_index()] = t.weighted;
     }
     __syncthreads();
-    if (warp_index() > 0) return;
+    if (warp_index() > 0) return t;
     const int part = lane_index();
     t = {-INFINITY, 0.0f, 0.0f};
     if (part < WARPS) t = {parts[part], parts[WARPS + part], parts[2 * WARPS + part]};
-    t = warp_tally(t);
-    if (part > 0) return;
-    const int32_t target = targets[n];
+    return warp_tally(t);
+}
+
+/* A row of V values, x. */
+__device__ void forward_row(float *logprob, float *lse, float *entropy, const act *x, int32_t target, float invtemp,
+                            int V) {
+    const Tally t = block_tally(thread_tally(x, invtemp, V));
+    if (threadIdx.x > 0) return;
     const float log_sum = logf(t.sum), log_all = t.max + log_sum;
-    lse[n] = log_all;
-    logprobs[n] = target < 0 ? 0.0f : to_float(x[target]) * invtemp - log_all;
-    if (entropy) entropy[n] = log_sum - t.weighted / t.sum; /* log p = y - max - log sum */
+    *lse = log_all;
+    *logprob = target < 0 ? 0.0f : to_float(x[target]) * invtemp - log_all;
+    if (entropy) *entropy = log_sum - t.weighted / t.sum; /* log p = y - max - log sum */
+}
+
+template <int THREADS>
+__device__ void backward_row(act *dx, float dlogprob, const act *x, int32_t target, float lse, float invtemp, int V,
+                             int Vp) {
+    const float d = invtemp * dlogprob;
+    for (int v = (int)threadIdx.x * VEC; v < Vp; v += THREADS * VEC) {
+        float dy[VEC];
+        const Pack<act, VEC> pack = load<VEC>(x + v, V - v);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            const float p = expf(pack[i] * invtemp - lse);
+            dy[i] = target < 0 || v + i >= V ? 0.0f : d * ((v + i == target ? 1.0f : 0.0f) - p);
+        }
+        store(dx + v, dy, Vp - v);
+    }
+}
+
+__global__ void __launch_bounds__(FORWARD_THREADS)
+    forward(float *logprobs, float *lse, float *entropy, const act *logits, const int32_t *targets, float invtemp,
+            int V, int Vp) {
+    const int64_t n = blockIdx.x;
+    forward_row(logprobs + n, lse + n, entropy ? entropy + n : nullptr, logits + n * Vp, targets[n], invtemp, V);
 }
 
 __global__ void __launch_bounds__(BACKWARD_THREADS)
     backward(act *dlogits, const float *dlogprobs, const act *logits, const int32_t *targets, const float *lse,
              float invtemp, int V, int Vp) {
     const int64_t n = blockIdx.x;
+    backward_row<BACKWARD_THREADS>(dlogits + n * Vp, dlogprobs[n], logits + n * Vp, targets[n], lse[n], invtemp, V, Vp);
+}
+
+__global__ void __launch_bounds__(FORWARD_THREADS)
+    both(act *dlogits, float *logprobs, float *lse, const float *dlogprobs, const act *logits, const int32_t *targets,
+         float invtemp, int V, int Vp) {
+    const int64_t n = blockIdx.x;
     const act *x = logits + n * Vp;
     const int32_t target = targets[n];
-    const float d = invtemp * dlogprobs[n], log_all = lse[n];
-    for (int v = (int)threadIdx.x * VEC; v < Vp; v += BACKWARD_THREADS * VEC) {
-        float dx[VEC];
-        const Pack<act, VEC> pack = load<VEC>(x + v, V - v);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            const float p = expf(pack[i] * invtemp - log_all);
-            dx[i] = target < 0 || v + i >= V ? 0.0f : d * ((v + i == target ? 1.0f : 0.0f) - p);
-        }
-        store(dlogits + n * Vp + v, dx, Vp - v);
-    }
+    forward_row(logprobs + n, lse + n, nullptr, x, target, invtemp, V);
+    __syncthreads(); /* lse is there, and nobody reads the row any more for forward's sake */
+    backward_row<FORWARD_THREADS>(dlogits + n * Vp, dlogprobs[n], x, target, lse[n], invtemp, V, Vp);
 }
 
 }  // namespace
@@ -116,4 +141,10 @@ void OPERATOR(logprob_forward)(float *logprobs, float *lse, float *entropy, cons
 void OPERATOR(logprob_backward)(act *dlogits, const float *dlogprobs, const act *logits, const int32_t *targets,
                                 const float *lse, float invtemp, int N, int V, int Vp) {
     launch(Grid(N, BACKWARD_THREADS), backward, dlogits, dlogprobs, logits, targets, lse, invtemp, V, Vp);
+}
+
+void OPERATOR(logprob_forward_backward)(act *dlogits, float *logprobs, float *lse, const float *dlogprobs,
+                                        const act *logits, const int32_t *targets, float invtemp, int N, int V,
+                                        int Vp) {
+    launch(Grid(N, FORWARD_THREADS), both, dlogits, logprobs, lse, dlogprobs, logits, targets, invtemp, V, Vp);
 }

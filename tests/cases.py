@@ -301,6 +301,7 @@ CASES = {
     "attention_backward": ATTENTION,
     "logprob_forward": LOGPROB,
     "logprob_backward": LOGPROB,
+    "logprob_forward_backward": LOGPROB,
     "sample": SAMPLE,
     "square_sums": SQUARE_SUMS,
     "loss_add": LOSS,

@@ -483,6 +483,12 @@ FAULTS = [
     Fault(
         "logprob: rows without a target have a gradient", "csrc/logprob.c", "if (target < 0) {", "if (target < -1) {"
     ),
+    Fault(
+        "logprob: at once, the gradient comes before its lse",
+        "csrc/logprob.c",
+        "forward_row(job, n, 0);\n        backward_row(job, n);",
+        "backward_row(job, n);\n        forward_row(job, n, 0);",
+    ),
     Fault("adamw: epsilon inside the root", "csrc/update.c", "(vsqrt(v * inv_c2) + eps)", "vsqrt(v * inv_c2 + eps)"),
     Fault(
         "adamw: second moment not corrected",
@@ -1647,6 +1653,13 @@ FAULTS = [
         "cuda/logprob.cu",
         "    __syncthreads();\n",
         "",
+        CUDA,
+    ),
+    Fault(
+        "cuda logprob: no barrier before the gradient writes over the row",
+        "cuda/logprob.cu",
+        "    __syncthreads(); /* lse is there",
+        "    /* lse is there",
         CUDA,
     ),
     Fault(

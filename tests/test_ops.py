@@ -15,6 +15,7 @@ not say whether the scale is in it when it is rounded: there U16, the largest re
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -861,6 +862,34 @@ def logprob_backward(rng, c):
     )
 
 
+@operator
+def logprob_forward_backward(rng, c):
+    """Both, of the same arguments."""
+    forward = logprob_forward(deepcopy(rng), replace(c, sizes=c.sizes | dict(entropy=False)))
+    backward = logprob_backward(rng, c)
+    args = {name: np.copy(a) if isinstance(a, np.ndarray) else a for name, a in (forward.args | backward.args).items()}
+
+    def want():
+        rows, rest = forward.want(), backward.want()
+        value, tol = rest["dlogits"]
+        # lse is not the reference's rounded once but has its own error, which is one of the argument of exp
+        p = np.exp(f64(args["logits"][:, : c.V] * args["invtemp"])[0] - rows["lse"][0][:, None])
+        off = p * np.abs(args["dlogprobs"] * args["invtemp"])[:, None] * rows["lse"][1][:, None]
+        tol[:, : c.V] += np.where(args["targets"][:, None] < 0, 0, off)
+        return rows | dict(dlogits=(value, tol))
+
+    order = ["dlogits", "logprobs", "lse", "dlogprobs", "logits", "targets", "invtemp", "N", "V", "Vp"]
+    outputs = dict(dlogits=Out((c.N, c.Vp)), logprobs=Out((c.N,)), lse=Out((c.N,)))
+    return Call(
+        "logprob_forward_backward",
+        {name: outputs.get(name, args[name]) for name in order},
+        want,
+        batch="N",
+        batched=("dlogits", "logprobs", "lse", "dlogprobs", "logits", "targets"),
+        aliases=("dlogits", "logits"),
+    )
+
+
 def sample_rounding(x, temperature, kept):
     """How far a sum of the probabilities `kept` may be off, as a share of their sum: the contract's bound of one p's
     error, for the sum and for what it is divided by."""
@@ -1080,7 +1109,7 @@ def has_rows(op, c):
 def may_share(op, c):
     """Whether an output may be the same array as an input, and the case has that input."""
     return not c.big and (
-        op == "logprob_backward"
+        op in ("logprob_backward", "logprob_forward_backward")
         or op == "gelu_backward"
         or (op in ("layernorm_backward", "rmsnorm_backward") and c.options)
         or (op in ("linear_forward", "linear_backward_input") and c.residual)
@@ -1149,6 +1178,18 @@ def test_in_place_where_the_contract_permits(which, backend):
     call(backend, **others, **{output: shared, given: shared})
     for name, a in (others | {output: shared}).items():
         assert same_bits(a, whole[name]), name
+
+
+@every_case(keep=lambda op, c: op == "logprob_forward_backward")
+def test_a_head_in_one_pass_has_the_bits_of_two(which, backend):
+    call = call_of(which)
+    together, a = call.run(backend), call.args
+    logprobs, lse, dlogits = (filled(*call.outputs[name]) for name in ("logprobs", "lse", "dlogits"))
+    sizes = [a[name] for name in ("invtemp", "N", "V", "Vp")]
+    ops.logprob_forward(backend, logprobs, lse, None, a["logits"], a["targets"], *sizes)
+    ops.logprob_backward(backend, dlogits, a["dlogprobs"], a["logits"], a["targets"], lse, *sizes)
+    for name, x in dict(logprobs=logprobs, lse=lse, dlogits=dlogits).items():
+        assert same_bits(together[name], x), name
 
 
 @every_case(keep=lambda op, c: c == [c for c in CASES[op] if not c.big][-1])

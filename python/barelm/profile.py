@@ -141,5 +141,6 @@ _BYTES = {
     "swiglu_backward": lambda N, F: 20.0 * N * F,
     "logprob_forward": lambda N, V, Vp: 4.0 * N * V,
     "logprob_backward": lambda N, V, Vp: 8.0 * N * V,
+    "logprob_forward_backward": lambda N, V, Vp: 8.0 * N * V,
     "adamw": lambda n, **_: 28.0 * n,
 }
