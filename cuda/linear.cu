@@ -322,9 +322,10 @@ void multiply(const Output &o, const Matrix<TA> &a, const Matrix<TB> &b, int pre
     if constexpr (product == FORWARD)
         if (are_few(M, K)) return multiply_few(o, a16, b16, M, N, K, op);
     if (sm90)
-        return OPERATOR(linear_sm90)(
-            {product, a16.p,   b16.p,  a16.rows, a16.cols, b16.rows,     b16.cols,      a16.ld, b16.ld, o.out, o.pre,
-             o.add,   o.given, o.bias, o.grad,   o.fn,     o.accumulate, (float *)room, M,      N,      K,     op});
+        return OPERATOR(linear_sm90)({product,       a16.p,  b16.p,  a16.rows, a16.cols, b16.rows,
+                                      b16.cols,      a16.ld, b16.ld, o.out,    o.pre,    o.add,
+                                      o.given,       o.bias, o.grad, o.dbias,  o.fn,     o.accumulate,
+                                      (float *)room, M,      N,      K,        op});
     launch(Grid(divide_up(M, S::BM) * divide_up(N, S::BN), THREADS, S::BYTES, op), product_bf16<product>, o, a16, b16,
            M, N, K);
 }
@@ -386,19 +387,20 @@ void multiply_weight(const Output &o, const Matrix<act> &x, const void *weight, 
 
 void OPERATOR(linear_forward)(act *out, act *pre, const act *in, const void *weight, int held, const float *bias,
                               const act *residual, int fn, int prec, int N, int C, int OC) {
-    const Output o = {out, pre, residual, NULL, bias, NULL, fn, 0};
+    const Output o = {out, pre, residual, NULL, bias, NULL, NULL, fn, 0};
     multiply_weight<FORWARD>(o, Matrix<act>{in, N, C, C}, weight, held, prec, N, OC, C, C, OC, __func__);
 }
 
 void OPERATOR(linear_backward_input)(act *din, const act *dout, const act *dres, const void *weight, int held,
                                      const act *pre, int fn, int prec, int N, int C, int OC) {
-    const Output o = {din, NULL, dres, pre, NULL, NULL, fn, 0};
+    const Output o = {din, NULL, dres, pre, NULL, NULL, NULL, fn, 0};
     multiply_weight<INPUT>(o, Matrix<act>{dout, N, OC, OC}, weight, held, prec, N, C, OC, C, OC, __func__);
 }
 
 void OPERATOR(linear_backward_weight)(float *dweight, float *dbias, const act *dout, const act *in, int accumulate,
                                       int prec, int N, int C, int OC) {
-    const Output o = {NULL, NULL, NULL, NULL, NULL, dweight, FN_NONE, accumulate};
+    const bool at_once = prec == PREC_BF16 && on_sm90(OC, C, N);
+    const Output o = {NULL, NULL, NULL, NULL, NULL, dweight, at_once ? dbias : NULL, FN_NONE, accumulate};
     multiply<WEIGHT>(o, Matrix<act>{dout, N, OC, OC}, Matrix<act>{in, N, C, C}, prec, OC, C, N, __func__);
-    if (dbias) add_column_sums(dbias, dout, N, OC, __func__);
+    if (dbias && !at_once) add_column_sums(dbias, dout, N, OC, __func__);
 }

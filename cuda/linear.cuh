@@ -19,12 +19,12 @@ struct Matrix {
 
 /* What becomes of the sums x (M, N), by product:
  *   FORWARD  x += bias; pre = x; out = fn(x) + add        INPUT  out = add + x * fn'(given)        WEIGHT  grad =, += x
- */
+ * dbias (M) of WEIGHT is Hopper's alone: += the sums over k of the left operand, or NULL. */
 struct Output {
     act *out, *pre;
     const act *add, *given;
     const float *bias;
-    float *grad;
+    float *grad, *dbias;
     int fn, accumulate;
 };
 
@@ -82,7 +82,7 @@ struct ProductSm90 {
     void *out, *pre; /* of act, as in Output */
     const void *add, *given;
     const float *bias;
-    float *grad;
+    float *grad, *dbias;
     int fn, accumulate;
     float *parts; /* so much working memory as linear_sm90_room says */
     int M, N, K;

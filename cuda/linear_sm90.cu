@@ -37,7 +37,8 @@ struct Tiling {
     /* The sums of earlier chains: what registers do not hold lies in shared memory. */
     static constexpr int EACH = SLICES * BN / 2, KEPT = EACH > 96 ? 64 : EACH;
     static constexpr int TOTALS = (EACH - KEPT) * CONSUMERS * WARPGROUP; /* floats */
-    static constexpr size_t BYTES = (size_t)STAGES * STAGE * sizeof(bf16) +
+    static constexpr int ONES = product == WEIGHT ? 8 * BK : 0;          /* values */
+    static constexpr size_t BYTES = ((size_t)STAGES * STAGE + ONES) * sizeof(bf16) +
                                     (size_t)(CONSUMERS * STAGING + TOTALS) * sizeof(float) +
                                     2 * STAGES * sizeof(uint64_t);
     static_assert(BYTES <= 227 << 10, "what a block may have");
@@ -46,12 +47,13 @@ struct Tiling {
 /* The shared memory of a block. */
 template <class S>
 struct Places {
-    Shared<bf16> stages;
+    Shared<bf16> stages, ones;
     Shared<float> staging, totals;
     Shared<uint64_t> full, empty;
     __device__ Places(Shared<float> all)
         : stages(shared_cast<bf16>(all)),
-          staging(all + S::STAGES * S::STAGE / 2),
+          ones(stages + S::STAGES * S::STAGE),
+          staging(shared_cast<float>(ones + S::ONES)),
           totals(staging + CONSUMERS * STAGING),
           full(shared_cast<uint64_t>(totals + S::TOTALS)),
           empty(full + S::STAGES) {}
@@ -59,7 +61,7 @@ struct Places {
 
 /* What there is to do: tiles, and parts of the steps of k. */
 struct Work {
-    int M, N, steps, part_steps, tiles_m, tiles_n, items;
+    int M, N, steps, part_steps, parts, tiles_m, tiles_n, items;
 };
 
 struct Item {
@@ -108,8 +110,13 @@ __device__ void produce(const Places<S> &at, const TensorMap &a, const TensorMap
 
 /* ---- the consumers ---- */
 
+/* Of a consumer's rows and the columns of its tile; and, where `columns` are asked for, of the left operand alone over
+ * k: its product with ones. */
 template <class S>
-using TileSums = Sums<S::BN>[S::SLICES];
+struct TileSums {
+    Sums<S::BN> of[S::SLICES];
+    Sums<8> ones[S::SLICES];
+};
 
 /* An operand's tile from row or column mn on, a multiple of 64. */
 template <bool by_k>
@@ -123,8 +130,14 @@ __device__ uint64_t from_k(uint64_t part, int k) {
     return operand_behind(part, by_k ? k * TILE_WIDTH * 2 : k * 2);
 }
 
+template <class S, bool columns, bool add>
+__device__ void multiply_slice(TileSums<S> &sum, const Places<S> &at, int i, uint64_t a, uint64_t b) {
+    wgmma<S::A_BY_K, S::B_BY_K, add>(sum.of[i], a, b);
+    if constexpr (columns) wgmma<S::A_BY_K, false, add>(sum.ones[i], a, part_of<false>(at.ones, 0));
+}
+
 /* A stage's products; `fresh`: the sums begin with them. */
-template <class S, bool fresh>
+template <class S, bool columns, bool fresh>
 __device__ void multiply_stage(TileSums<S> &sum, const Places<S> &at, Ring<S::STAGES> &ring, int row) {
     const Shared<bf16> stage = at.stages + ring.stage * S::STAGE;
     const uint64_t b_part = part_of<S::B_BY_K>(stage + S::BM * BK, 0);
@@ -139,8 +152,8 @@ __device__ void multiply_stage(TileSums<S> &sum, const Places<S> &at, Ring<S::ST
 #pragma unroll
         for (int i = 0; i < S::SLICES; i++) {
             const uint64_t a = from_k<S::A_BY_K>(a_part[i], k);
-            if (fresh && k == 0) wgmma<S::A_BY_K, S::B_BY_K, false>(sum[i], a, b);
-            else wgmma<S::A_BY_K, S::B_BY_K, true>(sum[i], a, b);
+            if (fresh && k == 0) multiply_slice<S, columns, false>(sum, at, i, a, b);
+            else multiply_slice<S, columns, true>(sum, at, i, a, b);
         }
     }
     wgmma_commit();
@@ -154,13 +167,13 @@ __device__ void release(const Places<S> &at, int stage) {
 }
 
 /* One chain; behind it the sums may be touched, and its stages are free. */
-template <class S>
+template <class S, bool columns>
 __device__ void multiply_chain(TileSums<S> &sum, const Places<S> &at, Ring<S::STAGES> &ring, int row, int steps) {
     int before = ring.stage;
-    multiply_stage<S, true>(sum, at, ring, row);
+    multiply_stage<S, columns, true>(sum, at, ring, row);
     for (int step = 1; step < steps; step++) {
         const int stage = ring.stage;
-        multiply_stage<S, false>(sum, at, ring, row);
+        multiply_stage<S, columns, false>(sum, at, ring, row);
         wgmma_wait<1>(); /* the stage before has been read */
         release<S>(at, before);
         before = stage;
@@ -250,6 +263,27 @@ __device__ void write_slice(const Output &o, Shared<float> staging, const Total<
     }
 }
 
+/* The sums of a tile that `columns` asks for, in pairs of floats; each is there in four lanes. */
+template <class S>
+struct ColumnTotal {
+    Exact kept[S::SLICES][2] = {};
+    __device__ void add(TileSums<S> &sum) {
+#pragma unroll
+        for (int i = 0; i < 2 * S::SLICES; i++) kept[i / 2][i % 2].add(sum.ones[i / 2][i % 2 * 2]);
+    }
+    /* From m0 on, of M; `fresh`: not added to what was there. */
+    __device__ void write(float *out, bool fresh, int m0, int M) {
+        const int t = (int)threadIdx.x % WARPGROUP, row = t / WARP * 16 + lane_index() / 4;
+        if (lane_index() % 4 > 0) return;
+#pragma unroll
+        for (int i = 0; i < 2 * S::SLICES; i++) {
+            const int m = m0 + i / 2 * SLICE + row + i % 2 * 8;
+            const Exact &sum = kept[i / 2][i % 2];
+            if (m < M) out[m] = fresh ? sum.high + sum.low : out[m] + (sum.high + sum.low);
+        }
+    }
+};
+
 template <class S>
 __device__ void consume(const Places<S> &at, const Output &o, const Work &work, int consumer) {
     const int t = (int)threadIdx.x - WARPGROUP, row = consumer * S::SLICES * SLICE;
@@ -258,16 +292,25 @@ __device__ void consume(const Places<S> &at, const Output &o, const Work &work, 
     Total<S> total(at, t);
     for (int number = (int)blockIdx.x; number < work.items; number += (int)gridDim.x) {
         const Item it = item<S>(work, number);
+        const bool columns = S::product == WEIGHT && o.dbias && it.n0 == 0;
+        ColumnTotal<S> column_total;
         total.begin();
         for (int step = it.first; step < it.last; step += S::CHAIN) {
             const int left = it.last - step;
-            multiply_chain<S>(sum, at, ring, row, left < S::CHAIN ? left : S::CHAIN);
+            const int steps = left < S::CHAIN ? left : S::CHAIN;
+            if (columns) {
+                multiply_chain<S, true>(sum, at, ring, row, steps);
+                column_total.add(sum);
+            } else {
+                multiply_chain<S, false>(sum, at, ring, row, steps);
+            }
 #pragma unroll
-            for (int i = 0; i < S::EACH; i++) total.add(i, sum[i / (S::BN / 2)][i % (S::BN / 2)], step == it.first);
+            for (int i = 0; i < S::EACH; i++) total.add(i, sum.of[i / (S::BN / 2)][i % (S::BN / 2)], step == it.first);
         }
         total.finish();
         Output mine = o;
         if (S::product == WEIGHT) mine.grad += (int64_t)it.part * work.M * work.N;
+        if (columns) column_total.write(o.dbias + (int64_t)it.part * work.M, work.parts > 1, it.m0 + row, work.M);
 #pragma unroll
         for (int i = 0; i < S::SLICES; i++)
             write_slice<S>(mine, at.staging + consumer * STAGING, total, i, consumer, it.m0 + row + i * SLICE, it.n0,
@@ -286,6 +329,11 @@ __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(at.empty + i, CONSUMERS * WARPGROUP / WARP);
         }
         barrier_init_fence();
+    }
+    if (S::ONES > 0) {
+        const Shared<uint32_t> ones = shared_cast<uint32_t>(at.ones);
+        for (int i = (int)threadIdx.x; i < S::ONES / 2; i += THREADS) ones[i] = pack_bf16(1.0f, 1.0f);
+        fence_async();
     }
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
@@ -367,8 +415,9 @@ void run(const ProductSm90 &p, const Output &o, int each) {
     using S = Tiling<product, SIDES[tiling].bm, SIDES[tiling].bn, STAGES>;
     const TensorMap a = tensor_map(p.a, p.a_rows, p.a_cols, p.a_ld, S::A_BY_K ? BK : S::BM, TILE_WIDTH);
     const TensorMap b = tensor_map(p.b, p.b_rows, p.b_cols, p.b_ld, S::B_BY_K ? BK : S::BN, TILE_WIDTH);
-    Work work = {p.M, p.N, (int)divide_up(p.K, BK), each, (int)divide_up(p.M, S::BM), (int)divide_up(p.N, S::BN), 0};
-    work.items = work.tiles_m * work.tiles_n * (int)divide_up(work.steps, each);
+    Work work = {p.M, p.N, (int)divide_up(p.K, BK), each, 0, (int)divide_up(p.M, S::BM), (int)divide_up(p.N, S::BN), 0};
+    work.parts = (int)divide_up(work.steps, each);
+    work.items = work.tiles_m * work.tiles_n * work.parts;
     Grid grid(work.items < blocks_at_most ? work.items : blocks_at_most, THREADS, S::BYTES, p.op);
     grid.sm90 = true;
     launch(grid, product_sm90<S>, o, a, b, work);
@@ -389,27 +438,33 @@ void run(const ProductSm90 &p, const Output &o) {
     }
 }
 
+void add_all_parts(float *grad, const float *part, int parts, int64_t size, int accumulate, const char *op) {
+    launch(Grid(divide_up(size, 256), 256, 0, op), add_parts, grad, part, parts, size, accumulate);
+}
+
 void run_weight(const ProductSm90 &p, Output o) {
     const int each = part_steps(p.K, choose(WEIGHT, p.M, p.N, p.K).parts);
     const int parts = (int)divide_up(divide_up(p.K, BK), each);
-    if (parts > 1) o.grad = p.parts, o.accumulate = 0;
-    run<WEIGHT, TILINGS - 1, 6>(p, o, each);
     const int64_t size = (int64_t)p.M * p.N;
-    if (parts > 1)
-        launch(Grid(divide_up(size, 256), 256, 0, p.op), add_parts, p.grad, p.parts, parts, size, p.accumulate);
+    float *sums = p.parts + parts * size;
+    if (parts > 1) o.grad = p.parts, o.accumulate = 0, o.dbias = p.dbias ? sums : NULL;
+    run<WEIGHT, TILINGS - 1, 6>(p, o, each);
+    if (parts == 1) return;
+    add_all_parts(p.grad, p.parts, parts, size, p.accumulate, p.op);
+    if (p.dbias) add_all_parts(p.dbias, sums, parts, p.M, 1, p.op);
 }
 
 }  // namespace
 
 size_t OPERATOR(linear_sm90_room)(int product, int M, int N, int K) {
     const int parts = choose(product, M, N, K).parts;
-    return parts > 1 ? (size_t)parts * (size_t)M * (size_t)N * sizeof(float) : 0;
+    return parts > 1 ? (size_t)parts * (size_t)M * ((size_t)N + 1) * sizeof(float) : 0; /* and for dbias */
 }
 
 void OPERATOR(linear_sm90)(const ProductSm90 &p) {
     if constexpr (sizeof(act) == sizeof(bf16)) {
-        const Output o = {(act *)p.out, (act *)p.pre, (const act *)p.add, (const act *)p.given, p.bias,
-                          p.grad,       p.fn,         p.accumulate};
+        const Output o = {(act *)p.out, (act *)p.pre, (const act *)p.add, (const act *)p.given, p.bias, p.grad,
+                          p.dbias,      p.fn,         p.accumulate};
         if (p.product == FORWARD) run<FORWARD>(p, o);
         else if (p.product == INPUT) run<INPUT>(p, o);
         else run_weight(p, o);

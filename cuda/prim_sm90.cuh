@@ -148,6 +148,7 @@ __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
 }
 
+#define SUMS_8 "%0, %1, %2, %3"
 #define SUMS_0                                                                                                       \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
     "%24, %25, %26, %27, %28, %29, %30, %31"
@@ -161,9 +162,8 @@ __device__ inline void wgmma_wait() {
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, " \
     "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define SUM_(how, i) how(d.x[i])
-#define SUM8_(how, i)                                                                                       \
-    SUM_(how, i), SUM_(how, i + 1), SUM_(how, i + 2), SUM_(how, i + 3), SUM_(how, i + 4), SUM_(how, i + 5), \
-        SUM_(how, i + 6), SUM_(how, i + 7)
+#define SUM4_(how, i) SUM_(how, i), SUM_(how, i + 1), SUM_(how, i + 2), SUM_(how, i + 3)
+#define SUM8_(how, i) SUM4_(how, i), SUM4_(how, i + 4)
 #define SUM32_(how, i) SUM8_(how, i), SUM8_(how, i + 8), SUM8_(how, i + 16), SUM8_(how, i + 24)
 #define WGMMA_(N, sums, a_at, b_at, add_at, a_by_k_at, b_by_k_at, add, ...)                               \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" add_at                                              \
@@ -176,7 +176,9 @@ __device__ inline void wgmma_wait() {
  * warpgroup.  What begins anew does not keep the registers of old sums alive. */
 template <bool a_by_k, bool b_by_k, bool add, int N>
 __device__ inline void wgmma(Sums<N> &d, uint64_t a, uint64_t b) {
-    static_assert(N == 64 || N == 128 || N == 192 || N == 256, "those there are");
+    static_assert(N == 8 || N == 64 || N == 128 || N == 192 || N == 256, "those there are");
+    if constexpr (N == 8 && add) WGMMA_(8, SUMS_8, "4", "5", "6", "7", "8", 1, SUM4_("+f", 0));
+    if constexpr (N == 8 && !add) WGMMA_(8, SUMS_8, "4", "5", "6", "7", "8", 0, SUM4_("=f", 0));
     if constexpr (N == 64 && add) WGMMA_(64, SUMS_0, "32", "33", "34", "35", "36", 1, SUM32_("+f", 0));
     if constexpr (N == 64 && !add) WGMMA_(64, SUMS_0, "32", "33", "34", "35", "36", 0, SUM32_("=f", 0));
     if constexpr (N == 128 && add)
