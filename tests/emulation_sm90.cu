@@ -227,6 +227,7 @@ void emulation_store_tiles(bf16 *to, const bf16 *from, int rows, int cols, int l
 }
 void emulation_product(float *d, const bf16 *a, const bf16 *b, int N, int K, int by_k, int fault) {
     const char *op = __func__;
+    if (N == 8 && by_k == 3) run_product<8, true, false>(d, a, b, K, fault, op);
     if (N == 64 && by_k == 0) run_product<64, false, false>(d, a, b, K, fault, op);
     if (N == 128 && by_k == 0) run_product<128, false, false>(d, a, b, K, fault, op);
     if (N == 192 && by_k == 1) run_product<192, false, true>(d, a, b, K, fault, op);

@@ -104,7 +104,7 @@ def test_tiles_come_and_go(emulation, seed, sizes, which):
 
 
 @by_seed
-@pytest.mark.parametrize(("N", "K", "by_k"), [(64, 64, 0), (128, 128, 0), (192, 128, 1), (256, 128, 2)])
+@pytest.mark.parametrize(("N", "K", "by_k"), [(8, 128, 3), (64, 64, 0), (128, 128, 0), (192, 128, 1), (256, 128, 2)])
 def test_products_of_a_warpgroup(emulation, rng, seed, N, K, by_k):
     np.testing.assert_array_equal(*product(emulation, seed, rng, "none", N, K, by_k))
 
