@@ -6,7 +6,12 @@
  * write one tile, the stages of the next are on their way.
  *
  * No operand is transposed in memory: a tile has rows of 64 values of k, or of 64 values of m or n, and the descriptor
- * says which.  TMA masks every tail of the operands; sums go through shared memory and out as in linear.cu.
+ * says which.  TMA masks every tail.
+ *
+ * Activations leave by TMA: what becomes of a sum is made of it where it is, in registers, and goes through a place in
+ * shared memory that each consumer has for the whole of its part.  What is read besides, a residual or what GELU was
+ * given, lies in the same place before: another thread of the producer's asks for it while the products are made.
+ * Gradients of weights, which are floats, are added to memory by the threads.
  *
  * Order of summation, see csrc/ops.def: a chain is one sequence of wgmma.  Forward and towards the input it is a block
  * of 512 values of k, and blocks are added in order.  Gradients of weights: 128 rows, a block of the contract, 8 wgmma
@@ -20,7 +25,8 @@
 namespace {
 
 enum { CONSUMERS = 2, THREADS = (1 + CONSUMERS) * WARPGROUP, BK = 64, SLICE = 64 };
-enum { STRIP = 32, STAGING = SLICE * STRIP }; /* columns that a consumer writes at a time; floats for them */
+enum { BOX = SLICE * TILE_WIDTH };            /* values that go out, or come in, by one copy */
+enum { STRIP = 32, STAGING = SLICE * STRIP }; /* of WEIGHT: columns that a consumer writes at a time; floats for them */
 enum { SMS = 132 };                           /* of an H100 or H200; fewer or more change the time alone */
 
 /* Of both tiles of a stage, which have TILE_WIDTH values in a row. */
@@ -34,29 +40,32 @@ struct Tiling {
     static constexpr bool A_BY_K = product == WEIGHT, B_BY_K = product != FORWARD;
     static constexpr int CHAIN = (product == WEIGHT ? ROW_BLOCK : K_BLOCK) * 2 / BK; /* steps */
     static constexpr int STAGE = (BM + BN) * BK;                                     /* values */
-    /* The sums of earlier chains: what registers do not hold lies in shared memory. */
-    static constexpr int EACH = SLICES * BN / 2, KEPT = EACH > 96 ? 64 : EACH;
-    static constexpr int TOTALS = (EACH - KEPT) * CONSUMERS * WARPGROUP; /* floats */
-    static constexpr int ONES = product == WEIGHT ? 8 * BK : 0;          /* values */
-    static constexpr size_t BYTES = ((size_t)STAGES * STAGE + ONES) * sizeof(bf16) +
-                                    (size_t)(CONSUMERS * STAGING + TOTALS) * sizeof(float) +
-                                    2 * STAGES * sizeof(uint64_t);
+    static constexpr int EACH = SLICES * BN / 2;                                     /* sums of a thread */
+    static_assert(EACH <= 96, "beside as many of the chains before");
+    static constexpr int ONES = product == WEIGHT ? 8 * BK : 0; /* values */
+    static constexpr int ROW_BOXES = BN / TILE_WIDTH, BOXES = SLICES * ROW_BOXES;
+    static constexpr int ROOM = product == WEIGHT ? 2 * STAGING : BOXES * BOX; /* values, of each consumer */
+    static constexpr size_t BYTES =
+        ((size_t)STAGES * STAGE + ONES + CONSUMERS * ROOM) * sizeof(bf16) + 2 * (STAGES + CONSUMERS) * sizeof(uint64_t);
     static_assert(BYTES <= 227 << 10, "what a block may have");
 };
 
-/* The shared memory of a block. */
+/* The shared memory of a block, by its beginning alone: registers are few. */
 template <class S>
 struct Places {
-    Shared<bf16> stages, ones;
-    Shared<float> staging, totals;
-    Shared<uint64_t> full, empty;
-    __device__ Places(Shared<float> all)
-        : stages(shared_cast<bf16>(all)),
-          ones(stages + S::STAGES * S::STAGE),
-          staging(shared_cast<float>(ones + S::ONES)),
-          totals(staging + CONSUMERS * STAGING),
-          full(shared_cast<uint64_t>(totals + S::TOTALS)),
-          empty(full + S::STAGES) {}
+    Shared<bf16> all;
+    __device__ Shared<bf16> stage(int i) const { return all + i * S::STAGE; }
+    __device__ Shared<bf16> ones() const { return all + S::STAGES * S::STAGE; }
+    /* Box i of a consumer's. */
+    __device__ Shared<bf16> room(int consumer, int i) const {
+        return ones() + (S::ONES + consumer * S::ROOM + i * BOX);
+    }
+    __device__ Shared<uint64_t> full(int i) const {
+        return shared_cast<uint64_t>(ones() + (S::ONES + CONSUMERS * S::ROOM)) + i;
+    }
+    __device__ Shared<uint64_t> empty(int i) const { return full(S::STAGES + i); }
+    __device__ Shared<uint64_t> room_full(int consumer) const { return empty(S::STAGES + consumer); }
+    __device__ Shared<uint64_t> room_empty(int consumer) const { return room_full(CONSUMERS + consumer); }
 };
 
 /* What there is to do: tiles, and parts of the steps of k. */
@@ -73,12 +82,16 @@ enum { GROUP = 16 };
 
 template <class S>
 __device__ Item item(const Work &work, int number) {
-    const int tiles = work.tiles_m * work.tiles_n, part = number / tiles, tile = number % tiles;
+    const int tiles = work.tiles_m * work.tiles_n;
+    const int part = S::product == WEIGHT ? number / tiles : 0, tile = number - part * tiles;
     const int first_m = tile / (GROUP * work.tiles_n) * GROUP, rest = tile % (GROUP * work.tiles_n);
     const int height = work.tiles_m - first_m < GROUP ? work.tiles_m - first_m : GROUP;
-    const int first = part * work.part_steps, last = first + work.part_steps;
-    return {part, (first_m + rest % height) * S::BM, rest / height * S::BN, first,
-            last < work.steps ? last : work.steps};
+    Item it = {part, (first_m + rest % height) * S::BM, rest / height * S::BN, 0, work.steps};
+    if (S::product == WEIGHT) {
+        it.first = part * work.part_steps;
+        if (it.first + work.part_steps < work.steps) it.last = it.first + work.part_steps;
+    }
+    return it;
 }
 
 /* ---- the producer ---- */
@@ -97,14 +110,32 @@ __device__ void produce(const Places<S> &at, const TensorMap &a, const TensorMap
     for (int number = (int)blockIdx.x; number < work.items; number += (int)gridDim.x) {
         const Item it = item<S>(work, number);
         for (int step = it.first; step < it.last; step++) {
-            const Shared<bf16> stage = at.stages + ring.stage * S::STAGE;
-            const Shared<uint64_t> full = at.full + ring.stage;
-            barrier_wait(at.empty + ring.stage, ring.parity ^ 1);
+            const Shared<bf16> stage = at.stage(ring.stage);
+            const Shared<uint64_t> full = at.full(ring.stage);
+            barrier_wait(at.empty(ring.stage), ring.parity ^ 1);
             barrier_expect(full, S::STAGE * (int)sizeof(bf16));
             fetch<S::BM, S::A_BY_K>(stage, a, full, it.m0, step * BK);
             fetch<S::BN, S::B_BY_K>(stage + S::BM * BK, b, full, it.n0, step * BK);
             ring.advance();
         }
+    }
+}
+
+/* What each consumer reads besides, one tile after the other, as soon as the tile before has left. */
+template <class S>
+__device__ void fill_rooms(const Places<S> &at, const TensorMap &in, const Work &work) {
+    uint32_t parity = 1;
+    for (int number = (int)blockIdx.x; number < work.items; number += (int)gridDim.x) {
+        const Item it = item<S>(work, number);
+        for (int consumer = 0; consumer < CONSUMERS; consumer++) {
+            barrier_wait(at.room_empty(consumer), parity);
+            barrier_expect(at.room_full(consumer), S::ROOM * (int)sizeof(bf16));
+            for (int i = 0; i < S::BOXES; i++) {
+                const int slice = consumer * S::SLICES + i / S::ROW_BOXES, column = i % S::ROW_BOXES * TILE_WIDTH;
+                tile_load(at.room(consumer, i), in, at.room_full(consumer), it.m0 + slice * SLICE, it.n0 + column);
+            }
+        }
+        parity ^= 1;
     }
 }
 
@@ -133,18 +164,18 @@ __device__ uint64_t from_k(uint64_t part, int k) {
 template <class S, bool columns, bool add>
 __device__ void multiply_slice(TileSums<S> &sum, const Places<S> &at, int i, uint64_t a, uint64_t b) {
     wgmma<S::A_BY_K, S::B_BY_K, add>(sum.of[i], a, b);
-    if constexpr (columns) wgmma<S::A_BY_K, false, add>(sum.ones[i], a, part_of<false>(at.ones, 0));
+    if constexpr (columns) wgmma<S::A_BY_K, false, add>(sum.ones[i], a, part_of<false>(at.ones(), 0));
 }
 
 /* A stage's products; `fresh`: the sums begin with them. */
 template <class S, bool columns, bool fresh>
 __device__ void multiply_stage(TileSums<S> &sum, const Places<S> &at, Ring<S::STAGES> &ring, int row) {
-    const Shared<bf16> stage = at.stages + ring.stage * S::STAGE;
+    const Shared<bf16> stage = at.stage(ring.stage);
     const uint64_t b_part = part_of<S::B_BY_K>(stage + S::BM * BK, 0);
     uint64_t a_part[S::SLICES];
 #pragma unroll
     for (int i = 0; i < S::SLICES; i++) a_part[i] = part_of<S::A_BY_K>(stage, row + i * SLICE);
-    barrier_wait(at.full + ring.stage, ring.parity);
+    barrier_wait(at.full(ring.stage), ring.parity);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < BK; k += 16) {
@@ -163,14 +194,16 @@ __device__ void multiply_stage(TileSums<S> &sum, const Places<S> &at, Ring<S::ST
 /* Once for each warp: nothing orders the warps of a warpgroup. */
 template <class S>
 __device__ void release(const Places<S> &at, int stage) {
-    if (lane_index() == 0) barrier_arrive(at.empty + stage);
+    if (lane_index() == 0) barrier_arrive(at.empty(stage));
 }
 
 /* One chain; behind it the sums may be touched, and its stages are free. */
-template <class S, bool columns>
-__device__ void multiply_chain(TileSums<S> &sum, const Places<S> &at, Ring<S::STAGES> &ring, int row, int steps) {
+template <class S, bool columns, class F>
+__device__ void multiply_chain(TileSums<S> &sum, const Places<S> &at, Ring<S::STAGES> &ring, int row, int steps,
+                               F beside_the_first) {
     int before = ring.stage;
     multiply_stage<S, columns, true>(sum, at, ring, row);
+    beside_the_first();
     for (int step = 1; step < steps; step++) {
         const int stage = ring.stage;
         multiply_stage<S, columns, false>(sum, at, ring, row);
@@ -182,86 +215,34 @@ __device__ void multiply_chain(TileSums<S> &sum, const Places<S> &at, Ring<S::ST
     release<S>(at, before);
 }
 
-/* The sums of the chains so far, in registers beside those of the chain at work; what has no place there, in shared
- * memory, where each thread has places of its own. */
+/* The sums of the chains so far, beside those of the chain at work. */
 template <class S, Product = S::product>
 struct Total {
-    float kept[S::KEPT];
-    Shared<float> more;
-    __device__ Total(const Places<S> &at, int t) : more(at.totals + t) {}
-
-    __device__ float read(int i) const {
-        return i < S::KEPT ? kept[i] : (float)more[(i - S::KEPT) * CONSUMERS * WARPGROUP];
-    }
-    __device__ void write(int i, float x) {
-        if (i < S::KEPT) kept[i] = x;
-        else more[(i - S::KEPT) * CONSUMERS * WARPGROUP] = x;
-    }
-    __device__ void add(int i, float x, bool first) { write(i, first ? x : read(i) + x); }
+    float kept[S::EACH];
     __device__ void begin() {}
+    __device__ void add(int i, float x, bool first) { kept[i] = first ? x : kept[i] + x; }
     __device__ void finish() {}
+    __device__ float read(int i) const { return kept[i]; }
 };
 
 template <class S>
 struct Total<S, WEIGHT> {
-    static_assert(S::TOTALS == 0, "pairs stay in registers");
-    Exact kept[S::KEPT];
-    __device__ Total(const Places<S> &, int) {}
+    Exact kept[S::EACH];
     __device__ void begin() {
 #pragma unroll
-        for (int i = 0; i < S::KEPT; i++) kept[i] = {};
+        for (int i = 0; i < S::EACH; i++) kept[i] = {};
     }
     __device__ void add(int i, float x, bool) { kept[i].add(x); }
     __device__ void finish() {
 #pragma unroll
-        for (int i = 0; i < S::KEPT; i++) kept[i].high += kept[i].low;
+        for (int i = 0; i < S::EACH; i++) kept[i].high += kept[i].low;
     }
     __device__ float read(int i) const { return kept[i].high; }
 };
 
-template <class S>
-__device__ void sync_consumer(int consumer) {
-    if (consumer == 0) sync_group<1>(WARPGROUP);
-    else sync_group<2>(WARPGROUP);
-}
-
-/* Where value (r, c) of a chunk lies: groups of 4 change places by row, so that lanes of a row or column of an mma's
- * result meet different banks; 8 values from a multiple of 8 on stay together. */
-__device__ int staged(int r, int c) { return r * STRIP + ((c / 4 ^ r % 4 * 2) * 4) + c % 4; }
-
-/* A slice of 64 rows, from m0. */
-template <class S>
-__device__ void write_slice(const Output &o, Shared<float> staging, const Total<S> &total, int slice, int consumer,
-                            int m0, int n0, int M, int N) {
-    const int t = (int)threadIdx.x % WARPGROUP, row = t / WARP * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
-#pragma unroll 1 /* the code of the functions is there once */
-    for (int chunk = 0; chunk < S::BN / STRIP; chunk++) {
-        if (n0 + chunk * STRIP >= N || m0 >= M) return;
-        sync_consumer<S>(consumer); /* the chunk before has been read */
-#pragma unroll
-        for (int c = 0; c < S::BN / STRIP; c++) {
-            if (c != chunk) continue;
-#pragma unroll
-            for (int i = 0; i < STRIP / 2; i++)
-                staging[staged(row + i % 4 / 2 * 8, i / 4 * 8 + column + i % 2)] =
-                    total.read(slice * S::BN / 2 + c * (STRIP / 2) + i);
-        }
-        sync_consumer<S>(consumer);
-#pragma unroll 1
-        for (int i = t; i < STAGING / VEC; i += WARPGROUP) {
-            const int r = i / (STRIP / VEC), c = i % (STRIP / VEC) * VEC, n = n0 + chunk * STRIP + c;
-            if (m0 + r >= M || n >= N) continue;
-            float x[VEC];
-#pragma unroll
-            for (int j = 0; j < VEC; j += 4) {
-                const uint4 four = shared_cast<uint4>(staging + (staged(r, c) + j))[0];
-                x[j] = float_of_bits(four.x), x[j + 1] = float_of_bits(four.y);
-                x[j + 2] = float_of_bits(four.z), x[j + 3] = float_of_bits(four.w);
-            }
-            write<S::product>(o, x, m0 + r, n, N, N - n);
-        }
-    }
-}
+}  // namespace
+#include "linear_write_sm90.cuh"
+namespace {
 
 /* The sums of a tile that `columns` asks for, in pairs of floats; each is there in four lanes. */
 template <class S>
@@ -285,53 +266,61 @@ struct ColumnTotal {
 };
 
 template <class S>
-__device__ void consume(const Places<S> &at, const Output &o, const Work &work, int consumer) {
-    const int t = (int)threadIdx.x - WARPGROUP, row = consumer * S::SLICES * SLICE;
+__device__ void consume(const Places<S> &at, const Output &o, const Boxes &boxes, const Work &work, int consumer) {
+    const int row = consumer * S::SLICES * SLICE;
     Ring<S::STAGES> ring;
     TileSums<S> sum;
-    Total<S> total(at, t);
-    for (int number = (int)blockIdx.x; number < work.items; number += (int)gridDim.x) {
+    Total<S> total;
+    const Writer<S> writer(at, o, boxes, work, consumer);
+    for (int tile = 0; tile * (int)gridDim.x + (int)blockIdx.x < work.items; tile++) {
+        const int number = tile * (int)gridDim.x + (int)blockIdx.x;
         const Item it = item<S>(work, number);
         const bool columns = S::product == WEIGHT && o.dbias && it.n0 == 0;
         ColumnTotal<S> column_total;
         total.begin();
         for (int step = it.first; step < it.last; step += S::CHAIN) {
-            const int left = it.last - step;
-            const int steps = left < S::CHAIN ? left : S::CHAIN;
+            const int left = it.last - step, steps = left < S::CHAIN ? left : S::CHAIN;
+            auto hand_back = [&] {
+                if (tile > 0 && step == it.first) writer.hand_back();
+            };
             if (columns) {
-                multiply_chain<S, true>(sum, at, ring, row, steps);
+                multiply_chain<S, true>(sum, at, ring, row, steps, hand_back);
                 column_total.add(sum);
             } else {
-                multiply_chain<S, false>(sum, at, ring, row, steps);
+                multiply_chain<S, false>(sum, at, ring, row, steps, hand_back);
             }
 #pragma unroll
             for (int i = 0; i < S::EACH; i++) total.add(i, sum.of[i / (S::BN / 2)][i % (S::BN / 2)], step == it.first);
         }
         total.finish();
-        Output mine = o;
-        if (S::product == WEIGHT) mine.grad += (int64_t)it.part * work.M * work.N;
+        writer.write(total, it, it.m0 + row, tile);
         if (columns) column_total.write(o.dbias + (int64_t)it.part * work.M, work.parts > 1, it.m0 + row, work.M);
-#pragma unroll
-        for (int i = 0; i < S::SLICES; i++)
-            write_slice<S>(mine, at.staging + consumer * STAGING, total, i, consumer, it.m0 + row + i * SLICE, it.n0,
-                           work.M, work.N);
     }
+    writer.finish();
+}
+
+template <class S>
+__device__ void make_barriers(const Places<S> &at) {
+    for (int i = 0; i < S::STAGES; i++) {
+        barrier_init(at.full(i), 1);
+        barrier_init(at.empty(i), CONSUMERS * WARPGROUP / WARP);
+    }
+    for (int i = 0; i < CONSUMERS; i++) {
+        barrier_init(at.room_full(i), 1);
+        barrier_init(at.room_empty(i), 1);
+    }
+    barrier_init_fence();
 }
 
 template <class S>
 __global__ void __launch_bounds__(THREADS, 1)
-    product_sm90(Output o, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, Work work) {
+    product_sm90(Output o, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+                 const __grid_constant__ Boxes boxes, Work work) {
     SHARED_TILES(float, all);
-    const Places<S> at(all);
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < S::STAGES; i++) {
-            barrier_init(at.full + i, 1);
-            barrier_init(at.empty + i, CONSUMERS * WARPGROUP / WARP);
-        }
-        barrier_init_fence();
-    }
+    const Places<S> at = {shared_cast<bf16>(all)};
+    if (threadIdx.x == 0) make_barriers<S>(at);
     if (S::ONES > 0) {
-        const Shared<uint32_t> ones = shared_cast<uint32_t>(at.ones);
+        const Shared<uint32_t> ones = shared_cast<uint32_t>(at.ones());
         for (int i = (int)threadIdx.x; i < S::ONES / 2; i += THREADS) ones[i] = pack_bf16(1.0f, 1.0f);
         fence_async();
     }
@@ -339,9 +328,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x < WARPGROUP) {
         registers_give<24>();
         if (warp_index() == 0 && elected()) produce<S>(at, a, b, work);
+        if (warp_index() == 1 && boxes.come != NOTHING && elected()) fill_rooms<S>(at, boxes.in, work);
     } else {
         registers_take<240>();
-        consume<S>(at, o, work, warp_index() / 4 - 1);
+        consume<S>(at, o, boxes, work, warp_index() / 4 - 1);
     }
 }
 
@@ -376,11 +366,11 @@ struct Sides {
     int bm, bn;
     double share;
 };
-constexpr Sides SIDES[] = {{128, 256, 1.0}, {256, 128, 1.0}, {128, 192, 0.97}, {128, 128, 0.88}};
-enum { TILINGS = 4 };
+constexpr Sides SIDES[] = {{128, 192, 1.0}, {128, 128, 0.9}};
+enum { TILINGS = 2 };
 
 /* Steps of k, at the peak, that writing a tile takes. */
-const double WRITING = 4.0;
+const double WRITING = 3.0;
 
 /* Of the rows, and of all tiles together: 64 KB each, so never more than 135 MB. */
 enum { MOST_PARTS = 16, MOST_PART_TILES = 16 * SMS };
@@ -410,6 +400,20 @@ int part_steps(int K, int parts) {
     return parts == 1 ? (int)divide_up(K, BK) : (int)(divide_up(divide_up(K, parts), chain) * chain / BK);
 }
 
+/* By TMA where rows lie on 16 bytes: what goes out, and one of what comes in, unless `pre` has a use for its place. */
+Boxes boxes_of(const ProductSm90 &p) {
+    auto lies_so = [&](const void *x) { return on_16_bytes(x) && p.N % CHUNK == 0; };
+    Boxes boxes = {};
+    if (p.product == WEIGHT || !lies_so(p.out) || !lies_so(p.pre)) return boxes;
+    auto map = [&](const void *x) { return tensor_map((const bf16 *)x, p.M, p.N, p.N, SLICE, TILE_WIDTH); };
+    const bool given = p.product == INPUT && p.fn != FN_NONE;
+    const void *in = given ? p.given : p.add;
+    boxes.go = true, boxes.out = map(p.out);
+    if (p.pre) boxes.pre = map(p.pre);
+    else if (in && lies_so(in)) boxes.in = map(in), boxes.come = given ? GIVEN : ADD;
+    return boxes;
+}
+
 template <Product product, int tiling, int STAGES>
 void run(const ProductSm90 &p, const Output &o, int each) {
     using S = Tiling<product, SIDES[tiling].bm, SIDES[tiling].bn, STAGES>;
@@ -420,22 +424,14 @@ void run(const ProductSm90 &p, const Output &o, int each) {
     work.items = work.tiles_m * work.tiles_n * work.parts;
     Grid grid(work.items < blocks_at_most ? work.items : blocks_at_most, THREADS, S::BYTES, p.op);
     grid.sm90 = true;
-    launch(grid, product_sm90<S>, o, a, b, work);
+    launch(grid, product_sm90<S>, o, a, b, boxes_of(p), work);
 }
 
 template <Product product>
 void run(const ProductSm90 &p, const Output &o) {
     const int each = part_steps(p.K, 1);
-    switch (choose(product, p.M, p.N, p.K).tiling) {
-        case 0:
-            return run<product, 0, 3>(p, o, each);
-        case 1:
-            return run<product, 1, 3>(p, o, each);
-        case 2:
-            return run<product, 2, 5>(p, o, each);
-        default:
-            return run<product, 3, 6>(p, o, each);
-    }
+    if (choose(product, p.M, p.N, p.K).tiling == 0) run<product, 0, 4>(p, o, each);
+    else run<product, 1, 6>(p, o, each);
 }
 
 void add_all_parts(float *grad, const float *part, int parts, int64_t size, int accumulate, const char *op) {

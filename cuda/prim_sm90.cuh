@@ -113,6 +113,13 @@ __device__ inline void registers_take() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
+/* The same number, which the compiler knows nothing of before this place: what follows from it is computed here, and
+ * not kept in registers from the beginning of the kernel. */
+__device__ inline int from_here(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 /* ---- tensor cores ---- */
 
 /* load_matrices the other way: lane l brings the address of row l % 8 of matrix l / 8. */

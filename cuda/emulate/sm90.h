@@ -85,6 +85,8 @@ void registers_take() {
     emulate::set_registers(count, true);
 }
 
+inline int from_here(int x) { return x; }
+
 inline void store_matrices(Shared<bf16> row, const uint32_t (&m)[4]) {
     bf16 *mine = row.at(0, 16);
     const char *all = emulate::exchange("stmatrix", m, sizeof m);

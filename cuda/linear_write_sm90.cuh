@@ -1,0 +1,226 @@
+/* linear_write_sm90.cuh -- how a tile's sums leave a block of linear_sm90.cu.
+ *
+ * Activations go by TMA, in boxes of 64 by 64 values, and so does one thing that they are made of besides the sums: it
+ * lies where they will be, so that each thread reads a pair of values and writes another in its place.  Without it a
+ * consumer uses its boxes in turns.  Where rows do not lie on 16 bytes, and for what else is read, threads go to memory
+ * themselves, pair by pair. */
+#pragma once
+
+namespace {
+
+/* What comes by TMA. */
+enum Comes { NOTHING, ADD, GIVEN };
+
+struct Boxes {
+    TensorMap out, pre, in;
+    int come; /* of Comes */
+    bool go;  /* out and pre, by TMA */
+};
+
+template <class S>
+__device__ void sync_consumer(int consumer) {
+    if (consumer == 0) sync_group<1>(WARPGROUP);
+    else sync_group<2>(WARPGROUP);
+}
+
+enum { PAIRS = BOX / 2 / WARPGROUP }; /* of neighbours in a row, of each thread in a box */
+
+/* What a thread has of a box that begins at (m0, n0) of (M, N), as its sums have it: pair i stands in row
+ * row + i % 2 * 8, column column + i / 2 * 8. */
+struct Spot {
+    int m0, n0, M, N, row, column;
+    __device__ Spot(int m0_, int n0_, int M_, int N_) : m0(m0_), n0(n0_), M(M_), N(N_) {
+        const int t = from_here((int)threadIdx.x);
+        row = t % WARPGROUP / WARP * 16 + t % WARP / 4, column = t % 4 * 2;
+    }
+    __device__ int m(int i) const { return m0 + row + i % 2 * 8; }
+    __device__ int n(int i) const { return n0 + column + i / 2 * 8; }
+    __device__ bool has(int i, int e) const { return m(i) < M && n(i) + e < N; }
+    __device__ int64_t at(int i, int e) const { return (int64_t)m(i) * N + n(i) + e; }
+    __device__ Shared<uint32_t> pair(Shared<bf16> box, int i) const {
+        return shared_cast<uint32_t>(box + (tile_place(row + i % 2 * 8, i / 2 * 8) + column));
+    }
+};
+
+template <class S, Product = S::product>
+struct Writer {
+    const Places<S> &places;
+    const Output &o;
+    const Boxes &boxes;
+    const Work &work;
+    const int consumer;
+
+    __device__ Writer(const Places<S> &places_, const Output &o_, const Boxes &boxes_, const Work &work_, int consumer_)
+        : places(places_), o(o_), boxes(boxes_), work(work_), consumer(consumer_) {}
+
+    __device__ static bool first() { return threadIdx.x % WARPGROUP == 0; }
+    __device__ Shared<bf16> box(int i) const { return places.room(consumer, i); }
+
+    /* The next in turn, from which what left has been read. */
+    __device__ Shared<bf16> next_box(int &turn) const {
+        if (boxes.go && turn >= S::BOXES) {
+            if (first()) tile_store_wait_read<S::BOXES - 1>();
+            sync_consumer<S>(consumer);
+        }
+        return box(turn++ % S::BOXES);
+    }
+
+    /* Pair i of `from`, or of the box where that came by TMA. */
+    __device__ void read(float (&x)[2], const act *from, int comes, Shared<bf16> box, const Spot &spot, int i) const {
+        if (boxes.come == comes) {
+            const uint32_t two = spot.pair(box, i)[0];
+            x[0] = float_of_bits(two << 16), x[1] = float_of_bits(two & 0xffff0000u);
+            return;
+        }
+        for (int e = 0; e < 2; e++) x[e] = spot.has(i, e) ? to_float(from[spot.at(i, e)]) : 0.0f;
+    }
+
+    __device__ void send(act *to, const TensorMap &map, Shared<bf16> box, const float (&x)[2 * PAIRS],
+                         const Spot &spot) const {
+        if (!boxes.go) {
+#pragma unroll
+            for (int i = 0; i < 2 * PAIRS; i++)
+                if (spot.has(i / 2, i % 2)) from_float(to[spot.at(i / 2, i % 2)], x[i]);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) spot.pair(box, i)[0] = pack_bf16(x[2 * i], x[2 * i + 1]);
+        fence_async();
+        sync_consumer<S>(consumer);
+        if (!first()) return;
+        tile_store(map, box, spot.m0, spot.n0);
+        tile_store_commit();
+    }
+
+    __device__ void add(float (&x)[2 * PAIRS], Shared<bf16> box, const Spot &spot) const {
+        if (!o.add) return;
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            float two[2];
+            read(two, o.add, ADD, box, spot, i);
+            x[2 * i] += two[0], x[2 * i + 1] += two[1];
+        }
+    }
+
+    /* The same of sums as `write` of linear.cuh. */
+    __device__ void write_box(float (&x)[2 * PAIRS], Shared<bf16> box, int &turn, const Spot &spot) const {
+        if (S::product == FORWARD) {
+#pragma unroll
+            for (int i = 0; i < 2 * PAIRS; i++) {
+                const int n = spot.n(i / 2) + i % 2;
+                if (o.bias && n < spot.N) x[i] += o.bias[n];
+            }
+            if (o.pre) {
+                send(o.pre, boxes.pre, box, x, spot);
+                box = next_box(turn);
+            }
+#pragma unroll
+            for (int i = 0; i < 2 * PAIRS; i++) x[i] = gelu(o.fn, x[i]);
+        } else if (o.fn != FN_NONE) {
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) {
+                float two[2];
+                read(two, o.given, GIVEN, box, spot, i);
+                x[2 * i] *= gelu_slope(o.fn, two[0]), x[2 * i + 1] *= gelu_slope(o.fn, two[1]);
+            }
+        }
+        add(x, box, spot);
+        send(o.out, boxes.out, box, x, spot);
+    }
+
+    /* A consumer's part of the block's tile of that number, from row m0 on. */
+    __device__ void write(const Total<S> &total, const Item &it, int m0, int tile) const {
+        int turn = 0;
+        if (boxes.come != NOTHING) barrier_wait(places.room_full(consumer), (uint32_t)tile & 1);
+        else if (boxes.go) sync_consumer<S>(consumer); /* hand_back has waited */
+#pragma unroll 1                                       /* the code of the functions is there once */
+        for (int i = 0; i < S::BOXES; i++) {
+            const Spot spot(m0 + i / S::ROW_BOXES * SLICE, it.n0 + i % S::ROW_BOXES * TILE_WIDTH, work.M, work.N);
+            if (spot.m0 >= work.M || spot.n0 >= work.N) continue;
+            float x[2 * PAIRS];
+#pragma unroll
+            for (int j = 0; j < S::BOXES; j++) {
+                if (j != i) continue; /* registers have no index */
+#pragma unroll
+                for (int k = 0; k < 2 * PAIRS; k++) x[k] = total.read(j * 2 * PAIRS + k);
+            }
+            write_box(x, boxes.come != NOTHING ? box(i) : next_box(turn), turn, spot);
+        }
+    }
+
+    /* Behind a tile, which may still be under way: when all of it has left, the room is free. */
+    __device__ void hand_back() const {
+        if (!boxes.go || !first()) return;
+        tile_store_wait_read<0>();
+        if (boxes.come != NOTHING) barrier_arrive(places.room_empty(consumer));
+    }
+
+    __device__ void finish() const {
+        if (first()) tile_store_wait_read<0>();
+    }
+};
+
+/* Gradients of weights: floats, through shared memory so that a row is written by neighbours. */
+template <class S>
+struct Writer<S, WEIGHT> {
+    const Places<S> &places;
+    const Output &o;
+    const Work &work;
+    const int consumer;
+
+    __device__ Writer(const Places<S> &places_, const Output &o_, const Boxes &, const Work &work_, int consumer_)
+        : places(places_), o(o_), work(work_), consumer(consumer_) {}
+
+    /* Where value (r, c) of a chunk lies: groups of 4 change places by row, so that lanes of a row or column of an
+     * mma's result meet different banks; 8 values from a multiple of 8 on stay together. */
+    __device__ static int staged(int r, int c) { return r * STRIP + ((c / 4 ^ r % 4 * 2) * 4) + c % 4; }
+
+    __device__ void write(const Total<S> &total, const Item &it, int m0, int) const {
+        Output mine = o;
+        mine.grad += (int64_t)it.part * work.M * work.N;
+        for (int i = 0; i < S::SLICES; i++) write_slice(mine, total, i, m0 + i * SLICE, it.n0);
+    }
+
+    /* A slice of 64 rows, from m0. */
+    __device__ void write_slice(const Output &mine, const Total<S> &total, int slice, int m0, int n0) const {
+        const Shared<float> staging = shared_cast<float>(places.room(consumer, 0));
+        const int t = (int)threadIdx.x % WARPGROUP, row = t / WARP * 16 + lane_index() / 4;
+        const int column = lane_index() % 4 * 2;
+#pragma unroll 1
+        for (int chunk = 0; chunk < S::BN / STRIP; chunk++) {
+            if (n0 + chunk * STRIP >= work.N || m0 >= work.M) return;
+            sync_consumer<S>(consumer); /* the chunk before has been read */
+#pragma unroll
+            for (int c = 0; c < S::BN / STRIP; c++) {
+                if (c != chunk) continue;
+#pragma unroll
+                for (int i = 0; i < STRIP / 2; i++)
+                    staging[staged(row + i % 4 / 2 * 8, i / 4 * 8 + column + i % 2)] =
+                        total.read(slice * S::BN / 2 + c * (STRIP / 2) + i);
+            }
+            sync_consumer<S>(consumer);
+            write_chunk(mine, staging, m0, n0 + chunk * STRIP);
+        }
+    }
+
+    __device__ void write_chunk(const Output &mine, Shared<float> staging, int m0, int n0) const {
+#pragma unroll 1
+        for (int i = (int)threadIdx.x % WARPGROUP; i < STAGING / VEC; i += WARPGROUP) {
+            const int r = i / (STRIP / VEC), c = i % (STRIP / VEC) * VEC, n = n0 + c;
+            if (m0 + r >= work.M || n >= work.N) continue;
+            float x[VEC];
+#pragma unroll
+            for (int j = 0; j < VEC; j += 4) {
+                const uint4 four = shared_cast<uint4>(staging + (staged(r, c) + j))[0];
+                x[j] = float_of_bits(four.x), x[j + 1] = float_of_bits(four.y);
+                x[j + 2] = float_of_bits(four.z), x[j + 3] = float_of_bits(four.w);
+            }
+            ::write<WEIGHT>(mine, x, m0 + r, n, work.N, work.N - n);
+        }
+    }
+
+    __device__ void hand_back() const {}
+    __device__ void finish() const {}
+};
+
+}  // namespace
