@@ -189,6 +189,7 @@ __device__ float max_before(const float *maxima, int pages, bool there) {
 template <int W, bool fast>
 __global__ void __launch_bounds__(TILE_THREADS, 4) weigh_pages(Paged p) {
     SHARED_DYNAMIC(bf16, memory);
+    launch_next(), wait_earlier();
     const Part part(p);
     if (part.count > FEW) return;
     const Cached<bf16> keys(p, part);
@@ -239,6 +240,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) weigh_pages(Paged p) {
 /* A block for each of FEW queries of a head of a row, a thread for each value: the pages in order. */
 __global__ void __launch_bounds__(MOST_ON_TENSOR_CORES) add_pages(Paged p) {
     const int token = (int)blockIdx.x % FEW, h = (int)blockIdx.x / FEW % p.NH, r = (int)blockIdx.x / FEW / p.NH;
+    launch_next(), wait_earlier();
     const int begin = p.first[r], count = p.first[r + 1] - begin, i = (int)threadIdx.x;
     if (count > FEW || token >= count || i >= p.HS) return;
     const int group = p.group(), pages = (p.past[r] + token) / KEY_BLOCK + 1;
@@ -258,6 +260,7 @@ __global__ void __launch_bounds__(MOST_ON_TENSOR_CORES) add_pages(Paged p) {
 
 template <int W, bool fast>
 __global__ void __launch_bounds__(TILE_THREADS, 2) write_and_attend(Paged p) {
+    launch_next(), wait_earlier();
     const Part part(p);
     const Cached<bf16> keys(p, part);
     if (part.count == 0) return;
@@ -278,6 +281,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) write_and_attend(Paged p) {
 
 template <bool rounded, class T>
 __global__ void __launch_bounds__(TILE_THREADS, 4) write_and_attend_plain(Paged p) {
+    launch_next(), wait_earlier();
     const Part part(p);
     const Cached<T> keys(p, part);
     if (part.h % p.group() == 0) keys.write(part, p.slots);
@@ -292,9 +296,9 @@ void launch_paged(Paged p, const char *op) {
     const int64_t blocks = (int64_t)p.R * p.NH * p.slots, queries = (int64_t)p.R * p.NH * FEW, pages = queries * p.P;
     p.scores = (float *)scratch((size_t)pages * (KEY_BLOCK + 2 + p.HS) * sizeof(float));
     p.maxima = p.scores + pages * KEY_BLOCK, p.sums = p.maxima + pages, p.outputs = p.sums + pages;
-    launch(Grid(blocks, TILE_THREADS, FewShape<W>::BYTES, op), write_and_attend<W, fast>, p);
-    launch(Grid(blocks, TILE_THREADS, TILE_WARPS * KEY_BLOCK * W * sizeof(bf16), op), weigh_pages<W, fast>, p);
-    launch(Grid(queries, threads_for(p.HS, MOST_ON_TENSOR_CORES), 0, op), add_pages, p);
+    launch_early(Grid(blocks, TILE_THREADS, FewShape<W>::BYTES, op), write_and_attend<W, fast>, p);
+    launch_early(Grid(blocks, TILE_THREADS, TILE_WARPS * KEY_BLOCK * W * sizeof(bf16), op), weigh_pages<W, fast>, p);
+    launch_early(Grid(queries, threads_for(p.HS, MOST_ON_TENSOR_CORES), 0, op), add_pages, p);
 }
 
 }  // namespace
@@ -312,7 +316,8 @@ void OPERATOR(attention_paged)(act *out, void *pages, const act *qkv, const int3
     p.scale = score_scale(HS), p.factor = LOG2_E * p.scale;
     if (!on_tensor_cores(prec, HS)) {
         const Grid grid((int64_t)R * NH * p.slots, TILE_THREADS, plain_bytes(HS));
-        launch(grid, prec == PREC_BF16 ? write_and_attend_plain<true, bf16> : write_and_attend_plain<false, float>, p);
+        launch_early(grid,
+                     prec == PREC_BF16 ? write_and_attend_plain<true, bf16> : write_and_attend_plain<false, float>, p);
     } else if (is_fast(64, HS, qkv, out)) launch_paged<64, sizeof(act) == 2>(p, __func__);
     else if (HS <= 64) launch_paged<64, false>(p, __func__);
     else if (is_fast(128, HS, qkv, out)) launch_paged<128, sizeof(act) == 2>(p, __func__);

@@ -11,6 +11,7 @@ __device__ int64_t my_place() { return ((int64_t)blockIdx.x * THREADS + threadId
 
 __global__ void __launch_bounds__(THREADS) to_floats(float *out, const act *in, int64_t n) {
     const int64_t at = my_place();
+    launch_next(), wait_earlier();
     if (at >= n) return;
     const Pack<act, VEC> x = load<VEC>(in + at, n - at);
     float y[VEC];
@@ -21,6 +22,7 @@ __global__ void __launch_bounds__(THREADS) to_floats(float *out, const act *in, 
 
 __global__ void __launch_bounds__(THREADS) to_acts(act *out, const float *in, int64_t n) {
     const int64_t at = my_place();
+    launch_next(), wait_earlier();
     if (at >= n) return;
     const Pack<float, VEC> x = load<VEC>(in + at, n - at);
     float y[VEC];
@@ -32,6 +34,7 @@ __global__ void __launch_bounds__(THREADS) to_acts(act *out, const float *in, in
 /* out = fn(in); with dout: dout * fn'(in) */
 __global__ void __launch_bounds__(THREADS) apply(act *out, const act *dout, const act *in, int fn, int64_t n) {
     const int64_t at = my_place();
+    launch_next(), wait_earlier();
     if (at >= n) return;
     const Pack<act, VEC> x = load<VEC>(in + at, n - at);
     Pack<act, VEC> d = {};
@@ -44,16 +47,20 @@ __global__ void __launch_bounds__(THREADS) apply(act *out, const act *dout, cons
 
 }  // namespace
 
-void OPERATOR(act_read)(float *out, const act *in, int64_t n) { launch(grid_for(n, __func__), to_floats, out, in, n); }
+void OPERATOR(act_read)(float *out, const act *in, int64_t n) {
+    launch_early(grid_for(n, __func__), to_floats, out, in, n);
+}
 
-void OPERATOR(act_write)(act *out, const float *in, int64_t n) { launch(grid_for(n, __func__), to_acts, out, in, n); }
+void OPERATOR(act_write)(act *out, const float *in, int64_t n) {
+    launch_early(grid_for(n, __func__), to_acts, out, in, n);
+}
 
 void OPERATOR(gelu_forward)(act *out, const act *in, int fn, int N, int F) {
     const int64_t n = (int64_t)N * F;
-    launch(grid_for(n, __func__), apply, out, (const act *)NULL, in, fn, n);
+    launch_early(grid_for(n, __func__), apply, out, (const act *)NULL, in, fn, n);
 }
 
 void OPERATOR(gelu_backward)(act *din, const act *dout, const act *in, int fn, int N, int F) {
     const int64_t n = (int64_t)N * F;
-    launch(grid_for(n, __func__), apply, din, dout, in, fn, n);
+    launch_early(grid_for(n, __func__), apply, din, dout, in, fn, n);
 }

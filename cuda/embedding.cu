@@ -13,7 +13,9 @@ __device__ int64_t position(const int32_t *starts, int64_t bt, int T) { return b
 
 __global__ void __launch_bounds__(MOST_THREADS) forward(act *out, const int32_t *tokens, const int32_t *starts,
                                                         const void *wte, int held, const float *wpe, int T, int C) {
-    const int64_t bt = blockIdx.x, p = position(starts, bt, T);
+    const int64_t bt = blockIdx.x;
+    launch_next(), wait_earlier();
+    const int64_t p = position(starts, bt, T);
     for (int c = (int)threadIdx.x * VEC; c < C; c += (int)blockDim.x * VEC) {
         const Pack<float, VEC> token = load_held<VEC>(wte, held, C, tokens[bt], c, C - c);
         Pack<float, VEC> place = {};
@@ -37,6 +39,7 @@ struct Keys {
 
 __global__ void __launch_bounds__(MOST_THREADS) positions(int32_t *key, const int32_t *starts, int N, int T) {
     const int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    launch_next(), wait_earlier();
     if (n < N) key[n] = (int32_t)position(starts, n, T);
 }
 
@@ -55,6 +58,7 @@ __device__ int load_tile(Shared<int> digits, const Keys &k) {
 /* counts (DIGITS, tiles) */
 __global__ void __launch_bounds__(DIGITS) count_digits(int32_t *counts, Keys k) {
     SHARED(int, digits, TILE);
+    launch_next(), wait_earlier();
     const int count = load_tile(digits, k);
     int found = 0;
     for (int i = 0; i < count; i++) found += digits[i] == (int)threadIdx.x;
@@ -67,6 +71,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan(int32_t *counts, int n) {
     const int share = (n + SCAN_THREADS - 1) / SCAN_THREADS, begin = (int)threadIdx.x * share;
     const int end = begin + share < n ? begin + share : n;
     int mine = 0;
+    launch_next(), wait_earlier();
     for (int i = begin; i < end; i++) mine += counts[i];
     int up_to = mine; /* in the warp, this lane included */
     for (int lanes = 1; lanes < WARP; lanes *= 2) {
@@ -86,6 +91,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan(int32_t *counts, int n) {
 
 __global__ void __launch_bounds__(DIGITS) place(int32_t *sorted, const int32_t *counts, Keys k) {
     SHARED(int, digits, TILE);
+    launch_next(), wait_earlier();
     const int count = load_tile(digits, k);
     const int64_t first = (int64_t)blockIdx.x * TILE;
     int to = counts[(int64_t)threadIdx.x * gridDim.x + blockIdx.x];
@@ -104,9 +110,9 @@ const int32_t *sort(const Sorting &w, const int32_t *key, int N, int64_t keys, c
     const int32_t *order = NULL;
     for (int shift = 0, turn = 0; shift == 0 || (keys - 1) >> shift > 0; shift += DIGIT_BITS, turn ^= 1) {
         const Keys k = {key, order, N, shift};
-        launch(Grid(tiles, DIGITS, 0, op), count_digits, w.counts, k);
-        launch(Grid(1, SCAN_THREADS, 0, op), scan, w.counts, (int)(tiles * DIGITS));
-        launch(Grid(tiles, DIGITS, 0, op), place, w.order[turn], w.counts, k);
+        launch_early(Grid(tiles, DIGITS, 0, op), count_digits, w.counts, k);
+        launch_early(Grid(1, SCAN_THREADS, 0, op), scan, w.counts, (int)(tiles * DIGITS));
+        launch_early(Grid(tiles, DIGITS, 0, op), place, w.order[turn], w.counts, k);
         order = w.order[turn];
     }
     return order;
@@ -121,6 +127,7 @@ __global__ void __launch_bounds__(RUNS *WARP)
     add_rows(float *dtable, const act *dout, const int32_t *key, const int32_t *order, int N, int C, int strips) {
     const int64_t task = (int64_t)blockIdx.x * RUNS + warp_index(), first = task / strips;
     const int c = ((int)(task % strips) * WARP + lane_index()) * VEC;
+    launch_next(), wait_earlier();
     if (first >= N || c >= C) return;
     const int32_t row = key[order[first]];
     if (first > 0 && key[order[first - 1]] == row) return;
@@ -141,16 +148,16 @@ __global__ void __launch_bounds__(RUNS *WARP)
 
 void add_runs(float *dtable, const act *dout, const int32_t *key, const int32_t *order, int N, int C, const char *op) {
     const int64_t strips = divide_up(C, WARP * VEC);
-    launch(Grid(divide_up(N * strips, RUNS), RUNS * WARP, 0, op), add_rows, dtable, dout, key, order, N, C,
-           (int)strips);
+    launch_early(Grid(divide_up(N * strips, RUNS), RUNS * WARP, 0, op), add_rows, dtable, dout, key, order, N, C,
+                 (int)strips);
 }
 
 }  // namespace
 
 void OPERATOR(embedding_forward)(act *out, const int32_t *tokens, const int32_t *starts, const void *wte, int held,
                                  const float *wpe, int B, int T, int C) {
-    launch(Grid((int64_t)B * T, threads_for(divide_up(C, VEC), MOST_THREADS)), forward, out, tokens, starts, wte, held,
-           wpe, T, C);
+    launch_early(Grid((int64_t)B * T, threads_for(divide_up(C, VEC), MOST_THREADS)), forward, out, tokens, starts, wte,
+                 held, wpe, T, C);
 }
 
 void OPERATOR(embedding_backward)(float *dwte, float *dwpe, const act *dout, const int32_t *tokens,
@@ -164,6 +171,6 @@ void OPERATOR(embedding_backward)(float *dwte, float *dwpe, const act *dout, con
     int32_t *key = w + 2 * (int64_t)N + counts;
     add_runs(dwte, dout, tokens, sort(sorting, tokens, N, V, op), N, C, op);
     if (!dwpe) return;
-    launch(Grid(divide_up(N, MOST_THREADS), MOST_THREADS), positions, key, starts, N, T);
+    launch_early(Grid(divide_up(N, MOST_THREADS), MOST_THREADS), positions, key, starts, N, T);
     add_runs(dwpe, dout, key, sort(sorting, key, N, T, op), N, C, op);
 }

@@ -206,6 +206,7 @@ __global__ void __launch_bounds__(THREADS) round_rows(bf16 *y, Matrix<T> x, int 
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     const int64_t r = i / (ld / CHUNK);
     const int c = (int)(i % (ld / CHUNK)) * CHUNK;
+    launch_next(), wait_earlier();
     if (r >= x.rows) return;
     float values[CHUNK];
     load_chunk(values, x, r, c);
@@ -232,7 +233,7 @@ Matrix<bf16> rounded(char *&room, const Matrix<T> &x, const char *op) {
     bf16 *y = (bf16 *)room;
     const int ld = chunks_of(x.cols);
     room += room_for(x);
-    launch(Grid(divide_up((int64_t)x.rows * (ld / CHUNK), THREADS), THREADS, 0, op), round_rows<T>, y, x, ld);
+    launch_early(Grid(divide_up((int64_t)x.rows * (ld / CHUNK), THREADS), THREADS, 0, op), round_rows<T>, y, x, ld);
     return {y, x.rows, x.cols, ld};
 }
 

@@ -3,14 +3,14 @@
  *
  * A tile of product_bf16 would leave most of the GPU idle: of 128 rows one is there, and of 768 columns 12 blocks get
  * 64 each.  Here a block has 8 columns, and each of its warps a block of 512 values of k: 8 KB of weights, all on their
- * way at once.  The chains are those of product_bf16, by the same instruction, added in the same order: a row has the
- * bits that it has among many. */
+ * way at once; they are asked for, as far as the L2, while the kernel before still runs.  The chains are those of
+ * product_bf16, by the same instruction, added in the same order: a row has the bits that it has among many. */
 #pragma once
 #include "linear.cuh"
 
 namespace {
 
-enum { FEW = 16, FEW_COLUMNS = 8, FEW_K = K_BLOCK * 2, FEW_WARPS = 4, FEW_GROUPS = 4 };
+enum { FEW = 16, FEW_COLUMNS = 8, FEW_K = K_BLOCK * 2, FEW_WARPS = 4, FEW_GROUPS = 4, FEW_EARLY = 1024 };
 
 /* Blocks of k; warps; and of each warp: rows of weights, then of activations. */
 inline __device__ __host__ int few_blocks(int K) { return (K + FEW_K - 1) / FEW_K; }
@@ -32,6 +32,15 @@ __device__ inline void few_fetch(Shared<bf16> to, const Matrix<bf16> &x, int r0,
     }
 }
 
+/* What this block reads besides the rows, which the kernel before may still be writing: of blocks that may be there
+ * before that has ended.  Rows of weights lie one behind the other. */
+__device__ inline void few_prefetch(const Output &o, const Matrix<bf16> &b, int n0, int N) {
+    if (threadIdx.x > 0 || blockIdx.x >= FEW_EARLY) return;
+    const int columns = N - n0 < FEW_COLUMNS ? N - n0 : FEW_COLUMNS;
+    prefetch_l2(b.p + n0 * b.ld, (size_t)(columns * b.ld) * sizeof(bf16));
+    if (o.bias && on_16_bytes(o.bias) && columns == FEW_COLUMNS) prefetch_l2(o.bias + n0, FEW_COLUMNS * sizeof(float));
+}
+
 /* out (M, N) of M <= FEW rows a and N rows b. */
 __global__ void __launch_bounds__(FEW_WARPS *WARP)
     product_few(Output o, Matrix<bf16> a, Matrix<bf16> b, int M, int N, int K) {
@@ -42,7 +51,10 @@ __global__ void __launch_bounds__(FEW_WARPS *WARP)
                        columns = memory + warp * FEW_COLUMNS * FEW_K;
     const Shared<bf16> rows = memory + (warps * FEW_COLUMNS + warp * M) * FEW_K;
     const Shared<float> sums = shared_cast<float>(zeros + CHUNK);
+    launch_next();
+    few_prefetch(o, b, n0, N);
     if (threadIdx.x == 0) shared_cast<uint4>(zeros)[0] = {0, 0, 0, 0}; /* rows from M on */
+    wait_earlier();
     __syncthreads();
     for (int block = warp; block < blocks; block += warps) {
         const int k0 = block * FEW_K;
@@ -95,7 +107,7 @@ inline bool are_few(int M, int K) { return M > 0 && M <= FEW && few_bytes(M, K) 
 inline void multiply_few(const Output &o, const Matrix<bf16> &a, const Matrix<bf16> &b, int M, int N, int K,
                          const char *op) {
     const Grid grid(divide_up(N, FEW_COLUMNS), few_warps(K) * WARP, few_bytes(M, K), op);
-    launch(grid, product_few, o, a, b, M, N, K);
+    launch_early(grid, product_few, o, a, b, M, N, K);
 }
 
 }  // namespace

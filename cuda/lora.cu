@@ -20,6 +20,7 @@ __device__ int group_of(const int32_t *rows, int J, int o, int64_t &place) {
 __global__ void __launch_bounds__(THREADS)
     spread(float *dense, const float *blocks, const int32_t *rows, float scale, int J, int r, int64_t values) {
     const int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    launch_next(), wait_earlier();
     if (at >= values) return;
     const int width = J * r, o = (int)(at / width), k = (int)(at % width);
     int64_t place = 0;
@@ -30,6 +31,7 @@ __global__ void __launch_bounds__(THREADS)
 __global__ void __launch_bounds__(THREADS) gather(float *dblocks, const float *ddense, const int32_t *rows, float scale,
                                                   int accumulate, int J, int r, int64_t values) {
     const int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    launch_next(), wait_earlier();
     if (at >= values) return;
     const int width = J * r, o = (int)(at / width), k = (int)(at % width);
     int64_t place = 0;
@@ -43,11 +45,12 @@ __global__ void __launch_bounds__(THREADS) gather(float *dblocks, const float *d
 
 void OPERATOR(lora_spread)(float *dense, const float *blocks, const int32_t *rows, float scale, int J, int r, int OC) {
     const int64_t values = (int64_t)OC * J * r;
-    launch(Grid(divide_up(values, THREADS), THREADS), spread, dense, blocks, rows, scale, J, r, values);
+    launch_early(Grid(divide_up(values, THREADS), THREADS), spread, dense, blocks, rows, scale, J, r, values);
 }
 
 void OPERATOR(lora_gather)(float *dblocks, const float *ddense, const int32_t *rows, float scale, int accumulate, int J,
                            int r, int OC) {
     const int64_t values = (int64_t)OC * J * r;
-    launch(Grid(divide_up(values, THREADS), THREADS), gather, dblocks, ddense, rows, scale, accumulate, J, r, values);
+    launch_early(Grid(divide_up(values, THREADS), THREADS), gather, dblocks, ddense, rows, scale, accumulate, J, r,
+                 values);
 }

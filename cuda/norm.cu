@@ -27,11 +27,20 @@ __device__ float row_sum(const act *x, float shift, int C, bool square) {
     return warp_sum(sum);
 }
 
+/* A row of floats that no kernel before writes is on its way while that still runs. */
+__device__ void prefetch_row(const float *row, int C) {
+    const size_t bytes = (size_t)C * sizeof(float) / 16 * 16;
+    if (row && bytes && on_16_bytes(row)) prefetch_l2(row, bytes);
+}
+
 template <bool with_mean>
 __global__ void __launch_bounds__(ROWS *WARP)
     norm_forward(act *out, float *mean, float *rstd, const act *in, const float *weight, const float *bias, float eps,
                  int N, int C) {
     const int64_t n = (int64_t)blockIdx.x * ROWS + warp_index();
+    launch_next();
+    if (blockIdx.x == 0 && threadIdx.x == 0) prefetch_row(weight, C), prefetch_row(bias, C);
+    wait_earlier();
     if (n >= N) return;
     const act *x = in + n * C;
     const float m = with_mean ? row_sum(x, 0.0f, C, false) / (float)C : 0.0f;
@@ -136,6 +145,7 @@ __device__ void backward_chunk(const Backward &p, Sums sums) {
 template <bool with_mean, bool in_shared>
 __global__ void __launch_bounds__(MOST_THREADS) norm_backward(Backward p) {
     float *partial = p.partial + blockIdx.x * place(p, SUMS, 0, 0);
+    launch_next(), wait_earlier();
     if (!in_shared) return backward_chunk<with_mean>(p, partial);
     SHARED_DYNAMIC(float, sums);
     backward_chunk<with_mean>(p, sums);
@@ -155,6 +165,7 @@ __global__ void __launch_bounds__(GROUPS *WARP) add_chunks(Backward p) {
     const int share = (p.chunks + GROUPS - 1) / GROUPS, begin = warp_index() * share;
     const int end = begin + share < p.chunks ? begin + share : p.chunks;
     double sum = 0.0;
+    launch_next(), wait_earlier();
     for (int chunk = begin; grad && chunk < end; chunk++) sum += (double)p.partial[chunk * width + at];
     parts[threadIdx.x] = sum;
     __syncthreads();
@@ -174,21 +185,23 @@ void backward(Backward p, const char *op) {
     const size_t bytes = (size_t)width * sizeof(float);
     p.partial = (float *)scratch((size_t)p.chunks * bytes);
     const int threads = threads_for(p.vectors, MOST_THREADS);
-    if (bytes <= 40 << 10) launch(Grid(p.chunks, threads, bytes, op), norm_backward<with_mean, true>, p);
-    else launch(Grid(p.chunks, threads, 0, op), norm_backward<with_mean, false>, p);
-    launch(Grid(divide_up(width, WARP), GROUPS * WARP, 0, op), add_chunks, p);
+    if (bytes <= 40 << 10) launch_early(Grid(p.chunks, threads, bytes, op), norm_backward<with_mean, true>, p);
+    else launch_early(Grid(p.chunks, threads, 0, op), norm_backward<with_mean, false>, p);
+    launch_early(Grid(divide_up(width, WARP), GROUPS * WARP, 0, op), add_chunks, p);
 }
 
 }  // namespace
 
 void OPERATOR(layernorm_forward)(act *out, float *mean, float *rstd, const act *in, const float *weight,
                                  const float *bias, float eps, int N, int C) {
-    launch(Grid(divide_up(N, ROWS), ROWS * WARP), norm_forward<true>, out, mean, rstd, in, weight, bias, eps, N, C);
+    launch_early(Grid(divide_up(N, ROWS), ROWS * WARP), norm_forward<true>, out, mean, rstd, in, weight, bias, eps, N,
+                 C);
 }
 
 void OPERATOR(rmsnorm_forward)(act *out, float *rstd, const act *in, const float *weight, float eps, int N, int C) {
     float *none = NULL;
-    launch(Grid(divide_up(N, ROWS), ROWS * WARP), norm_forward<false>, out, none, rstd, in, weight, none, eps, N, C);
+    launch_early(Grid(divide_up(N, ROWS), ROWS * WARP), norm_forward<false>, out, none, rstd, in, weight, none, eps, N,
+                 C);
 }
 
 void OPERATOR(layernorm_backward)(act *din, float *dweight, float *dbias, float *dbias_in, const act *dout,

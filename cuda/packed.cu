@@ -11,6 +11,7 @@ enum { THREADS = 256, WARPS = THREADS / WARP };
 /* A warp for each group of 64 values of a row. */
 __global__ void __launch_bounds__(THREADS) quantise_rows(Group *out, const act *in, int C, int64_t groups) {
     const int64_t g = (int64_t)blockIdx.x * WARPS + warp_index();
+    launch_next(), wait_earlier();
     if (g >= groups) return;
     const int64_t n = g / groups_of(C);
     const int first = (int)(g % groups_of(C)) * INT8_GROUP;
@@ -26,6 +27,7 @@ __global__ void __launch_bounds__(THREADS)
     product_int8(act *out, const Group *rows, const Group *weight, const float *bias, const act *residual, int fn,
                  int C, int OC, int64_t values) {
     const int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    launch_next(), wait_earlier();
     if (at >= values) return;
     const int G = groups_of(C);
     const Group *a = rows + at / OC * G, *b = weight + at % OC * G;
@@ -60,7 +62,7 @@ void OPERATOR(linear_packed)(act *out, const act *in, const void *packed, const 
     }
     const int64_t groups = (int64_t)N * groups_of(C), values = (int64_t)N * OC;
     Group *rows = (Group *)scratch((size_t)groups * sizeof(Group));
-    launch(Grid(divide_up(groups, WARPS), THREADS), quantise_rows, rows, in, C, groups);
-    launch(Grid(divide_up(values, THREADS), THREADS), product_int8, out, rows, (const Group *)packed, bias, residual,
-           fn, C, OC, values);
+    launch_early(Grid(divide_up(groups, WARPS), THREADS), quantise_rows, rows, in, C, groups);
+    launch_early(Grid(divide_up(values, THREADS), THREADS), product_int8, out, rows, (const Group *)packed, bias,
+                 residual, fn, C, OC, values);
 }

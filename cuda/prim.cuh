@@ -128,6 +128,34 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* ---- kernels that begin before those in front of them have ended: launch_early in runtime.h ---- */
+
+/* The next kernel's blocks may begin where there is room, as soon as each block of this one has said so or has ended.
+ * All of this one are then at work or done, and so are all of those before it: what has begun early waits for blocks
+ * that have their place, never for some that it keeps out.  It tells nothing of what was written. */
+__device__ inline void launch_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/* Until the kernel before is complete; behind it all that it wrote is seen.  Each thread says it once, before it
+ * touches global memory.  A kernel is complete when all its threads are, so that one which waits has all earlier ones
+ * behind it only as far as they waited too.  On GPUs before sm_90 no kernel begins early, and there is nothing to wait
+ * for. */
+__device__ inline void wait_earlier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/* Bytes that will be read, whole words of 16, to the L2 cache: by one thread, and without waiting.  It may come before
+ * wait_earlier, for it reads nothing: all SMs share the L2, and what is written later is written there. */
+__device__ inline void prefetch_l2(const void *p, size_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"((uint32_t)bytes)
+                 : "memory");
+#endif
+}
+
 #else
 #include "emulate/emulate.h"
 #endif

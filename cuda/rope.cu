@@ -10,6 +10,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
     turn(act *qkv, const float *cos, const float *sin, const int32_t *starts, float direction, int T, int heads,
          int stride, int half) {
     const int64_t bt = blockIdx.x;
+    launch_next(), wait_earlier();
     const int64_t position = bt % T - (starts ? starts[bt] : 0);
     const int vectors = (half + VEC - 1) / VEC;
     for (int k = (int)threadIdx.x; k < heads * vectors; k += (int)blockDim.x) {
@@ -33,8 +34,8 @@ void rope(act *qkv, const float *cos, const float *sin, const int32_t *starts, f
           int NKV, int HS, const char *op) {
     const int half = HS / 2, heads = NH + NKV;
     const int threads = threads_for((int64_t)heads * divide_up(half, VEC), MOST_THREADS);
-    launch(Grid((int64_t)B * T, threads, 0, op), turn, qkv, cos, sin, starts, direction, T, heads, (NH + 2 * NKV) * HS,
-           half);
+    launch_early(Grid((int64_t)B * T, threads, 0, op), turn, qkv, cos, sin, starts, direction, T, heads,
+                 (NH + 2 * NKV) * HS, half);
 }
 
 }  // namespace

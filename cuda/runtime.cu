@@ -23,6 +23,8 @@ bool worked(cudaError_t e, const char *op) {
     return e == cudaSuccess;
 }
 
+__global__ void nothing() {}
+
 /* More than the 48 KB that every kernel may have must be asked for; once for each kernel would do, but it is cheap. */
 enum { WITHOUT_ASKING = 48 << 10 };
 
@@ -58,6 +60,15 @@ bool may_launch(const Grid &g, const void *kernel) {
 }
 
 void after_launch(const Grid &g) { worked(cudaGetLastError(), g.op); }
+
+/* Not the GPU decides but what the code was made for: PTX of sm_80 does not wait on any. */
+bool can_wait(void) {
+    static int can = -1;
+    if (can >= 0) return can;
+    cudaFuncAttributes of = {};
+    if (worked(cudaFuncGetAttributes(&of, (const void *)nothing), "can_wait")) can = of.ptxVersion >= 90;
+    return can == 1;
+}
 
 const char *barelm_cuda_open(int device) {
     static char why[256];

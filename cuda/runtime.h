@@ -19,7 +19,8 @@ struct Grid {
     int threads;
     size_t shared;
     const char *op;
-    bool sm90 = false; /* the kernel uses words of prim_sm90.cuh */
+    bool sm90 = false;  /* the kernel uses words of prim_sm90.cuh */
+    bool early = false; /* it may begin before the one in front of it has ended: see launch_early */
     Grid(int64_t blocks_, int threads_, size_t shared_ = 0, const char *op_ = __builtin_FUNCTION())
         : blocks(blocks_), threads(threads_), shared(shared_), op(op_) {}
 };
@@ -52,11 +53,20 @@ cudaStream_t cuda_stream();
 /* Whether a launch of g may go ahead: not after a failure, and not of nothing. */
 bool may_launch(const Grid &g, const void *kernel);
 void after_launch(const Grid &g);
+/* Whether kernels were compiled for sm_90 or newer, with words that wait. */
+bool can_wait(void);
 
 template <class... P, class... A>
 inline void launch(const Grid &g, void (*kernel)(P...), A... args) {
     if (!may_launch(g, (const void *)kernel)) return;
-    kernel<<<(unsigned)g.blocks, (unsigned)g.threads, g.shared, cuda_stream()>>>(static_cast<P>(args)...);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)g.blocks), config.blockDim = dim3((unsigned)g.threads);
+    config.dynamicSmemBytes = g.shared, config.stream = cuda_stream();
+    config.attrs = &early, config.numAttrs = g.early && can_wait();
+    cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
     after_launch(g);
 }
 #else
@@ -65,10 +75,19 @@ inline void launch(const Grid &g, void (*kernel)(P...), A... args) {
     auto thread = [=] { kernel(static_cast<P>(args)...); };
     static_assert(__is_trivially_copyable(decltype(thread)), "a recording keeps its bytes");
     emulate::launch(
-        {g.blocks, g.threads, g.shared, g.op, [](const void *f) { (*(const decltype(thread) *)f)(); }, g.sm90}, &thread,
-        sizeof thread);
+        {g.blocks, g.threads, g.shared, g.op, [](const void *f) { (*(const decltype(thread) *)f)(); }, g.sm90, g.early},
+        &thread, sizeof thread);
 }
 #endif
+
+/* A kernel whose threads all wait_earlier: its blocks may begin, and ask for what they will read, while the kernel
+ * before still runs.  A copy before it, and on an older GPU a kernel, is complete as always.  A recording keeps the
+ * launch so. */
+template <class... P, class... A>
+inline void launch_early(Grid g, void (*kernel)(P...), A... args) {
+    g.early = true;
+    launch(g, kernel, args...);
+}
 
 /* Whether the GPU runs code for sm_90a: Hopper. */
 bool is_sm90(void);

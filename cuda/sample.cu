@@ -245,6 +245,7 @@ __device__ void draw(int32_t *token, float *logprob, const Row &row, double u, f
 __global__ void __launch_bounds__(MOST_THREADS) sample(int32_t *tokens, float *logprobs, const float *logits,
                                                        const float *options, const double *u, int V, int Vp) {
     const int64_t n = blockIdx.x;
+    launch_next(), wait_earlier();
     const float *option = options + n * SAMPLE_COUNT;
     const float temperature = option[SAMPLE_TEMPERATURE], top_k = option[SAMPLE_TOP_K];
     const float top_p = option[SAMPLE_TOP_P], min_p = option[SAMPLE_MIN_P];
@@ -275,6 +276,6 @@ __global__ void __launch_bounds__(MOST_THREADS) sample(int32_t *tokens, float *l
 
 void OPERATOR(sample)(int32_t *tokens, float *logprobs, const float *logits, const float *options, const double *u,
                       int N, int V, int Vp) {
-    launch(Grid(N, threads_for(divide_up(V, STEP), MOST_THREADS)), ::sample, tokens, logprobs, logits, options, u, V,
-           Vp);
+    launch_early(Grid(N, threads_for(divide_up(V, STEP), MOST_THREADS)), ::sample, tokens, logprobs, logits, options, u,
+                 V, Vp);
 }

@@ -7,6 +7,7 @@ enum { MOST_THREADS = 256 };
 
 __global__ void __launch_bounds__(MOST_THREADS) forward(act *out, const act *in, int F) {
     const int64_t n = blockIdx.x;
+    launch_next(), wait_earlier();
     const act *gate = in + n * 2 * F, *up = gate + F;
     for (int f = (int)threadIdx.x * VEC; f < F; f += (int)blockDim.x * VEC) {
         const Pack<act, VEC> g = load<VEC>(gate + f, F - f), u = load<VEC>(up + f, F - f);
@@ -20,6 +21,7 @@ __global__ void __launch_bounds__(MOST_THREADS) forward(act *out, const act *in,
 /* silu = gate * s, silu' = s + gate * s * (1 - s) */
 __global__ void __launch_bounds__(MOST_THREADS) backward(act *din, const act *dout, const act *in, int F) {
     const int64_t n = blockIdx.x;
+    launch_next(), wait_earlier();
     const act *gate = in + n * 2 * F, *up = gate + F;
     act *dgate = din + n * 2 * F, *dup = dgate + F;
     for (int f = (int)threadIdx.x * VEC; f < F; f += (int)blockDim.x * VEC) {
@@ -40,9 +42,9 @@ __global__ void __launch_bounds__(MOST_THREADS) backward(act *din, const act *do
 }  // namespace
 
 void OPERATOR(swiglu_forward)(act *out, const act *in, int N, int F) {
-    launch(Grid(N, threads_for(divide_up(F, VEC), MOST_THREADS)), forward, out, in, F);
+    launch_early(Grid(N, threads_for(divide_up(F, VEC), MOST_THREADS)), forward, out, in, F);
 }
 
 void OPERATOR(swiglu_backward)(act *din, const act *dout, const act *in, int N, int F) {
-    launch(Grid(N, threads_for(divide_up(F, VEC), MOST_THREADS)), backward, din, dout, in, F);
+    launch_early(Grid(N, threads_for(divide_up(F, VEC), MOST_THREADS)), backward, din, dout, in, F);
 }

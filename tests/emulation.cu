@@ -27,7 +27,17 @@ enum Fault {
     LAST_LEAVES,
     LAST_OVERWRITES,
     ARRAY_FRONT,
-    INPUT
+    INPUT,
+    FORGETS_WAIT,
+    LEAVES_EARLY,
+    READS_EARLY,
+    WRITES_EARLY,
+    COPIES_EARLY,
+    WAITS_TWICE,
+    NOT_EARLY,
+    PREFETCH_OFF,
+    PREFETCH_SHORT,
+    PREFETCH_BEHIND
 };
 
 /* to[i] = from[THREADS - 1 - i] */
@@ -132,6 +142,39 @@ __global__ void packs(T *to, const T *from, int skip, int n) {
     }
 }
 
+/* to[i] = from[i + THREADS, counted in a ring of n] + 1: a block reads what another one of the kernel before wrote. */
+__global__ void pass_on(int *to, const int *from, int n, int fault) {
+    SHARED(int, all, THREADS);
+    const int t = (int)threadIdx.x, begin = (int)blockIdx.x * THREADS, i = begin + t, other = (i + THREADS) % n;
+    launch_next();
+    if (t == 0) {
+        const int bytes = (fault == PREFETCH_SHORT ? THREADS - 1 : THREADS) * (int)sizeof(int);
+        prefetch_l2(from + begin + (fault == PREFETCH_OFF ? 1 : 0),
+                    (size_t)(fault == PREFETCH_BEHIND ? 2 * bytes : bytes));
+    }
+    const int early = fault == READS_EARLY ? from[other] : 0;
+    if (fault == WRITES_EARLY) to[i] = early;
+    if (fault == COPIES_EARLY && t == 0) {
+        copy_async(all, from + begin);
+        copy_async_commit();
+    }
+    if (fault == LEAVES_EARLY && t == THREADS - 1) return;
+    if (fault != FORGETS_WAIT || t != THREADS - 1) wait_earlier();
+    if (fault == WAITS_TWICE) wait_earlier();
+    copy_async_wait<0>();
+    to[i] = (fault == READS_EARLY ? early : from[other]) + 1;
+}
+
+/* From array to array, an odd number of times. */
+void pass_along(int *to, const int *from, int n, int times, int fault) {
+    int *between = (int *)scratch((size_t)n * sizeof(int));
+    for (int i = 0; i < times; i++) {
+        Grid grid(n / THREADS, THREADS, 0, "emulation_pass_on");
+        grid.early = fault != NOT_EARLY;
+        launch(grid, pass_on, i % 2 ? between : to, i == 0 ? from : i % 2 ? (const int *)to : between, n, fault);
+    }
+}
+
 /* What must not be done: the last block to run is seen. */
 __global__ void last_block(int *to) {
     if (threadIdx.x == 0) to[0] = (int)blockIdx.x;
@@ -160,6 +203,17 @@ void emulation_packs(float *to, const float *from, int skip, int n) {
 }
 void emulation_packs_bf16(bf16 *to, const bf16 *from, int skip, int n) {
     launch(Grid(1, THREADS), packs<bf16>, to, from, skip, n);
+}
+/* Again, of what was recorded: the edges of a graph are as early as the launches were. */
+void emulation_pass_on(int *to, const int *from, int n, int times, int fault) {
+    pass_along(to, from, n, times, fault);
+    cuda_zero(to, (size_t)n * sizeof(int));
+    cuda_record();
+    pass_along(to, from, n, times, fault);
+    void *recording = cuda_recorded();
+    if (!recording) return;
+    cuda_replay(recording);
+    cuda_forget(recording);
 }
 void emulation_last_block(int *to) { launch(Grid(20, WARP), last_block, to); }
 }

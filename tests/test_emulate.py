@@ -69,6 +69,14 @@ def test_right_kernels_come_out_right(emulation, seed):
 
 
 @by_seed
+def test_kernels_that_begin_early_see_all_that_was_written_before(emulation, seed):
+    blocks, times = (2000, 101) if ON_GPU else (4, 5)
+    n = blocks * THREADS
+    got = run(emulation, seed, "pass_on", n, "none", n, times)
+    np.testing.assert_array_equal(got, np.roll(np.arange(n), -times * THREADS) + times)
+
+
+@by_seed
 def test_lanes(emulation, rng, seed):
     """Whole numbers: sums are exact in any order."""
     x = rng.integers(-99, 99, THREADS).astype(np.float32)
@@ -142,11 +150,23 @@ def test_packs(emulation, rng, seed, skip, n):
         ("reverse_async", "not_aligned", "not aligned"),
         ("reverse_async", "overwritten", "a race with the|is under way"),
         ("reverse_async", "under_way", "returns with cp.async under way"),
+        ("pass_on", "forgets_wait", "global memory before wait_earlier|returns without wait_earlier"),
+        ("pass_on", "leaves_early", "returns without wait_earlier"),
+        ("pass_on", "reads_early", "global memory before wait_earlier"),
+        ("pass_on", "writes_early", "global memory before wait_earlier"),
+        ("pass_on", "copies_early", "cp.async before wait_earlier"),
+        ("pass_on", "waits_twice", "wait_earlier a second time"),
+        ("pass_on", "not_early", "wait_earlier in a kernel that is not launched early"),
+        ("pass_on", "prefetch_off", "prefetch_l2 of 256 bytes at .*: no words of 16"),
+        ("pass_on", "prefetch_short", "prefetch_l2 of 252 bytes at .*: no words of 16"),
+        ("pass_on", "prefetch_behind", "prefetch_l2 of 512 bytes at .*: outside an array"),
     ],
 )
 def test_each_fault_is_found(emulation, seed, name, fault, said):
-    n, sizes = (3 * THREADS, (3,)) if name == "reverse_async" else (THREADS, ())
-    with pytest.raises(RuntimeError, match=rf"^emulation_{name}: block 0.*({said})"):
+    n, sizes = {"reverse_async": (3 * THREADS, (3,)), "pass_on": (3 * THREADS, (3 * THREADS, 1))}.get(
+        name, (THREADS, ())
+    )
+    with pytest.raises(RuntimeError, match=rf"^emulation_{name}: block \d.*({said})"):
         run(emulation, seed, name, n, fault, *sizes)
     assert run(emulation, seed, "reverse", THREADS)[0] == THREADS - 1  # and the next kernel runs
 

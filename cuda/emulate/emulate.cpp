@@ -47,6 +47,7 @@ struct Copy {
 
 struct Thread {
     bool left, landing;   /* has returned; a copy of this thread lands early */
+    bool waited;          /* for earlier kernels */
     const Barrier *waits; /* until its generation is another one */
     unsigned generation;
     uint32_t clock;             /* counts what others may be ordered after */
@@ -91,6 +92,8 @@ struct Block {
     uint64_t first_epoch;
     size_t dynamic, used, element; /* of the dynamic shared memory */
     bool sm90;
+    bool early, passed; /* launched so; and whether earlier kernels are complete by now */
+    Barrier earlier;
     std::vector<Array> arrays;
 } block;
 
@@ -179,8 +182,14 @@ void resume(int thread) {
     setcontext(&f.start);
 }
 
-/* An access outside an array, where its memory ends; or a stack that was too small. */
-void on_fault(int, siginfo_t *info, void *) { fail("access to memory outside an array, at %p", info->si_addr); }
+bool in_an_array(const void *p, size_t bytes);
+void shut_arrays(bool shut);
+
+/* An access outside an array, where its memory ends; or a stack that was too small; or too early. */
+void on_fault(int, siginfo_t *info, void *) {
+    if (in_an_array(info->si_addr, 1)) fail("access to global memory before wait_earlier, at %p", info->si_addr);
+    fail("access to memory outside an array, at %p", info->si_addr);
+}
 
 /* ---- what is ordered before what ---- */
 
@@ -234,6 +243,7 @@ void leave() {
     Thread &me = block.threads[(size_t)current];
     for (const auto &group : me.groups)
         if (!group.empty()) fail("returns with cp.async under way");
+    if (block.early && !me.waited) fail("returns without wait_earlier");
     if (block.sm90) leave_async();
     me.left = true;
     block.left++, my_warp().left++;
@@ -285,7 +295,7 @@ void begin_block(int64_t number, int threads, size_t shared) {
     block.threads.resize((size_t)threads);
     block.warps.resize((size_t)threads / WARP);
     for (Thread &t : block.threads) {
-        t.left = false, t.waits = nullptr, t.clock = 1, t.exchanges = 0;
+        t.left = t.waited = false, t.waits = nullptr, t.clock = 1, t.exchanges = 0;
         t.landing = !seed;
         t.seen.clear();
         t.groups.resize(1);
@@ -293,7 +303,7 @@ void begin_block(int64_t number, int threads, size_t shared) {
     }
     for (Warp &w : block.warps) w.left = 0, w.barrier.waiting.clear();
     for (Barrier &b : block.barriers) b.waiting.clear();
-    block.left = 0;
+    block.left = 0, block.passed = false;
     block.first_epoch = ++epoch;
     block.dynamic = shared;
     block.used = (shared + 15) / 16 * 16;
@@ -303,6 +313,14 @@ void begin_block(int64_t number, int threads, size_t shared) {
 }
 
 bool may_run(const Thread &t) { return !t.left && !(t.waits && t.waits->generation == t.generation); }
+
+/* Earlier kernels take as long as they can: until no thread goes on without them. */
+bool complete_earlier() {
+    if (!block.early || block.passed) return false;
+    shut_arrays(false);
+    block.passed = true, block.earlier.generation++;
+    return true;
+}
 
 void say_deadlock() {
     for (size_t i = 0; i < block.threads.size(); i++)
@@ -341,13 +359,17 @@ void run_block() {
             if (failed) return;
         }
         if (went_on || (block.sm90 && land_one())) continue;
-        if (std::count(stands.begin(), stands.end(), 0) == (long)stands.size()) return say_deadlock();
+        if (std::count(stands.begin(), stands.end(), 0) == (long)stands.size()) {
+            if (complete_earlier()) continue;
+            return say_deadlock();
+        }
         std::fill(stands.begin(), stands.end(), 0);
     }
     if (block.sm90) end_async();
 }
 
 void run_blocks(int64_t blocks, int threads, size_t shared) {
+    shut_arrays(block.early); /* for the first block: for all it would take too long */
     std::vector<int64_t> order((size_t)blocks);
     for (size_t i = 0; i < order.size(); i++) order[i] = (int64_t)i;
     if (seed) shuffle_order(order);
@@ -392,6 +414,21 @@ void sync_warp() {
     if (!arrive(b, WARP, "__syncwarp", nullptr, 0)) return wait(b);
     join(b.waiting);
     release(b);
+}
+
+/* It orders nothing among the threads of the block. */
+void wait_earlier() {
+    Thread &me = block.threads[(size_t)current];
+    if (!block.early) fail("wait_earlier in a kernel that is not launched early");
+    if (me.waited) fail("wait_earlier a second time");
+    me.waited = true;
+    block.earlier.word = "wait_earlier";
+    if (!block.passed) wait(block.earlier);
+}
+
+void prefetch_l2(const void *p, size_t bytes) {
+    if ((uintptr_t)p % 16 || bytes % 16 || bytes == 0) fail("prefetch_l2 of %zu bytes at %p: no words of 16", bytes, p);
+    if (!in_an_array(p, bytes)) fail("prefetch_l2 of %zu bytes at %p: outside an array", bytes, p);
 }
 
 /* Lanes are together in it, but it orders no memory. */
@@ -464,6 +501,7 @@ void check_access(const Region &region, const void *p, size_t bytes, bool write)
 void copy_async(const Region &region, void *to, const void *from, int valid) {
     if (valid < 0 || valid > 16) fail("cp.async of %d bytes", valid);
     Thread &me = block.threads[(size_t)current];
+    if (block.early && !me.waited) fail("cp.async before wait_earlier");
     const Copy copy = {(char *)to, (const char *)from, valid, region.element};
     check_access(region, to, 16, true); /* who read what it will write over is done */
     for (Units i(to, 16, region.element); i.at < i.end; i.at += i.step) units[i.at].pending = current;
@@ -491,14 +529,15 @@ static void run(const Launch &l, const void *context_) {
     if (failed || l.blocks <= 0) return;
     op_now = l.op, body = l.body, context = context_;
     if (l.blocks > INT32_MAX || l.threads <= 0 || l.threads > MOST_THREADS || l.threads % WARP ||
-        l.shared > (l.sm90 ? (size_t)MOST_SM90 : (size_t)MOST_SHARED)) {
-        snprintf(message, sizeof message, "%s: cannot launch %lld blocks of %d threads with %zu bytes of shared memory",
-                 l.op, (long long)l.blocks, l.threads, l.shared);
+        l.shared > (l.sm90 ? (size_t)MOST_SM90 : (size_t)MOST_SHARED) || (l.sm90 && l.early)) {
+        snprintf(message, sizeof message,
+                 "%s: cannot launch %lld blocks of %d threads with %zu bytes of shared memory%s", l.op,
+                 (long long)l.blocks, l.threads, l.shared, l.early ? " early" : "");
         failed = true;
         return;
     }
     if (!stacks) make_fibers();
-    block.sm90 = l.sm90;
+    block.sm90 = l.sm90, block.early = l.early;
     block_size = {(unsigned)l.threads, 1, 1}, grid_size = {(unsigned)l.blocks, 1, 1};
 
     static char stack[64 << 10]; /* of the handler: the fiber's own may be what ran out */
@@ -510,6 +549,7 @@ static void run(const Launch &l, const void *context_) {
     sigaltstack(&mine, &old_stack);
     sigaction(SIGSEGV, &action, &old_segv), sigaction(SIGBUS, &action, &old_bus);
     run_blocks(l.blocks, l.threads, l.shared);
+    shut_arrays(false);
     sigaction(SIGSEGV, &old_segv, nullptr), sigaction(SIGBUS, &old_bus, nullptr);
     sigaltstack(&old_stack, nullptr);
     if (!failed) return;
@@ -544,7 +584,7 @@ struct Guarded {
     char *map, *begin;
     size_t mapped, bytes;
 };
-std::vector<Guarded> allocated;
+std::vector<Guarded> arrays; /* all that there are */
 
 Guarded guard(size_t bytes, int fill, size_t alignment) {
     using emulate::PAGE;
@@ -556,7 +596,16 @@ Guarded guard(size_t bytes, int fill, size_t alignment) {
     mprotect(g.map + room, PAGE, PROT_NONE);
     g.begin = g.map + (room - bytes) / alignment * alignment;
     memset(g.begin, fill, bytes);
+    arrays.push_back(g);
     return g;
+}
+
+void unguard(std::vector<Guarded>::iterator g) {
+    munmap(g->map, g->mapped);
+    arrays.erase(g);
+}
+std::vector<Guarded>::iterator array_at(const void *begin) {
+    return std::find_if(arrays.begin(), arrays.end(), [begin](const Guarded &a) { return a.begin == begin; });
 }
 
 bool untouched_around(const Guarded &g) {
@@ -564,6 +613,29 @@ bool untouched_around(const Guarded &g) {
     return std::all_of(g.map, g.begin, is_full) &&
            std::all_of(g.begin + g.bytes, g.map + g.mapped - emulate::PAGE, is_full);
 }
+
+}  // namespace
+
+namespace emulate {
+namespace {
+
+bool in_an_array(const void *p, size_t bytes) {
+    auto holds = [p, bytes](const Guarded &a) { return p >= a.begin && (const char *)p + bytes <= a.begin + a.bytes; };
+    return std::any_of(arrays.begin(), arrays.end(), holds);
+}
+
+/* Or open again. */
+void shut_arrays(bool shut) {
+    static bool are_shut;
+    if (shut == are_shut) return;
+    are_shut = shut;
+    for (const Guarded &a : arrays) mprotect(a.map, a.mapped - PAGE, shut ? PROT_NONE : PROT_READ | PROT_WRITE);
+}
+
+}  // namespace
+}  // namespace emulate
+
+namespace {
 
 struct Recording {
     std::vector<emulate::Call> calls;
@@ -589,25 +661,21 @@ void *scratch(size_t bytes) {
         emulate::submit([g] { memset(g.begin, 0xff, g.bytes); });
         return g.begin;
     }
-    if (block.map) munmap(block.map, block.mapped);
+    if (block.map) unguard(array_at(block.begin));
     block = guard(bytes, 0xff, 16);
     return block.begin;
 }
 
-void *cuda_alloc(size_t bytes) {
-    allocated.push_back(guard(bytes, 0, emulate::seed ? 256 : 1));
-    return allocated.back().begin;
-}
+void *cuda_alloc(size_t bytes) { return guard(bytes, 0, emulate::seed ? 256 : 1).begin; }
 
 void cuda_free(void *p, size_t bytes) {
-    auto g = std::find_if(allocated.begin(), allocated.end(), [p](const Guarded &a) { return a.begin == p; });
-    if (g == allocated.end() || g->bytes != bytes) abort();
+    const auto g = array_at(p);
+    if (g == arrays.end() || g->bytes != bytes) abort();
     if (!emulate::failed && !untouched_around(*g)) {
         snprintf(emulate::message, sizeof emulate::message, "%s: memory around an array was written", emulate::op_now);
         emulate::failed = true;
     }
-    munmap(g->map, g->mapped);
-    allocated.erase(g);
+    unguard(g);
 }
 
 /* The host's part of a step, which is never recorded. */
@@ -648,7 +716,7 @@ int cuda_replay(const void *recording_) {
 
 void cuda_forget(void *recording_) {
     Recording *r = (Recording *)recording_;
-    for (const Guarded &g : r->working) munmap(g.map, g.mapped);
+    for (const Guarded &g : r->working) unguard(array_at(g.begin));
     delete r;
 }
 

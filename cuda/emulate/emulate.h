@@ -39,7 +39,8 @@ struct Launch {
     size_t shared;
     const char *op;
     void (*body)(const void *);
-    bool sm90; /* of prim_sm90.cuh's words: more shared memory, and what works beside the threads */
+    bool sm90;  /* of prim_sm90.cuh's words: more shared memory, and what works beside the threads */
+    bool early; /* begins before the kernel in front of it has ended */
 };
 void launch(const Launch &l, const void *context, size_t bytes);
 
@@ -49,6 +50,8 @@ void launch(const Launch &l, const void *context, size_t bytes);
 void sync_block(const char *file, int line);
 void sync_group(int id, int threads);
 void sync_warp();
+void wait_earlier();
+void prefetch_l2(const void *p, size_t bytes);
 
 /* Each lane of the warp gives `bytes`, at most LANE_BYTES; the result are those of all lanes, LANE_BYTES apart, to be
  * read before this lane's next exchange.  All lanes must call it with the same word. */
@@ -174,6 +177,12 @@ template <int groups>
 void copy_async_wait() {
     emulate::copy_async_wait(groups);
 }
+
+/* ---- kernels that begin before those in front of them have ended ---- */
+
+inline void launch_next() {}
+inline void wait_earlier() { emulate::wait_earlier(); }
+inline void prefetch_l2(const void *p, size_t bytes) { emulate::prefetch_l2(p, bytes); }
 
 /* ---- tensor cores ---- */
 
