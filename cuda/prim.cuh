@@ -138,10 +138,9 @@ __device__ inline void launch_next() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-/* Until the kernel before is complete; behind it all that it wrote is seen.  Each thread says it once, before it
- * touches global memory.  A kernel is complete when all its threads are, so that one which waits has all earlier ones
- * behind it only as far as they waited too.  On GPUs before sm_90 no kernel begins early, and there is nothing to wait
- * for. */
+/* Until the kernel before is complete; from then on all that it wrote is seen.  Each thread says it once, before it
+ * touches global memory: the kernel waits for no more than that one, and has those before it behind it only because
+ * that one waited too.  On GPUs before sm_90 no kernel begins early, and there is nothing to wait for. */
 __device__ inline void wait_earlier() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

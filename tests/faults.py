@@ -2567,10 +2567,10 @@ FAULTS = [
         CUDA,
     ),
     Fault(
-        "cuda packed: threads without a value do not wait",
-        "cuda/packed.cu",
-        "    launch_next(), wait_earlier();\n    if (at >= values) return;\n",
-        "    if (at >= values) return;\n    launch_next(), wait_earlier();\n",
+        "cuda elementwise: threads without a value do not wait",
+        "cuda/elementwise.cu",
+        "    launch_next(), wait_earlier();\n    if (at >= n) return;\n    const Pack<float, VEC> x",
+        "    if (at >= n) return;\n    launch_next(), wait_earlier();\n    const Pack<float, VEC> x",
         CUDA,
     ),
     Fault(
