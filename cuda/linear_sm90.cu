@@ -307,7 +307,7 @@ __device__ void make_barriers(const Places<S> &at) {
     }
     for (int i = 0; i < CONSUMERS; i++) {
         barrier_init(at.room_full(i), 1);
-        barrier_init(at.room_empty(i), 1);
+        barrier_init(at.room_empty(i), WARPGROUP / WARP);
     }
     barrier_init_fence();
 }

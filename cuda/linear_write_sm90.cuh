@@ -148,11 +148,12 @@ struct Writer {
         }
     }
 
-    /* Behind a tile, which may still be under way: when all of it has left, the room is free. */
+    /* Behind a tile, which may still be under way: when all of it has left, the room is free.  Each warp says so for
+     * itself: one that has not yet looked for what came must not find the next. */
     __device__ void hand_back() const {
-        if (!boxes.go || !first()) return;
-        tile_store_wait_read<0>();
-        if (boxes.come != NOTHING) barrier_arrive(places.room_empty(consumer));
+        if (!boxes.go) return;
+        if (first()) tile_store_wait_read<0>();
+        if (boxes.come != NOTHING && lane_index() == 0) barrier_arrive(places.room_empty(consumer));
     }
 
     __device__ void finish() const {

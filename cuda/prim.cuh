@@ -40,6 +40,9 @@ __device__ inline float exp2_fast(float x) {
     return y;
 }
 
+/* x / y, within 2 units in the last place; 0 where y is 2^126 or more. */
+__device__ inline float divide_fast(float x, float y) { return __fdividef(x, y); }
+
 /* ---- shared memory ---- */
 
 /* A pointer into it.  SHARED(float, sums, 32): an array of 32 floats, in scope like a variable of that name;

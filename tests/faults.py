@@ -2107,8 +2107,15 @@ FAULTS = [
     Fault(
         "cuda sm90: the room is filled while a tile leaves it",
         "cuda/linear_write_sm90.cuh",
-        "        tile_store_wait_read<0>();\n        if (boxes.come",
+        "        if (first()) tile_store_wait_read<0>();\n        if (boxes.come",
         "        if (boxes.come",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: one warp hands the room back",
+        "cuda/linear_sm90.cu",
+        "barrier_init(at.room_empty(i), WARPGROUP / WARP);",
+        "barrier_init(at.room_empty(i), 1);",
         SM90,
     ),
     Fault(

@@ -139,6 +139,7 @@ inline uint32_t bf16_bits(float x) {
 }
 inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float divide_fast(float x, float y) { return x / y; }
 
 /* ---- warps ---- */
 
