@@ -3,7 +3,8 @@
  * A block has three warpgroups.  One thread of the first, the producer, asks TMA for tiles of both operands, in a ring
  * of stages; the other two, the consumers, each multiply half of the rows of a tile.  Of each stage two mbarriers:
  * `full` when its bytes have come, `empty` when all warps of the consumers have done with it.  While the consumers
- * write one tile, the stages of the next are on their way.
+ * write one tile, the stages of the next are on their way.  Two blocks, a cluster, have tiles one below the other, of
+ * the same columns: each asks for half of the right operand, which comes to both, so that L2 brings a third less.
  *
  * No operand is transposed in memory: a tile has rows of 64 values of k, or of 64 values of m or n, and the descriptor
  * says which.  TMA masks every tail.
@@ -27,6 +28,7 @@ namespace {
 enum { CONSUMERS = 2, THREADS = (1 + CONSUMERS) * WARPGROUP, BK = 64, SLICE = 64 };
 enum { BOX = SLICE * TILE_WIDTH };            /* values that go out, or come in, by one copy */
 enum { STRIP = 32, STAGING = SLICE * STRIP }; /* of WEIGHT: columns that a consumer writes at a time; floats for them */
+enum { CLUSTER = 2 };                         /* blocks that share the right operand */
 enum { SMS = 132 };                           /* of an H100 or H200; fewer or more change the time alone */
 
 /* Of both tiles of a stage, which have TILE_WIDTH values in a row. */
@@ -68,25 +70,29 @@ struct Places {
     __device__ Shared<uint64_t> room_empty(int consumer) const { return room_full(CONSUMERS + consumer); }
 };
 
-/* What there is to do: tiles, and parts of the steps of k. */
+/* What there is to do: pairs of tiles, one below the other, for a cluster; and parts of the steps of k. */
 struct Work {
-    int M, N, steps, part_steps, parts, tiles_m, tiles_n, items;
+    int M, N, steps, part_steps, parts, pairs_m, tiles_n, items;
 };
 
 struct Item {
     int part, m0, n0, first, last; /* steps first .. last - 1 */
 };
 
-/* Tiles go by groups of GROUP in m, for each n: those at work at a time then share rows and columns that lie in L2. */
-enum { GROUP = 16 };
+/* Pairs go by groups of GROUP in m, for each n: those at work at a time then share rows and columns that lie in L2. */
+enum { GROUP = 8 };
+
+__device__ int first_item() { return (int)blockIdx.x / CLUSTER; }
+__device__ int clusters() { return (int)gridDim.x / CLUSTER; }
 
 template <class S>
 __device__ Item item(const Work &work, int number) {
-    const int tiles = work.tiles_m * work.tiles_n;
-    const int part = S::product == WEIGHT ? number / tiles : 0, tile = number - part * tiles;
-    const int first_m = tile / (GROUP * work.tiles_n) * GROUP, rest = tile % (GROUP * work.tiles_n);
-    const int height = work.tiles_m - first_m < GROUP ? work.tiles_m - first_m : GROUP;
-    Item it = {part, (first_m + rest % height) * S::BM, rest / height * S::BN, 0, work.steps};
+    const int pairs = work.pairs_m * work.tiles_n;
+    const int part = S::product == WEIGHT ? number / pairs : 0, pair = number - part * pairs;
+    const int first_m = pair / (GROUP * work.tiles_n) * GROUP, rest = pair % (GROUP * work.tiles_n);
+    const int height = work.pairs_m - first_m < GROUP ? work.pairs_m - first_m : GROUP;
+    const int tile_m = (first_m + rest % height) * CLUSTER + cluster_rank();
+    Item it = {part, tile_m * S::BM, rest / height * S::BN, 0, work.steps};
     if (S::product == WEIGHT) {
         it.first = part * work.part_steps;
         if (it.first + work.part_steps < work.steps) it.last = it.first + work.part_steps;
@@ -104,10 +110,21 @@ __device__ void fetch(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> fu
     else tile_load(to, map, full, first, k);
 }
 
+/* The half that this block brings of the `size` values of n that both multiply with: of n, or where a row is one k of
+ * those. */
+template <int size, bool by_k>
+__device__ void fetch_half(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> full, int first, int k) {
+    const int rank = cluster_rank();
+    if constexpr (by_k)
+        for (int i = 0; i < size; i += TILE_WIDTH)
+            tile_load_all(to + (i * BK + rank * BK / 2 * TILE_WIDTH), map, full, k + rank * BK / 2, first + i);
+    else tile_load_all(to + rank * size / 2 * BK, map, full, first + rank * size / 2, k);
+}
+
 template <class S>
 __device__ void produce(const Places<S> &at, const TensorMap &a, const TensorMap &b, const Work &work) {
     Ring<S::STAGES> ring;
-    for (int number = (int)blockIdx.x; number < work.items; number += (int)gridDim.x) {
+    for (int number = first_item(); number < work.items; number += clusters()) {
         const Item it = item<S>(work, number);
         for (int step = it.first; step < it.last; step++) {
             const Shared<bf16> stage = at.stage(ring.stage);
@@ -115,7 +132,7 @@ __device__ void produce(const Places<S> &at, const TensorMap &a, const TensorMap
             barrier_wait(at.empty(ring.stage), ring.parity ^ 1);
             barrier_expect(full, S::STAGE * (int)sizeof(bf16));
             fetch<S::BM, S::A_BY_K>(stage, a, full, it.m0, step * BK);
-            fetch<S::BN, S::B_BY_K>(stage + S::BM * BK, b, full, it.n0, step * BK);
+            fetch_half<S::BN, S::B_BY_K>(stage + S::BM * BK, b, full, it.n0, step * BK);
             ring.advance();
         }
     }
@@ -125,7 +142,7 @@ __device__ void produce(const Places<S> &at, const TensorMap &a, const TensorMap
 template <class S>
 __device__ void fill_rooms(const Places<S> &at, const TensorMap &in, const Work &work) {
     uint32_t parity = 1;
-    for (int number = (int)blockIdx.x; number < work.items; number += (int)gridDim.x) {
+    for (int number = first_item(); number < work.items; number += clusters()) {
         const Item it = item<S>(work, number);
         for (int consumer = 0; consumer < CONSUMERS; consumer++) {
             barrier_wait(at.room_empty(consumer), parity);
@@ -191,10 +208,10 @@ __device__ void multiply_stage(TileSums<S> &sum, const Places<S> &at, Ring<S::ST
     ring.advance();
 }
 
-/* Once for each warp: nothing orders the warps of a warpgroup. */
+/* Once for each warp, for nothing orders the warps of a warpgroup; at both blocks, for each writes into the other. */
 template <class S>
 __device__ void release(const Places<S> &at, int stage) {
-    if (lane_index() == 0) barrier_arrive(at.empty(stage));
+    if (lane_index() < CLUSTER) barrier_arrive_at(at.empty(stage), lane_index());
 }
 
 /* One chain; behind it the sums may be touched, and its stages are free. */
@@ -272,8 +289,8 @@ __device__ void consume(const Places<S> &at, const Output &o, const Boxes &boxes
     TileSums<S> sum;
     Total<S> total;
     const Writer<S> writer(at, o, boxes, work, consumer);
-    for (int tile = 0; tile * (int)gridDim.x + (int)blockIdx.x < work.items; tile++) {
-        const int number = tile * (int)gridDim.x + (int)blockIdx.x;
+    for (int tile = 0; tile * clusters() + first_item() < work.items; tile++) {
+        const int number = tile * clusters() + first_item();
         const Item it = item<S>(work, number);
         const bool columns = S::product == WEIGHT && o.dbias && it.n0 == 0;
         ColumnTotal<S> column_total;
@@ -303,7 +320,7 @@ template <class S>
 __device__ void make_barriers(const Places<S> &at) {
     for (int i = 0; i < S::STAGES; i++) {
         barrier_init(at.full(i), 1);
-        barrier_init(at.empty(i), CONSUMERS * WARPGROUP / WARP);
+        barrier_init(at.empty(i), CLUSTER * CONSUMERS * WARPGROUP / WARP);
     }
     for (int i = 0; i < CONSUMERS; i++) {
         barrier_init(at.room_full(i), 1);
@@ -324,7 +341,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int i = (int)threadIdx.x; i < S::ONES / 2; i += THREADS) ones[i] = pack_bf16(1.0f, 1.0f);
         fence_async();
     }
-    __syncthreads();
+    cluster_sync();
     if (threadIdx.x < WARPGROUP) {
         registers_give<24>();
         if (warp_index() == 0 && elected()) produce<S>(at, a, b, work);
@@ -333,6 +350,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         registers_take<240>();
         consume<S>(at, o, boxes, work, warp_index() / 4 - 1);
     }
+    cluster_sync();
 }
 
 /* ---- parts of rows ---- */
@@ -350,10 +368,10 @@ __global__ void __launch_bounds__(256)
 /* ---- which tiles ---- */
 
 #ifdef __CUDACC__
-const int only_tiling = -1, blocks_at_most = SMS, least_rows = 512;
+const int only_tiling = -1, clusters_at_most = SMS / CLUSTER, least_rows = 512;
 #else
 /* For the tests: small products on every tiling, several tiles a block, several parts. */
-int only_tiling = -1, blocks_at_most = SMS, least_rows = 512;
+int only_tiling = -1, clusters_at_most = SMS / CLUSTER, least_rows = 512;
 #endif
 
 struct Choice {
@@ -382,7 +400,7 @@ Choice choose(int product, int M, int N, int K) {
     double least = 1e300;
     for (int i = product == WEIGHT ? TILINGS - 1 : 0; i < TILINGS; i++) {
         if (only_tiling >= 0 && i != only_tiling && product != WEIGHT) continue;
-        const int64_t tiles = divide_up(M, SIDES[i].bm) * divide_up(N, SIDES[i].bn);
+        const int64_t tiles = divide_up(M, CLUSTER * SIDES[i].bm) * CLUSTER * divide_up(N, SIDES[i].bn);
         for (int parts = 1; parts <= most_parts && parts <= MOST_PARTS; parts++) {
             if (parts > 1 && tiles * parts > MOST_PART_TILES) break;
             const double waves = (double)divide_up(tiles * parts, SMS);
@@ -418,12 +436,15 @@ template <Product product, int tiling, int STAGES>
 void run(const ProductSm90 &p, const Output &o, int each) {
     using S = Tiling<product, SIDES[tiling].bm, SIDES[tiling].bn, STAGES>;
     const TensorMap a = tensor_map(p.a, p.a_rows, p.a_cols, p.a_ld, S::A_BY_K ? BK : S::BM, TILE_WIDTH);
-    const TensorMap b = tensor_map(p.b, p.b_rows, p.b_cols, p.b_ld, S::B_BY_K ? BK : S::BN, TILE_WIDTH);
-    Work work = {p.M, p.N, (int)divide_up(p.K, BK), each, 0, (int)divide_up(p.M, S::BM), (int)divide_up(p.N, S::BN), 0};
+    const TensorMap b = tensor_map(p.b, p.b_rows, p.b_cols, p.b_ld, (S::B_BY_K ? BK : S::BN) / CLUSTER, TILE_WIDTH);
+    Work work = {
+        p.M, p.N, (int)divide_up(p.K, BK), each, 0, (int)divide_up(p.M, CLUSTER * S::BM), (int)divide_up(p.N, S::BN),
+        0};
     work.parts = (int)divide_up(work.steps, each);
-    work.items = work.tiles_m * work.tiles_n * work.parts;
-    Grid grid(work.items < blocks_at_most ? work.items : blocks_at_most, THREADS, S::BYTES, p.op);
-    grid.sm90 = true;
+    work.items = work.pairs_m * work.tiles_n * work.parts;
+    const int count = work.items < clusters_at_most ? work.items : clusters_at_most;
+    Grid grid(count * CLUSTER, THREADS, S::BYTES, p.op);
+    grid.sm90 = true, grid.cluster = CLUSTER;
     launch(grid, product_sm90<S>, o, a, b, boxes_of(p), work);
 }
 
@@ -468,7 +489,7 @@ void OPERATOR(linear_sm90)(const ProductSm90 &p) {
 }
 
 #ifndef __CUDACC__
-extern "C" void OPERATOR(emulate_tiling)(int tiling, int blocks, int rows) {
-    only_tiling = tiling, blocks_at_most = blocks, least_rows = rows;
+extern "C" void OPERATOR(emulate_tiling)(int tiling, int clusters, int rows) {
+    only_tiling = tiling, clusters_at_most = clusters, least_rows = rows;
 }
 #endif

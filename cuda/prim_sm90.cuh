@@ -49,6 +49,29 @@ __device__ inline void barrier_wait(Shared<uint64_t> b, uint32_t parity) {
             : "memory");
 }
 
+/* ---- clusters: blocks whose launch has Grid.cluster ---- */
+
+/* Of this block in its cluster. */
+__device__ inline int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+/* A barrier of all threads of all its blocks, as __syncthreads is of one; none of them may return while others still
+ * arrive at its mbarriers or load its tiles. */
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+/* At that block's mbarrier which lies where `b` does in this one. */
+__device__ inline void barrier_arrive_at(Shared<uint64_t> b, int rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
+        "r"(rank)
+        : "memory");
+}
+
 /* ---- tiles by TMA; each word by one thread ---- */
 
 /* The tile that begins at (row, column), zeros where the matrix has ended; its bytes, all of them, count at `b`. */
@@ -66,6 +89,14 @@ __device__ inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<u
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
             "r"(shared_address(to)),
         "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(b)), "r"(column), "r"(row), "r"(which)
+        : "memory");
+}
+/* The same to the same place of all blocks of the cluster, two; in each the bytes count at its own `b`. */
+__device__ inline void tile_load_all(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+        "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(b)), "r"(column), "r"(row), "h"((uint16_t)3)
         : "memory");
 }
 /* The other way; what lies outside the matrix is not written. */

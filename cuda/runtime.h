@@ -21,6 +21,8 @@ struct Grid {
     const char *op;
     bool sm90 = false;  /* the kernel uses words of prim_sm90.cuh */
     bool early = false; /* it may begin before the one in front of it has ended: see launch_early */
+    int cluster =
+        1; /* of Hopper: so many blocks, neighbours by number, run at once and reach each other's shared memory */
     Grid(int64_t blocks_, int threads_, size_t shared_ = 0, const char *op_ = __builtin_FUNCTION())
         : blocks(blocks_), threads(threads_), shared(shared_), op(op_) {}
 };
@@ -59,13 +61,20 @@ bool can_wait(void);
 template <class... P, class... A>
 inline void launch(const Grid &g, void (*kernel)(P...), A... args) {
     if (!may_launch(g, (const void *)kernel)) return;
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned count = 0;
+    if (g.early && can_wait()) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (g.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count++].val.clusterDim = {(unsigned)g.cluster, 1, 1};
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)g.blocks), config.blockDim = dim3((unsigned)g.threads);
     config.dynamicSmemBytes = g.shared, config.stream = cuda_stream();
-    config.attrs = &early, config.numAttrs = g.early && can_wait();
+    config.attrs = attributes, config.numAttrs = count;
     cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
     after_launch(g);
 }
@@ -74,9 +83,9 @@ template <class... P, class... A>
 inline void launch(const Grid &g, void (*kernel)(P...), A... args) {
     auto thread = [=] { kernel(static_cast<P>(args)...); };
     static_assert(__is_trivially_copyable(decltype(thread)), "a recording keeps its bytes");
-    emulate::launch(
-        {g.blocks, g.threads, g.shared, g.op, [](const void *f) { (*(const decltype(thread) *)f)(); }, g.sm90, g.early},
-        &thread, sizeof thread);
+    emulate::launch({g.blocks, g.threads, g.shared, g.op, [](const void *f) { (*(const decltype(thread) *)f)(); },
+                     g.sm90, g.early, g.cluster},
+                    &thread, sizeof thread);
 }
 #endif
 

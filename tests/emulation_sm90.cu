@@ -33,7 +33,10 @@ enum Fault {
     TOO_MANY_REGISTERS,
     GIVES_MORE,
     ROWS_CHANGED,
-    OTHER_RANK
+    OTHER_RANK,
+    OTHER_BLOCK,
+    NO_CLUSTER_SYNC,
+    LEAVES
 };
 
 enum { THREADS = 64, ROWS = 8, TILE = ROWS * TILE_WIDTH, STAGES = 2 };
@@ -77,6 +80,35 @@ __global__ void copy_tiles(bf16 *to, const __grid_constant__ TensorMap from, int
         if (fault != EARLY_RELEASE && lane_index() == 0) barrier_arrive(empty + stage);
     }
     if (fault == BLOCK_ENDS && t == 0) fetch(rounds);
+}
+
+/* As copy_tiles, by each of two blocks, which bring every second tile for both: to (2, rounds * 16, 64). */
+__global__ void share_tiles(bf16 *to, const __grid_constant__ TensorMap from, int rounds, int fault) {
+    SHARED_TILES(bf16, all);
+    const Shared<uint64_t> full = shared_cast<uint64_t>(all + 2 * STAGES * TILE), empty = full + STAGES;
+    const int t = (int)threadIdx.x, rank = cluster_rank();
+    if (t == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(full + i, 1), barrier_init(empty + i, 2 * THREADS / WARP);
+        barrier_init_fence();
+    }
+    if (fault == NO_CLUSTER_SYNC) __syncthreads();
+    else cluster_sync();
+    for (int round = 0; round < rounds; round++) {
+        const int stage = round % STAGES, parity = round / STAGES % 2;
+        const Shared<bf16> place = all + 2 * stage * TILE;
+        if (t == 0) {
+            if (fault != NO_EMPTY_WAIT) barrier_wait(empty + stage, (uint32_t)(parity ^ 1));
+            barrier_expect(full + stage, (fault == TOO_FEW_BYTES ? 1 : 2) * TILE * (int)sizeof(bf16));
+            tile_load_all(place + rank * TILE, from, full + stage, (2 * round + rank) * ROWS, 0);
+        }
+        if (fault != NO_FULL_WAIT) barrier_wait(full + stage, (uint32_t)parity);
+        for (int i = t; i < 2 * TILE; i += THREADS)
+            to[(rank * rounds + round) * 2 * TILE + i] = place[tile_place(i / TILE_WIDTH, i % TILE_WIDTH) + i % 8];
+        __syncwarp();
+        if (lane_index() < 2)
+            barrier_arrive_at(empty + stage, fault == OTHER_RANK ? 2 : fault == OTHER_BLOCK ? rank : lane_index());
+    }
+    if (fault != LEAVES) cluster_sync();
 }
 
 /* to (rows, cols) = from (rounds * 8, 64), by way of one tile; what lies outside is not written. */
@@ -219,6 +251,11 @@ void emulation_copy_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld
     const int count = (which < 0) == (fault == OTHER_RANK) ? 3 : 0;
     const TensorMap map = tensor_map(from, rows, cols, ld, ROWS, 64, count);
     launch(grid(THREADS, BARRIERS * 2 + 2 * STAGES * 8), copy_tiles, to, map, rounds, column, which, fault);
+}
+void emulation_share_tiles(bf16 *to, const bf16 *from, int rows, int rounds, int fault) {
+    Grid g = grid(THREADS, 2 * STAGES * TILE * 2 + 2 * STAGES * 8);
+    g.blocks = g.cluster = 2;
+    launch(g, share_tiles, to, tensor_map(from, rows, 64, 64, ROWS, 64), rounds, fault);
 }
 void emulation_store_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld, int rounds, int column, int which,
                            int fault) {

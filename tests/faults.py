@@ -1785,8 +1785,8 @@ FAULTS = [
     Fault(
         "emulate: threads may leave while others wait",
         "cuda/emulate/emulate.cpp",
-        "if (!block.barriers[0].waiting.empty())",
-        "if (false)",
+        "if (!all.waiting.empty()) fail",
+        "if (false) fail",
         EMULATE,
     ),
     Fault(
@@ -1946,7 +1946,7 @@ FAULTS = [
     Fault(
         "cuda sm90: mbarriers are used before they are made",
         "cuda/linear_sm90.cu",
-        "    __syncthreads();\n    if (threadIdx.x < WARPGROUP) {",
+        "    cluster_sync();\n    if (threadIdx.x < WARPGROUP) {",
         "    if (threadIdx.x < WARPGROUP) {",
         SM90,
     ),
@@ -1974,8 +1974,8 @@ FAULTS = [
     Fault(
         "cuda sm90: one warp of each consumer frees a stage",
         "cuda/linear_sm90.cu",
-        "barrier_init(at.empty(i), CONSUMERS * WARPGROUP / WARP);",
-        "barrier_init(at.empty(i), CONSUMERS);",
+        "CLUSTER * CONSUMERS * WARPGROUP / WARP);",
+        "CLUSTER * CONSUMERS);",
         SM90,
     ),
     Fault(
@@ -2093,8 +2093,8 @@ FAULTS = [
     Fault(
         "cuda sm90: the tensor cores do not see the ones",
         "cuda/linear_sm90.cu",
-        "        fence_async();\n    }\n    __syncthreads();",
-        "    }\n    __syncthreads();",
+        "        fence_async();\n    }\n    cluster_sync();",
+        "    }\n    cluster_sync();",
         SM90,
     ),
     Fault(
@@ -2200,6 +2200,48 @@ FAULTS = [
         "cuda/linear_write_sm90.cuh",
         "        else if (boxes.go) sync_consumer<S>(consumer); /* hand_back has waited */\n",
         "",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: a stage is freed at one block alone",
+        "cuda/linear_sm90.cu",
+        "barrier_arrive_at(at.empty(stage), lane_index())",
+        "barrier_arrive_at(at.empty(stage), cluster_rank())",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: a block returns while the other still needs it",
+        "cuda/linear_sm90.cu",
+        "    }\n    cluster_sync();\n}",
+        "    }\n}",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: both blocks bring the same half of n",
+        "cuda/linear_sm90.cu",
+        "tile_load_all(to + rank * size / 2 * BK, map, full, first + rank * size / 2, k)",
+        "tile_load_all(to + rank * size / 2 * BK, map, full, first, k)",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: both blocks bring the same half of k",
+        "cuda/linear_sm90.cu",
+        "full, k + rank * BK / 2, first + i)",
+        "full, k, first + i)",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: the second half of k comes behind that of n",
+        "cuda/linear_sm90.cu",
+        "to + (i * BK + rank * BK / 2 * TILE_WIDTH)",
+        "to + (i * BK + rank * BK * TILE_WIDTH)",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: both blocks of a cluster have one tile",
+        "cuda/linear_sm90.cu",
+        "* CLUSTER + cluster_rank();",
+        "* CLUSTER;",
         SM90,
     ),
     Fault(

@@ -33,8 +33,8 @@ class Hopper(Backend):
         self.library.emulate_sm90(1)
         self.tiles()
 
-    def tiles(self, tiling=CHOSEN, blocks=132, rows=LEAST_ROWS):
-        self.library.emulate_tiling_bf16(ctypes.c_int(tiling), ctypes.c_int(blocks), ctypes.c_int(rows))
+    def tiles(self, tiling=CHOSEN, clusters=66, rows=LEAST_ROWS):
+        self.library.emulate_tiling_bf16(ctypes.c_int(tiling), ctypes.c_int(clusters), ctypes.c_int(rows))
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +77,17 @@ def test_every_tiling_has_the_same_bits_and_a_block_may_have_many_tiles(hopper, 
     call = build("bf16", *which)
     whole = run(hopper, call)
     for tiling in TILINGS:
-        for blocks, seed in (2, tiling + 1), (1, 0):
-            hopper.tiles(tiling, blocks)
+        for clusters, seed in (2, tiling + 1), (1, 0):
+            hopper.tiles(tiling, clusters)
             hopper.schedule(seed)
             other = run(hopper, call)
             for name in whole:
-                assert same_bits(whole[name], other[name]), (name, TILINGS[tiling], blocks)
+                assert same_bits(whole[name], other[name]), (name, TILINGS[tiling], clusters)
 
 
 @products(lambda op, c: op == "linear_backward_weight" and c.why in ("several K blocks of N", "one past two tiles"))
 def test_rows_in_parts(hopper, which):
-    hopper.tiles(rows=128, blocks=3)
+    hopper.tiles(rows=128, clusters=3)
     check_values(hopper, build("bf16", *which))
 
 
@@ -154,6 +154,6 @@ def test_a_planted_fault_is_caught(fault, objects, tmp_path):
         for seeds in (), (1, 2):  # most are found in order
             for op, i in mine:
                 for tiling in (1, 0) if op == "linear_forward" else (1,):
-                    hopper.tiles(tiling, blocks=1, rows=256)
+                    hopper.tiles(tiling, clusters=1, rows=256)
                     check_values(hopper, build("bf16", op, i), seeds)
     print(found.value)

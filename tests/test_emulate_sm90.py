@@ -71,6 +71,15 @@ def copy_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72, which=-1)
     return to, want
 
 
+def share_tiles(emulation, seed, fault="none", rows=75):
+    given = matrix(rows, 64, 64)
+    to, want = (np.zeros((2, ROUNDS * 16, 64), np.uint16) for _ in range(2))
+    want[:, :rows] = given[: ROUNDS * 16]
+    given.flags.writeable = False
+    call(emulation, seed, "share_tiles", to, given, rows, ROUNDS, FAULTS.index(fault))
+    return to, want
+
+
 def store_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72, which=-1):
     given = matrix(ROUNDS * 8, 64, 64)
     to, want = (np.full((rows if which < 0 else 3 * rows, ld), 9, np.uint16) for _ in range(2))
@@ -101,6 +110,12 @@ def product_of_rows(emulation, seed, rng, fault="none", K=32):
 def test_tiles_come_and_go(emulation, seed, sizes, which):
     for move in copy_tiles, store_tiles:
         np.testing.assert_array_equal(*move(emulation, seed, "none", *sizes, which))
+
+
+@by_seed
+@pytest.mark.parametrize("rows", [75, 80, 9])
+def test_blocks_of_a_cluster_bring_tiles_for_each_other(emulation, seed, rows):
+    np.testing.assert_array_equal(*share_tiles(emulation, seed, "none", rows))
 
 
 @by_seed
@@ -145,6 +160,13 @@ def test_matrices_and_one_of_a_warp(emulation, seed):
         ("copy_tiles", "other_rank", "a tile of matrix -1, where there are 3"),
         ("copy_tiles", "shared_end", "of a shared array of"),
         ("copy_tiles", "block_ends", "returns with the load of a tile"),
+        ("share_tiles", "no_cluster_sync", "another block's shared memory, before any cluster_sync"),
+        ("share_tiles", "leaves", "reached for each other since the last cluster_sync"),
+        ("share_tiles", "other_rank", "an mbarrier of block 2, where the cluster has 2"),
+        ("share_tiles", "other_block", "a race with the (read|write)|is being loaded"),
+        ("share_tiles", "no_empty_wait", "a race with the read|is being loaded|phase ended before"),
+        ("share_tiles", "no_full_wait", "is being loaded|a race with the|nobody wrote"),
+        ("share_tiles", "too_few_bytes", "phase ended before|is being loaded"),
         ("store_tiles", "no_async_fence", "without fence_async"),
         ("store_tiles", "no_barrier", "races with the write|nobody wrote|without fence_async"),
         ("store_tiles", "overwritten", "still reads it"),
@@ -169,6 +191,8 @@ def test_each_fault_is_found(emulation, rng, seed, name, fault, said):
     with pytest.raises(RuntimeError, match=rf"^emulation_{name}: .*({said})"):
         if name == "copy_tiles":
             copy_tiles(emulation, seed, fault)
+        elif name == "share_tiles":
+            share_tiles(emulation, seed, fault)
         elif name == "store_tiles":
             store_tiles(emulation, seed, fault)
         elif name.startswith("product"):

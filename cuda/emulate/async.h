@@ -33,7 +33,7 @@ struct Tile {
 
 struct Load {
     Tile tile;
-    Region region;
+    size_t element;
     char *to;
     Mbarrier *b;
     unsigned phase;
@@ -92,7 +92,7 @@ AsyncWarp &async_warp() { return async.warps[(size_t)current / WARP]; }
 enum { REGISTERS = 65536 };
 
 void begin_async() {
-    const int threads = (int)block.threads.size();
+    const int threads = block.size;
     async.barriers.clear();
     async.loads.clear();
     async.threads.assign(block.threads.size(), {});
@@ -119,9 +119,12 @@ void leave_async() {
 
 /* ---- what the units touch of shared memory ---- */
 
+/* The block of the cluster that has it. */
+int part_at(const char *p) { return (int)((p - memory) / MOST_SM90); }
+
 /* The same places of a Region, element by element, whatever unit reads them. */
 void begin_read(const Region &region, const void *p, size_t bytes, const char *what) {
-    const long long at = (const char *)p - memory;
+    const long long at = (const char *)p - my_memory();
     for (Units i(p, bytes, region.element); i.at < i.end; i.at += i.step) {
         Unit &u = units[i.at];
         if (u.loading) fail("byte %lld of shared memory: a tile that %s reads is being loaded", at, what);
@@ -148,7 +151,8 @@ void end_read(const Region &region, const void *p, size_t bytes) {
     }
 }
 
-/* Where byte `offset` of a tile lies: bits 4 to 6 of the address are turned by bits 7 to 9. */
+/* Where byte `offset` of a tile lies: bits 4 to 6 of the address are turned by bits 7 to 9.  Offsets count from the
+ * first block's memory; each block's begins on 1024 bytes. */
 char *swizzled(size_t offset) { return memory + (offset ^ (offset >> 7 & 7) << 4); }
 
 /* ---- mbarriers ---- */
@@ -187,7 +191,7 @@ void land(const Load &l) {
             if (const char *from = l.tile.at(r, c)) memcpy(to, from, 2);
             else memset(to, 0, 2);
         }
-    for (Units i(l.to, bytes, l.region.element); i.at < i.end; i.at += i.step) {
+    for (Units i(l.to, bytes, l.element); i.at < i.end; i.at += i.step) {
         Unit &u = units[i.at];
         u.loading = false, u.unfenced = 0;
         u.write = {l.b->agent, l.b->clock}, u.written = epoch;
@@ -214,13 +218,14 @@ bool land_one() {
 
 /* Value k of row or column `mn` of an operand: its byte in shared memory, before the swizzle. */
 size_t operand_at(uint64_t d, int mn, int k, bool by_k) {
-    const size_t start = (d & 0x3fff) << 4, leading = (d >> 16 & 0x3fff) << 4, stride = (d >> 32 & 0x3fff) << 4;
+    const size_t start = ((d & 0x3fff) << 4) + (size_t)(my_memory() - memory), leading = (d >> 16 & 0x3fff) << 4,
+                 stride = (d >> 32 & 0x3fff) << 4;
     if (by_k)
         return start + (size_t)(mn / 64) * leading + (size_t)(k / 8) * stride + (size_t)(k % 8 * 128 + mn % 64 * 2);
     return start + (size_t)(mn / 8) * stride + (size_t)(mn % 8 * 128 + k * 2);
 }
 
-Region tiles_region() { return {memory, block.dynamic, 2}; }
+Region tiles_region() { return {my_memory(), block.dynamic, 2}; }
 
 /* Calls f(first byte, bytes) for the lines of an operand: rows first .. first + count. */
 template <class F>
@@ -246,7 +251,7 @@ void begin_product(const Multiply &m) {
     Region region = tiles_region();
     region.element = block.element;
     lines_of(m, [&](const char *p, size_t bytes) {
-        if (p + bytes > memory + block.dynamic) fail("an operand ends behind the shared memory");
+        if (p + bytes > my_memory() + block.dynamic) fail("an operand ends behind the shared memory");
         begin_read(region, p, bytes, "wgmma");
     });
     for (SumsState *s : m.sums) s->under_way++;
@@ -293,20 +298,20 @@ void finish_product(const Multiply &m) {
 void barrier_init(const Region &region, void *p, int arrivals) {
     check_access(region, p, 8, true);
     const int agent = (int)(block.threads.size() + async.barriers.size());
-    if (async.barriers.size() >= AGENTS) fail("more than %d mbarriers", AGENTS);
+    if ((int)async.barriers.size() >= AGENTS * block.blocks) fail("more than %d mbarriers", AGENTS);
     if (!async.barriers.insert({(size_t)((char *)p - memory), {{}, arrivals, arrivals, 0, false, agent, 1, {}, {}}})
              .second)
         fail("an mbarrier is made twice");
 }
 
 void barrier_init_fence() {
-    for (auto &b : async.barriers) b.second.fenced = true;
+    for (auto &b : async.barriers)
+        if (part_at(memory + b.first) == part_of_thread(current)) b.second.fenced = true;
     for (size_t i : async_me().unfenced)
         if (async.barriers.count(i)) units[i].unfenced = 0;
 }
 
-void barrier_arrive(const Region &region, void *p, int bytes) {
-    Mbarrier &b = barrier_at(region, p);
+static void arrive_at(Mbarrier &b, int bytes) {
     Thread &me = block.threads[(size_t)current];
     if (b.missing == 0) fail("an mbarrier: more arrivals than the %d it was made for", b.arrivals);
     merge(b.gathered, me.seen);
@@ -318,6 +323,8 @@ void barrier_arrive(const Region &region, void *p, int bytes) {
     if (seed && draw(4) == 0) suspend();
 }
 
+void barrier_arrive(const Region &region, void *p, int bytes) { arrive_at(barrier_at(region, p), bytes); }
+
 void barrier_wait(const Region &region, void *p, uint32_t parity) {
     Mbarrier &b = barrier_at(region, p);
     b.phase.word = "an mbarrier";
@@ -325,17 +332,57 @@ void barrier_wait(const Region &region, void *p, uint32_t parity) {
     merge(block.threads[(size_t)current].seen, b.released);
 }
 
-void tile_load(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *p, int row,
-               int column, int which) {
-    Mbarrier &b = barrier_at(region, p);
+/* A place in a block of the cluster, where this block has `p`; the region is this block's too. */
+static char *place_in(int part, const void *p) {
+    return (char *)const_cast<void *>(p) + (memory_of(part) - my_memory());
+}
+static Region region_in(int part, const Region &r) { return {place_in(part, r.begin), r.bytes, r.element}; }
+
+static void reach(int part) {
+    if (part == part_of_thread(current)) return;
+    if (!block.met) fail("another block's shared memory, before any cluster_sync");
+    block.reached = true;
+}
+
+static void load_to(int part, const Region &mine, const void *to, const Tile &tile, const Region &region,
+                    const void *p) {
+    reach(part);
+    Mbarrier &b = barrier_at(region_in(part, region), place_in(part, p));
     if (!b.fenced) fail("an mbarrier that TMA does not see: no barrier_init_fence");
-    check_tile(map, (const char *)to, which);
-    const size_t bytes = bytes_of_box(map);
-    check_access(to_region, to, bytes, true); /* who read what it will write over is done */
-    for (Units i(to, bytes, to_region.element); i.at < i.end; i.at += i.step) units[i.at].loading = true;
-    const Load load = {{map, row, column, which}, to_region, (char *)to, &b, b.phase.generation, current};
+    char *place = place_in(part, to);
+    check_tile(tile.map, place, tile.which);
+    const size_t bytes = bytes_of_box(tile.map);
+    check_access(region_in(part, mine), place, bytes, true); /* who read what it will write over is done */
+    for (Units i(place, bytes, mine.element); i.at < i.end; i.at += i.step) units[i.at].loading = true;
+    const Load load = {tile, mine.element, place, &b, b.phase.generation, current};
     if (seed) async.loads.push_back(load);
     else land(load);
+}
+
+void tile_load(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *p, int row,
+               int column, int which) {
+    load_to(part_of_thread(current), to_region, to, {map, row, column, which}, region, p);
+}
+
+void tile_load_all(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *p, int row,
+                   int column) {
+    for (int part = 0; part < block.blocks; part++) load_to(part, to_region, to, {map, row, column, -1}, region, p);
+}
+
+int cluster_rank() { return part_of_thread(current); }
+
+void cluster_sync() {
+    if (block.left) fail("cluster_sync, where %d threads of the cluster have returned", block.left);
+    if (!arrive(block.cluster, (int)block.threads.size(), "cluster_sync", nullptr, 0)) return wait(block.cluster);
+    epoch++;
+    block.met = true, block.reached = false;
+    release(block.cluster);
+}
+
+void barrier_arrive_at(const Region &region, void *p, int part) {
+    if (part < 0 || part >= block.blocks) fail("an mbarrier of block %d, where the cluster has %d", part, block.blocks);
+    reach(part);
+    arrive_at(barrier_at(region_in(part, region), place_in(part, p)), 0);
 }
 
 void tile_store(const TensorMap &map, const Region &from_region, const void *from, int row, int column, int which) {
@@ -385,8 +432,8 @@ void SumsState::touch() {
 }
 
 uint64_t operand(const void *p, int leading, int stride) {
-    return (uint64_t)((const char *)p - memory) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 |
-           (uint64_t)1 << 62;
+    return (uint64_t)((const char *)p - my_memory()) >> 4 | (uint64_t)(leading >> 4) << 16 |
+           (uint64_t)(stride >> 4) << 32 | (uint64_t)1 << 62;
 }
 
 void wgmma(const Product &product, SumsState &sums) {
@@ -430,9 +477,11 @@ void wgmma_wait(int groups) {
 
 namespace {
 void check_end() {
-    int registers = 0;
-    for (const AsyncWarp &w : async.warps) registers += w.registers * WARP;
-    if (registers > REGISTERS) fail("setmaxnreg: %d registers, where there are %d", registers, REGISTERS);
+    for (int part = 0, warps = block.size / WARP; part < block.blocks; part++) {
+        int registers = 0;
+        for (int w = part * warps; w < (part + 1) * warps; w++) registers += async.warps[(size_t)w].registers * WARP;
+        if (registers > REGISTERS) fail("setmaxnreg: %d registers, where there are %d", registers, REGISTERS);
+    }
     if (!async.loads.empty()) fail("returns with the load of a tile under way");
 }
 

@@ -1,8 +1,8 @@
 /* emulate.cpp -- the scheduler of the emulation: fibers, barriers, checked shared memory; and runtime.h for it.
  *
- * One block runs at a time and one of its threads at a time, until it waits.  Schedule 0 takes blocks and threads in
- * order and lets cp.async land at once.  Any other number seeds an unfair schedule: blocks and threads in random order,
- * half of the warps standing still for a while, copies landing as late as they may. */
+ * One block, or cluster of blocks, runs at a time and one of its threads at a time, until it waits.  Schedule 0 takes
+ * blocks and threads in order and lets cp.async land at once.  Any other number seeds an unfair schedule: blocks and
+ * threads in random order, half of the warps standing still for a while, copies landing as late as they may. */
 #include "../runtime.h"
 #include "../prim_sm90.cuh"
 #include <setjmp.h>
@@ -26,7 +26,8 @@ namespace {
 
 /* What every GPU from sm_80 on gives a block (sm_86 and sm_89 the least). */
 enum { MOST_THREADS = 1024, MOST_STATIC = 48 << 10, MOST_SHARED = 99 << 10, STACK = 128 << 10, PAGE = 4096 };
-enum { MOST_SM90 = 227 << 10, AGENTS = 64 }; /* what Hopper gives; the mbarriers of a block, see async.h */
+enum { MOST_SM90 = 227 << 10, AGENTS = 64 }; /* what Hopper gives a block; its mbarriers, see async.h */
+enum { MOST_CLUSTER = 2 };                   /* blocks */
 enum { MOST_READS = 4 * MOST_THREADS };
 
 /* ---- the state of a block ---- */
@@ -84,23 +85,40 @@ struct Array {
     Region region;
 };
 
+/* What each block of a cluster has for itself; its shared memory lies at part * MOST_SM90. */
+struct Part {
+    Barrier barriers[16];
+    int left;
+    size_t used;
+    std::vector<Array> arrays;
+};
+
+/* That runs, or the cluster: then threads and warps are those of one block behind those of the other. */
 struct Block {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
-    Barrier barriers[16];
+    Part parts[MOST_CLUSTER];
+    Barrier cluster;
+    bool met, reached; /* in cluster_sync, so far; and since then one block reached for another's memory */
+    int size, blocks;  /* threads of a block; blocks of the cluster */
+    int64_t number;    /* of the first */
     int left;
     uint64_t first_epoch;
-    size_t dynamic, used, element; /* of the dynamic shared memory */
+    size_t dynamic, element; /* of the dynamic shared memory */
     bool sm90;
     bool early, passed; /* launched so; and whether earlier kernels are complete by now */
     Barrier earlier;
-    std::vector<Array> arrays;
 } block;
 
 uint64_t epoch = 1; /* block barriers so far, over all blocks: what was done in another one comes before */
 int current;        /* the thread that runs */
-alignas(1024) char memory[MOST_SM90];
-Unit units[MOST_SM90];
+alignas(1024) char memory[MOST_CLUSTER * MOST_SM90];
+Unit units[MOST_CLUSTER * MOST_SM90];
+
+int part_of_thread(int thread) { return thread / block.size; }
+Part &my_part() { return block.parts[part_of_thread(current)]; }
+char *memory_of(int part) { return memory + part * MOST_SM90; }
+char *my_memory() { return memory_of(part_of_thread(current)); }
 
 /* ---- failures ---- */
 
@@ -170,7 +188,8 @@ void make_fibers() {
 void resume(int thread) {
     Fiber &f = fibers[thread];
     current = thread;
-    thread_index = {(unsigned)thread, 0, 0};
+    thread_index = {(unsigned)(thread % block.size), 0, 0};
+    block_index = {(unsigned)block.number + (unsigned)part_of_thread(thread), 0, 0};
     if (_setjmp(scheduler)) return;
     if (f.begun) _longjmp(f.at, 1);
     f.begun = true;
@@ -202,7 +221,7 @@ bool ordered(const Access &before) {
 
 /* What each of these did comes before what any of them does from now on. */
 void join(const std::vector<int> &threads) {
-    std::vector<uint32_t> all(block.threads.size() + (block.sm90 ? AGENTS : 0), 0);
+    std::vector<uint32_t> all(block.threads.size() + (block.sm90 ? (size_t)(AGENTS * block.blocks) : 0), 0);
     for (int t : threads) {
         Thread &thread = block.threads[(size_t)t];
         for (size_t i = 0; i < thread.seen.size(); i++) all[i] = std::max(all[i], thread.seen[i]);
@@ -246,10 +265,11 @@ void leave() {
     if (block.early && !me.waited) fail("returns without wait_earlier");
     if (block.sm90) leave_async();
     me.left = true;
-    block.left++, my_warp().left++;
-    if (!block.barriers[0].waiting.empty())
-        fail("returns, where other threads wait at __syncthreads of %s:%d", block.barriers[0].file,
-             block.barriers[0].line);
+    block.left++, my_part().left++, my_warp().left++;
+    const Barrier &all = my_part().barriers[0];
+    if (!all.waiting.empty()) fail("returns, where other threads wait at __syncthreads of %s:%d", all.file, all.line);
+    if (!block.cluster.waiting.empty()) fail("returns, where other threads of the cluster wait in cluster_sync");
+    if (block.reached) fail("returns, where blocks of the cluster reached for each other since the last cluster_sync");
     if (!my_warp().barrier.waiting.empty())
         fail("returns, where other lanes of the warp wait in %s", my_warp().barrier.word);
 }
@@ -290,10 +310,12 @@ bool land_one();
 void end_async();
 void describe_wait(const Thread &t, char *to, size_t room);
 
-void begin_block(int64_t number, int threads, size_t shared) {
-    block_index = {(unsigned)number, 0, 0};
-    block.threads.resize((size_t)threads);
-    block.warps.resize((size_t)threads / WARP);
+/* Or the cluster of that number. */
+void begin_block(int64_t number, size_t shared) {
+    const size_t threads = (size_t)(block.size * block.blocks);
+    block.number = number * block.blocks;
+    block.threads.resize(threads);
+    block.warps.resize(threads / WARP);
     for (Thread &t : block.threads) {
         t.left = t.waited = false, t.waits = nullptr, t.clock = 1, t.exchanges = 0;
         t.landing = !seed;
@@ -302,13 +324,18 @@ void begin_block(int64_t number, int threads, size_t shared) {
         t.groups[0].clear();
     }
     for (Warp &w : block.warps) w.left = 0, w.barrier.waiting.clear();
-    for (Barrier &b : block.barriers) b.waiting.clear();
+    block.cluster.waiting.clear();
+    block.met = block.reached = false;
     block.left = 0, block.passed = false;
     block.first_epoch = ++epoch;
     block.dynamic = shared;
-    block.used = (shared + 15) / 16 * 16;
-    block.arrays.clear();
-    memset(memory, 0xff, block.used);
+    for (int i = 0; i < block.blocks; i++) {
+        Part &part = block.parts[i];
+        for (Barrier &b : part.barriers) b.waiting.clear();
+        part.left = 0, part.used = (shared + 15) / 16 * 16;
+        part.arrays.clear();
+        memset(memory_of(i), 0xff, part.used);
+    }
     if (block.sm90) begin_async();
 }
 
@@ -331,9 +358,10 @@ void say_deadlock() {
     const Thread &t = block.threads[(size_t)current];
     char more[128] = "";
     if (block.sm90) describe_wait(t, more, sizeof more);
-    snprintf(message, sizeof message, "%s: block %u: no thread can go on; thread %d waits in %s%s, %d of %zu have left",
-             op_now, block_index.x, current, t.waits ? t.waits->word : "nothing", more, block.left,
-             block.threads.size());
+    snprintf(message, sizeof message,
+             "%s: block %lld: no thread can go on; thread %d waits in %s%s, %d of %zu have left", op_now,
+             (long long)block.number + part_of_thread(current), current % block.size,
+             t.waits ? t.waits->word : "nothing", more, block.left, block.threads.size());
     failed = true;
 }
 
@@ -368,13 +396,13 @@ void run_block() {
     if (block.sm90) end_async();
 }
 
-void run_blocks(int64_t blocks, int threads, size_t shared) {
+void run_blocks(int64_t blocks, size_t shared) {
     shut_arrays(block.early); /* for the first block: for all it would take too long */
-    std::vector<int64_t> order((size_t)blocks);
+    std::vector<int64_t> order((size_t)(blocks / block.blocks));
     for (size_t i = 0; i < order.size(); i++) order[i] = (int64_t)i;
     if (seed) shuffle_order(order);
     for (int64_t number : order) {
-        begin_block(number, threads, shared);
+        begin_block(number, shared);
         run_block();
         if (failed) break;
     }
@@ -383,7 +411,7 @@ void run_blocks(int64_t blocks, int threads, size_t shared) {
 }  // namespace
 
 void fail(const char *format, ...) {
-    int n = snprintf(message, sizeof message, "%s: block %u, thread %d: ", op_now, block_index.x, current);
+    int n = snprintf(message, sizeof message, "%s: block %u, thread %d: ", op_now, block_index.x, current % block.size);
     va_list args;
     va_start(args, format);
     vsnprintf(message + n, sizeof message - (size_t)n, format, args);
@@ -393,15 +421,17 @@ void fail(const char *format, ...) {
 }
 
 void sync_block(const char *file, int line) {
-    Barrier &b = block.barriers[0];
-    if (block.left) fail("__syncthreads of %s:%d, where %d threads have returned", file, line, block.left);
-    if (!arrive(b, (int)block.threads.size(), "__syncthreads", file, line)) return wait(b);
-    epoch++;
+    Part &part = my_part();
+    Barrier &b = part.barriers[0];
+    if (part.left) fail("__syncthreads of %s:%d, where %d threads have returned", file, line, part.left);
+    if (!arrive(b, block.size, "__syncthreads", file, line)) return wait(b);
+    if (block.blocks == 1) epoch++; /* the same for all threads, and quicker */
+    else join(b.waiting);
     release(b);
 }
 
 void sync_group(int id, int threads) {
-    Barrier &b = block.barriers[id];
+    Barrier &b = my_part().barriers[id];
     if (threads % WARP) fail("a barrier of %d threads: no whole warps", threads);
     if (!arrive(b, threads, "sync_group", nullptr, threads)) return wait(b);
     join(b.waiting);
@@ -443,20 +473,21 @@ const char *exchange(const char *word, const void *mine, size_t bytes) {
 }
 
 Region shared_array(const void *declaration, size_t count, size_t element) {
-    for (const Array &a : block.arrays)
+    Part &part = my_part();
+    for (const Array &a : part.arrays)
         if (a.declaration == declaration) return a.region;
-    const Region region = {memory + block.used, count * element, element};
-    if (region.bytes > MOST_STATIC || block.used + region.bytes > MOST_SHARED)
-        fail("%zu bytes of shared memory behind %zu: too many", region.bytes, block.used);
+    const Region region = {my_memory() + part.used, count * element, element};
+    if (region.bytes > MOST_STATIC || part.used + region.bytes > MOST_SHARED)
+        fail("%zu bytes of shared memory behind %zu: too many", region.bytes, part.used);
     memset(region.begin, 0xff, region.bytes);
-    block.used += (region.bytes + 15) / 16 * 16;
-    block.arrays.push_back({declaration, region});
+    part.used += (region.bytes + 15) / 16 * 16;
+    part.arrays.push_back({declaration, region});
     return region;
 }
 
 Region shared_dynamic(size_t element) {
     block.element = element;
-    return {memory, block.dynamic, element};
+    return {my_memory(), block.dynamic, element};
 }
 
 /* Of each thread its last read: the others come before it. */
@@ -528,16 +559,17 @@ namespace emulate {
 static void run(const Launch &l, const void *context_) {
     if (failed || l.blocks <= 0) return;
     op_now = l.op, body = l.body, context = context_;
-    if (l.blocks > INT32_MAX || l.threads <= 0 || l.threads > MOST_THREADS || l.threads % WARP ||
-        l.shared > (l.sm90 ? (size_t)MOST_SM90 : (size_t)MOST_SHARED) || (l.sm90 && l.early)) {
+    const bool clusters = l.cluster == 1 || (l.cluster == MOST_CLUSTER && l.sm90 && l.blocks % l.cluster == 0);
+    if (l.blocks > INT32_MAX || l.threads <= 0 || !clusters || l.threads * l.cluster > MOST_THREADS ||
+        l.threads % WARP || l.shared > (l.sm90 ? (size_t)MOST_SM90 : (size_t)MOST_SHARED) || (l.sm90 && l.early)) {
         snprintf(message, sizeof message,
-                 "%s: cannot launch %lld blocks of %d threads with %zu bytes of shared memory%s", l.op,
-                 (long long)l.blocks, l.threads, l.shared, l.early ? " early" : "");
+                 "%s: cannot launch %lld blocks of %d threads with %zu bytes of shared memory%s, in clusters of %d",
+                 l.op, (long long)l.blocks, l.threads, l.shared, l.early ? " early" : "", l.cluster);
         failed = true;
         return;
     }
     if (!stacks) make_fibers();
-    block.sm90 = l.sm90, block.early = l.early;
+    block.sm90 = l.sm90, block.early = l.early, block.size = l.threads, block.blocks = l.cluster;
     block_size = {(unsigned)l.threads, 1, 1}, grid_size = {(unsigned)l.blocks, 1, 1};
 
     static char stack[64 << 10]; /* of the handler: the fiber's own may be what ran out */
@@ -548,7 +580,7 @@ static void run(const Launch &l, const void *context_) {
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaltstack(&mine, &old_stack);
     sigaction(SIGSEGV, &action, &old_segv), sigaction(SIGBUS, &action, &old_bus);
-    run_blocks(l.blocks, l.threads, l.shared);
+    run_blocks(l.blocks, l.shared);
     shut_arrays(false);
     sigaction(SIGSEGV, &old_segv, nullptr), sigaction(SIGBUS, &old_bus, nullptr);
     sigaltstack(&old_stack, nullptr);

@@ -39,8 +39,9 @@ struct Launch {
     size_t shared;
     const char *op;
     void (*body)(const void *);
-    bool sm90;  /* of prim_sm90.cuh's words: more shared memory, and what works beside the threads */
-    bool early; /* begins before the kernel in front of it has ended */
+    bool sm90;   /* of prim_sm90.cuh's words: more shared memory, and what works beside the threads */
+    bool early;  /* begins before the kernel in front of it has ended */
+    int cluster; /* blocks that run together */
 };
 void launch(const Launch &l, const void *context, size_t bytes);
 

@@ -30,6 +30,11 @@ void barrier_arrive(const Region &region, void *b, int bytes);
 void barrier_wait(const Region &region, void *b, uint32_t parity);
 void tile_load(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *b, int row,
                int column, int which);
+void tile_load_all(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *b, int row,
+                   int column);
+int cluster_rank();
+void cluster_sync();
+void barrier_arrive_at(const Region &region, void *b, int part);
 void tile_store(const TensorMap &map, const Region &from_region, const void *from, int row, int column, int which);
 void tile_store_commit();
 void tile_store_wait_read(int groups);
@@ -57,6 +62,14 @@ inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b,
     to.at((int64_t)bytes_of_box(map) / 2 - 8, 16);
     emulate::tile_load(to.region, first, map, b.region, b.at(0, 8), row, column, which);
 }
+inline void tile_load_all(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column) {
+    void *first = to.at(0, 16);
+    to.at((int64_t)bytes_of_box(map) / 2 - 8, 16);
+    emulate::tile_load_all(to.region, first, map, b.region, b.at(0, 8), row, column);
+}
+inline int cluster_rank() { return emulate::cluster_rank(); }
+inline void cluster_sync() { emulate::cluster_sync(); }
+inline void barrier_arrive_at(Shared<uint64_t> b, int rank) { emulate::barrier_arrive_at(b.region, b.at(0, 8), rank); }
 inline void tile_store(const TensorMap &map, Shared<bf16> from, int row, int column, int which = -1) {
     const void *first = from.at(0, 16);
     from.at((int64_t)bytes_of_box(map) / 2 - 8, 16);
