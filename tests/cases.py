@@ -108,9 +108,9 @@ def linear_cases():
         yield case("few rows, five K blocks", N=5, C=2100, OC=9, fn="none", prec=prec, **(off | dict(bias=True)))
         yield case("decode: one row", N=1, C=600, OC=131, fn="gelu_erf", prec=prec, **on)
         yield case("all edges", N=70, C=300, OC=203, fn="gelu_tanh", prec=prec, **on)
-        yield case("rows on 16 bytes", N=140, C=200, OC=328, fn="gelu_tanh", prec=prec, **on)
+        yield case("rows on 16 bytes", N=140, C=136, OC=200, fn="gelu_tanh", prec=prec, **on)
         yield case(
-            "rows on 16 bytes, residual", N=140, C=200, OC=328, fn="none", prec=prec, **(off | dict(residual=True))
+            "rows on 16 bytes, residual", N=140, C=136, OC=200, fn="none", prec=prec, **(off | dict(residual=True))
         )
         plain = off | dict(bias=True, accumulate=True)
         yield case("GPT-2 qkv", big=True, N=1024, C=768, OC=2304, fn="none", prec=prec, **plain)

@@ -63,7 +63,7 @@ def products(keep=lambda op, c: True):
 
 PRODUCTS = ("linear_forward", "linear_backward_input", "linear_backward_weight")
 ON_16_BYTES = ("rows on 16 bytes", "rows on 16 bytes, residual")
-QUICK = ("one past two tiles", *ON_16_BYTES, "all edges", "several K blocks of N", "several K blocks of C")
+QUICK = ("one past two tiles", "several K blocks of N", *ON_16_BYTES, "all edges", "several K blocks of C")
 LONG = (*ON_16_BYTES, "several K blocks of C", "several K blocks of OC", "several K blocks of N", "all edges")
 
 
