@@ -25,7 +25,7 @@ from emulated import FUNCTIONS, signatures, to_bf16  # noqa: E402
 
 GELU_TANH, FP32, BF16, HYPER_COUNT = 1, 0, 1, 11  # of csrc/ops.h
 BYTES = {"act": 2, "float": 4, "double": 8, "int32_t": 4, "bf16": 2}
-HEADER = ("operator", "sizes", "ms", "GB/s or TFLOP/s", "% of copy", "% of library", "spread %")
+HEADER = ("operator", "sizes", "ms", "GB/s or TFLOP/s", "% of copy", "% of library", "by tile", "spread %")
 
 
 @dataclass
@@ -245,6 +245,17 @@ def attention(d, s):
     yield "attention backward", words, back, 8 * unit, 5 * flops // 2
 
 
+def by_tile(device, call, seconds):
+    """Seconds with each kind of tile that the product may have: the choice is to be the least of them."""
+    tiling, found = device.library.barelm_cuda_tiling, []
+    if call[0] in ("linear_forward", "linear_backward_input"):
+        for kind in range(tiling(-1)):
+            tiling(kind)
+            found.append(seconds_of(device.call(*call), device.wait, seconds)[0])
+        tiling(-1)
+    return found
+
+
 def operators(device, s, seconds, only):
     copy = copy_bandwidth(device, s, seconds)
     print(f"\nCopy: {copy / 1e12:.2f} TB/s, bytes read and written.\n\n| {' | '.join(HEADER)} |")
@@ -258,7 +269,7 @@ def operators(device, s, seconds, only):
             product = work if isinstance(work, tuple) else None
             flops = 2 * np.prod(product, dtype=float) if product else work
             found.append(dict(name=name, sizes=sizes, seconds=time_, spread=spread, bytes=moved, flops=flops))
-            found[-1]["product"] = product
+            found[-1] |= dict(product=product, by_tile=by_tile(device, call, seconds))
         device.free()
     shapes = {r["product"] for r in found if r["product"]}
     best = library_products(sorted(shapes), seconds)
@@ -268,7 +279,9 @@ def operators(device, s, seconds, only):
         r["of_library"] = rate / best[r["product"]] if r["product"] in best else None
         shares = ("" if share is None else f"{100 * share:.0f}" for share in (r["of_copy"], r["of_library"]))
         number = f"{rate / 1e12:.0f} TFLOP/s" if r["flops"] else f"{rate / 1e9:.0f} GB/s"
-        cells = (r["name"], r["sizes"], f"{1e3 * r['seconds']:.3f}", number, *shares, f"{100 * r['spread']:.0f}")
+        tiles = " / ".join(f"{r['flops'] / t / 1e12:.0f}" for t in r["by_tile"])
+        cells = (r["name"], r["sizes"], f"{1e3 * r['seconds']:.3f}", number, *shares, tiles)
+        cells = (*cells, f"{100 * r['spread']:.0f}")
         print("| " + " | ".join(cells) + " |", flush=True)
     return {"copy": copy, "operators": found, "library": {str(shape): rate for shape, rate in best.items()}}
 

@@ -1,7 +1,8 @@
 #!/bin/sh
 # gpu.sh [FOLDER] -- on a machine with an NVIDIA GPU, nvcc and PyTorch: build, check and measure everything, in under eight
 # minutes.  What it says and the JSON files go to FOLDER (default build/gpu); then copy them into benchmarks/.
-#   ARCH  what nvcc compiles for (default 90a-real: an H100 or H200)      PYTHON  (default python3)
+#   ARCH  what nvcc compiles for (default 90a-real: an H100 or H200; 90-real: there without Hopper's own kernels)
+#   PYTHON  (default python3)
 #   LLMC  llm.c's program and its options, if steps are to be measured beside it: "llm.c/train_gpt2cu -r 0"
 #   ONLY  a part: build, tests, sanitizers, peers, operators or steps
 set -u
@@ -27,21 +28,22 @@ build() {
         "$python" -m barelm doctor
 }
 
-tests() { "$python" -m pytest -q -x -k "not planted" tests/test_emulate.py tests/test_emulate_sm90.py tests/test_cuda.py tests/test_cuda_attention.py tests/test_cuda_model.py; }
+# Each has a limit: what waits for ever on the device must not cost what comes after.
+tests() { timeout 240 "$python" -m pytest -q --maxfail 20 -k "not planted" tests/test_emulate.py tests/test_emulate_sm90.py tests/test_cuda.py tests/test_cuda_attention.py tests/test_cuda_model.py; }
 
 # each tool over kernels of every file, and a whole step of both families
 sanitizers() {
     for tool in memcheck racecheck initcheck synccheck; do
-        compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all "$python" -m pytest -q -x -p no:cacheprovider \
+        timeout 90 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all "$python" -m pytest -q -x -p no:cacheprovider \
             tests/test_cuda_model.py -k "same_bits_under_every_schedule or session_decodes" || return
-        compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py \
+        timeout 90 compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py \
             -k "not planted and (odd or smallest) and not big" || return
     done
 }
 
-peers() { "$python" -m pytest -q -m peers tests/test_peers_cuda.py; }
-operators() { "$python" benchmarks/bench_cuda.py --json "$out/h200-operators.json"; }
-steps() { "$python" benchmarks/bench_model.py --device cuda --only gpt2\ 64 --rounds 5 --llmc "${LLMC:-}" --json "$out/h200-steps.json"; }
+peers() { timeout 120 "$python" -m pytest -q -m peers tests/test_peers_cuda.py; }
+operators() { timeout 180 "$python" benchmarks/bench_cuda.py --json "$out/h200-operators.json"; }
+steps() { timeout 240 "$python" benchmarks/bench_model.py --device cuda --only gpt2\ 64 --rounds 5 --llmc "${LLMC:-}" --json "$out/h200-steps.json"; }
 
 part build build
 part tests tests

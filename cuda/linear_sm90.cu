@@ -367,11 +367,12 @@ __global__ void __launch_bounds__(256)
 
 /* ---- which tiles ---- */
 
+int only_tiling = -1; /* -1: by the sizes.  For benchmarks and tests. */
 #ifdef __CUDACC__
-const int only_tiling = -1, clusters_at_most = SMS / CLUSTER, least_rows = 512;
+const int clusters_at_most = SMS / CLUSTER, least_rows = 512;
 #else
-/* For the tests: small products on every tiling, several tiles a block, several parts. */
-int only_tiling = -1, clusters_at_most = SMS / CLUSTER, least_rows = 512;
+/* For the tests: several tiles a block, several parts. */
+int clusters_at_most = SMS / CLUSTER, least_rows = 512;
 #endif
 
 struct Choice {
@@ -486,6 +487,11 @@ void OPERATOR(linear_sm90)(const ProductSm90 &p) {
         else if (p.product == INPUT) run<INPUT>(p, o);
         else run_weight(p, o);
     }
+}
+
+extern "C" int OPERATOR(linear_sm90_tiling)(int tiling) {
+    only_tiling = tiling;
+    return TILINGS;
 }
 
 #ifndef __CUDACC__
