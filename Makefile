@@ -32,7 +32,7 @@ asan: $(VENV)/.test ## quick tests under the address and undefined-behaviour san
 	$(ALONE) sh tests/sanitize.sh asan $(BIN)/python $(HALVES)
 
 tsan: $(VENV)/.test ## tests with several threads under the thread sanitizer
-	sh tests/sanitize.sh tsan $(BIN)/python
+	sh tests/sanitize.sh tsan $(BIN)/python $(HALVES)
 
 fuzz: $(VENV)/.fuzz ## changed files for every reader, guided by what they reach, under the sanitizers; RUNS=100000 of each
 	sh tests/fuzz.sh $(BIN)/python -runs=$(RUNS)

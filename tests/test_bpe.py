@@ -278,6 +278,8 @@ def test_counts_do_not_depend_on_threads_or_batches(pattern):
         with threads(n):
             assert _core.piece_counts(pattern, documents) == want
             assert _core.piece_counts(pattern, joined) == want
+    if "TSAN_OPTIONS" in os.environ:  # where each pass takes a quarter of a minute
+        return
     pairs = [b"".join(documents[i : i + 2]) for i in range(0, len(documents), 2)]
     assert _core.piece_counts(pattern, pairs[::-1]) == want
 
