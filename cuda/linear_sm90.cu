@@ -350,6 +350,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         registers_take<240>();
         consume<S>(at, o, boxes, work, warp_index() / 4 - 1);
     }
+    __syncwarp(); /* one lane of two warps has been away */
     cluster_sync();
 }
 

@@ -4,7 +4,7 @@ Each fault is a change of one place, of a kind that is easily made.  The tree is
 built, and the quick tests run until one fails.  A fault that no test catches is a hole in the tests, and makes the
 exit code 1.  `words` choose the faults whose description holds one of them.
 
-Those of cuda/ need no more than a compiler, so tests/test_cuda*.py plant each of them in every run.
+Those of cuda/ need no more than a compiler, so tests/test_cuda*.py plant every third of them in every run.
 """
 
 import argparse
@@ -2212,8 +2212,8 @@ FAULTS = [
     Fault(
         "cuda sm90: a block returns while the other still needs it",
         "cuda/linear_sm90.cu",
-        "    }\n    cluster_sync();\n}",
-        "    }\n}",
+        "    cluster_sync();\n}\n",
+        "}\n",
         SM90,
     ),
     Fault(
@@ -2793,6 +2793,11 @@ class Tree:
         where = crashed[1] if crashed else done.stdout[-200:]
         said = failed[1] if failed else f"exit code {done.returncode} in {where}"
         return done.returncode == 0, said
+
+
+def planted_always(faults: list[Fault]) -> list[Fault]:
+    """In every run of the tests, which has minutes; this script plants all."""
+    return faults[::3]
 
 
 def copy_changed(source, target):

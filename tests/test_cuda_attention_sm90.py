@@ -15,7 +15,7 @@ import pytest
 import test_cuda_attention as attention
 from cases import case
 from emulated import COMPILER, ROOT, Backend, compile_object, link
-from faults import FAULTS
+from faults import FAULTS, planted_always
 from test_cuda import check_values, run
 from test_cuda_attention import FAST, GROUPED, ONE, build
 from test_ops import same_bits
@@ -117,7 +117,9 @@ def test_no_rows(hopper, op):
 
 
 @pytest.mark.parametrize(
-    "fault", [f for f in FAULTS if f.first == f"tests/{Path(__file__).name}"], ids=lambda fault: fault.what
+    "fault",
+    planted_always([f for f in FAULTS if f.first == f"tests/{Path(__file__).name}"]),
+    ids=lambda fault: fault.what,
 )
 def test_a_planted_fault_is_caught(fault, objects, tmp_path):
     for path in (ROOT / "cuda").glob("attention*.cu*"):  # a header is found beside what includes it

@@ -166,7 +166,7 @@ def test_matrices_and_one_of_a_warp(emulation, seed):
         ("share_tiles", "other_block", "a race with the (read|write)|is being loaded"),
         ("share_tiles", "no_empty_wait", "a race with the read|is being loaded|phase ended before"),
         ("share_tiles", "no_full_wait", "is being loaded|a race with the|nobody wrote"),
-        ("share_tiles", "too_few_bytes", "phase ended before|is being loaded"),
+        ("share_tiles", "too_few_bytes", "phase ended before|is being loaded|nobody wrote"),
         ("store_tiles", "no_async_fence", "without fence_async"),
         ("store_tiles", "no_barrier", "races with the write|nobody wrote|without fence_async"),
         ("store_tiles", "overwritten", "still reads it"),
