@@ -94,49 +94,51 @@ static void both(void *context, int task) {
     }
 }
 
+static void over_rows(void (*body)(void *, int), Job job) {
+    job.rows = rows_per_task(job.Vp);
+    parallel_for(body, &job, tasks_for(job.N, job.rows));
+}
+
 void CAT(logprob_forward, ISA)(float *logprobs, float *lse, float *entropy, const float *logits, const int32_t *targets,
                                float invtemp, int N, int V, int Vp) {
-    Job job = {.logprobs = logprobs,
-               .lse = lse,
-               .entropy = entropy,
-               .logits = logits,
-               .targets = targets,
-               .invtemp = invtemp,
-               .N = N,
-               .V = V,
-               .Vp = Vp,
-               .rows = rows_per_task(Vp)};
-    parallel_for(forward, &job, tasks_for(N, job.rows));
+    const Job job = {.logprobs = logprobs,
+                     .lse = lse,
+                     .entropy = entropy,
+                     .logits = logits,
+                     .targets = targets,
+                     .invtemp = invtemp,
+                     .N = N,
+                     .V = V,
+                     .Vp = Vp};
+    over_rows(forward, job);
 }
 
 void CAT(logprob_backward, ISA)(float *dlogits, const float *dlogprobs, const float *logits, const int32_t *targets,
                                 const float *lse, float invtemp, int N, int V, int Vp) {
-    Job job = {.dlogits = dlogits,
-               .dlogprobs = dlogprobs,
-               .logits = logits,
-               .targets = targets,
-               .lse = (float *)lse,
-               .invtemp = invtemp,
-               .N = N,
-               .V = V,
-               .Vp = Vp,
-               .rows = rows_per_task(Vp)};
-    parallel_for(backward, &job, tasks_for(N, job.rows));
+    const Job job = {.dlogits = dlogits,
+                     .dlogprobs = dlogprobs,
+                     .logits = logits,
+                     .targets = targets,
+                     .lse = (float *)lse,
+                     .invtemp = invtemp,
+                     .N = N,
+                     .V = V,
+                     .Vp = Vp};
+    over_rows(backward, job);
 }
 
 void CAT(logprob_forward_backward, ISA)(float *dlogits, float *logprobs, float *lse, const float *dlogprobs,
                                         const float *logits, const int32_t *targets, float invtemp, int N, int V,
                                         int Vp) {
-    Job job = {.logprobs = logprobs,
-               .lse = lse,
-               .dlogits = dlogits,
-               .dlogprobs = dlogprobs,
-               .logits = logits,
-               .targets = targets,
-               .invtemp = invtemp,
-               .N = N,
-               .V = V,
-               .Vp = Vp,
-               .rows = rows_per_task(Vp)};
-    parallel_for(both, &job, tasks_for(N, job.rows));
+    const Job job = {.logprobs = logprobs,
+                     .lse = lse,
+                     .dlogits = dlogits,
+                     .dlogprobs = dlogprobs,
+                     .logits = logits,
+                     .targets = targets,
+                     .invtemp = invtemp,
+                     .N = N,
+                     .V = V,
+                     .Vp = Vp};
+    over_rows(both, job);
 }
