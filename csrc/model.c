@@ -624,7 +624,8 @@ Status model_forward(Model *m, float *logprobs, float *hidden, float *entropy, c
     m->kept = 1;
     copy_floats_out(m, logprobs, A_logprobs);
     copy_floats_out(m, entropy, A_entropy);
-    if (hidden) s = read_acts(m->ops, m->error, hidden, buffer(m, A_hidden, 0), (int64_t)B * T * m->c.n_embd);
+    const int C = m->c.n_embd;
+    if (hidden) s = read_acts(m->ops, m->error, hidden, buffer(m, A_hidden, 0), B * T, C, C);
     return checked_device(m->ops, m->error, s);
 }
 
@@ -633,16 +634,16 @@ Status model_logits(Model *m, float *logits, const int32_t *tokens, const int32_
     if (s) return s;
     put_tokens(m, tokens, starts);
     if ((s = body_forward(m))) return s;
-    size_t V = (size_t)m->c.vocab_size, Vp = (size_t)vocab_padded(m), A = m->ops->act_bytes;
+    const int V = m->c.vocab_size;
     /* one row at a time where only the last counts, else chunk by chunk */
     int step = last ? T : m->ops->head_rows;
-    for (int row = last ? T - 1 : 0; row < B * T; row += step) {
+    for (int row = last ? T - 1 : 0; row < B * T && !s; row += step) {
         if (interrupted(m)) return INTERRUPTED;
         Chunk k = head_chunk(m, row);
         if (last) k.rows = 1;
         chunk_logits(m, &k);
-        for (int i = 0; i < k.rows && !s; i++, logits += V)
-            s = read_acts(m->ops, m->error, logits, (char *)k.logits + (size_t)i * Vp * A, (int64_t)V);
+        s = read_acts(m->ops, m->error, logits, k.logits, k.rows, V, vocab_padded(m));
+        logits += (int64_t)k.rows * V;
     }
     return checked_device(m->ops, m->error, s);
 }
@@ -932,5 +933,6 @@ Status model_trace(Model *m, float *out, int i, int layer) {
     if (!m->kept) return failed(m->error, NO_FORWARD, "trace: no forward pass is kept");
     TraceEntry all[N_ACTS];
     model_trace_entries(m, all);
-    return read_acts(m->ops, m->error, out, buffer(m, TRACED[i].buffer, layer), (int64_t)m->B * m->T * all[i].columns);
+    const int columns = all[i].columns;
+    return read_acts(m->ops, m->error, out, buffer(m, TRACED[i].buffer, layer), m->B * m->T, columns, columns);
 }

@@ -29,7 +29,11 @@ static double peak_flops(int prec, double seconds) {
 }
 
 /* Activations are floats here. */
-void CAT(act_read, ISA)(float *out, const float *in, int64_t n) { memory_copy(out, in, (size_t)n * sizeof *out); }
+void CAT(act_read, ISA)(float *out, const float *in, int N, int C, int ld) {
+    if (C == ld) memory_copy(out, in, (size_t)N * (size_t)C * sizeof *out);
+    else
+        for (int64_t n = 0; n < N; n++) memory_copy(out + n * C, in + n * ld, (size_t)C * sizeof *out);
+}
 void CAT(act_write, ISA)(float *out, const float *in, int64_t n) { memory_copy(out, in, (size_t)n * sizeof *out); }
 
 int64_t CAT(packed_bytes, ISA)(int prec, int C, int OC);

@@ -66,7 +66,9 @@ static void column_sums(float *sums, const float *x, int N, int C) {
 
 /* ---- activations as floats: here they are ------------------------------------------------------------------------ */
 
-static void act_read(float *out, const float *in, int64_t n) { memcpy(out, in, (size_t)n * sizeof *out); }
+static void act_read(float *out, const float *in, int N, int C, int ld) {
+    for (int64_t n = 0; n < N; n++) memcpy(out + n * C, in + n * ld, (size_t)C * sizeof *out);
+}
 static void act_write(float *out, const float *in, int64_t n) { memcpy(out, in, (size_t)n * sizeof *out); }
 
 /* ---- weights that are not trained ------------------------------------------------------------------------------- */

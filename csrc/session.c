@@ -9,8 +9,9 @@
 #include "repeat.h"
 #include "status.h"
 
-/* Tokens that go through the layers at a time: the activations of a long prompt stay within a few MB. */
-enum { SLICE = 512, ALIGN_BYTES = 64 };
+/* Tokens that go through the layers at a time: the activations of a long prompt stay within a few MB.  Pages by which
+ * a table grows: what was recorded of a step serves until then. */
+enum { SLICE = 512, TABLE_PAGES = 16, ALIGN_BYTES = 64 };
 
 typedef struct {
     int32_t *pages;
@@ -487,19 +488,24 @@ static int64_t place(const Field *list, size_t n, char *arena) {
 /* Of the adapter of linear layer w; 0: it has none. */
 static int width_of(const Session *s, int w) { return s->added.of.rank ? adapter_width(&s->added.of, w) : 0; }
 
-/* The arena of N tokens of R rows with up to `pages` pages each. */
+/* What the host tells of N tokens of R rows, in tables of so many pages: from the beginning of the arena on. */
+static int64_t told_layout(Slice *out, char *arena, int64_t N, int64_t R, int64_t pages) {
+    const Field list[] = {{&out->tokens, 4 * N},
+                          {&out->starts, 4 * N},
+                          {&out->first, 4 * (R + 1)},
+                          {&out->past, 4 * R},
+                          {&out->table, 4 * R * pages}};
+    return place(list, sizeof list / sizeof *list, arena);
+}
+
+/* The arena. */
 static int64_t slice_layout(const Session *s, Slice *out, char *arena, int64_t N, int64_t R, int64_t pages) {
     const Config *c = &s->c;
     LIST_SIZES;
-    const int64_t A = (int64_t)s->ops->act_bytes;
+    const int64_t A = (int64_t)s->ops->act_bytes, told = told_layout(out, arena, N, R, pages);
     const Field list[] = {
-        {&out->tokens, 4 * N},
-        {&out->starts, 4 * N},
-        {&out->first, 4 * (R + 1)},
-        {&out->past, 4 * R},
         {&out->mean, 4 * N},
         {&out->rstd, 4 * N},
-        {&out->table, 4 * R * pages},
         {&out->x, A * C * N},
         {&out->norm, A * C * N},
         {&out->qkv, A * QKV * N},
@@ -509,7 +515,7 @@ static int64_t slice_layout(const Session *s, Slice *out, char *arena, int64_t N
         {&out->fc, GATED || width_of(s, P_fc_w) ? A * FC * N : 0},
         {&out->low, A * adapter_most(&s->added.of) * N},
     };
-    return place(list, sizeof list / sizeof *list, arena);
+    return told + place(list, sizeof list / sizeof *list, arena ? arena + told : NULL);
 }
 
 /* A block of at least this many bytes, for content that does not outlive the step. */
@@ -586,7 +592,7 @@ static void block_forward(const Session *s, const Slice *b, int l, int N, int R,
 }
 
 /* Which tokens of a step make up a slice: rows from[0] .. from[R-1] of the step, taken[i] tokens of each, behind
- * past[i] that it has. */
+ * past[i] that it has; their tables have room for so many pages. */
 typedef struct {
     int R, N, pages;
     int from[SLICE], taken[SLICE], past[SLICE];
@@ -599,30 +605,30 @@ static Plan next_slice(const Session *s, const int *rows, const int *counts, int
         int left = counts[*row] - *done, taken = left < SLICE - p.N ? left : SLICE - p.N;
         int past = s->rows[rows[*row]].length + *done, pages = pages_for(past + taken);
         p.from[p.R] = *row, p.taken[p.R] = taken, p.past[p.R++] = past, p.N += taken;
-        if (pages > p.pages) p.pages = pages;
+        while (pages > p.pages) p.pages += TABLE_PAGES;
         *done += taken;
         if (*done == counts[*row]) *row += 1, *done = 0;
     }
     return p;
 }
 
-/* Token ids, positions and pages of a slice, to the backend. */
+/* Token ids, positions and pages of a slice, to the backend: in one piece, for each costs a device some microseconds.
+ */
 static Status describe(const Session *s, const Slice *b, const Plan *p, const int *rows, const int32_t *tokens) {
-    int32_t *host = malloc(sizeof *host * ((size_t)p->N + (size_t)p->R + 1 + (size_t)p->R * (size_t)p->pages));
+    Slice told;
+    const size_t bytes = (size_t)told_layout(&told, NULL, p->N, p->R, p->pages);
+    char *host = calloc(1, bytes);
     if (!host) return NO_MEMORY;
-    int32_t *starts = host, *first = starts + p->N, *table = first + p->R + 1;
-    first[0] = 0;
+    told_layout(&told, host, p->N, p->R, p->pages);
+    memcpy(told.tokens, tokens, sizeof *tokens * (size_t)p->N);
+    memcpy(told.past, p->past, sizeof *p->past * (size_t)p->R);
     for (int i = 0; i < p->R; i++) {
         const Row *r = &s->rows[rows[p->from[i]]];
-        first[i + 1] = first[i] + p->taken[i];
-        for (int n = first[i]; n < first[i + 1]; n++) starts[n] = first[i] - p->past[i];
-        for (int j = 0; j < p->pages; j++) table[i * p->pages + j] = j < r->n_pages ? r->pages[j] : 0;
+        told.first[i + 1] = told.first[i] + p->taken[i];
+        for (int n = told.first[i]; n < told.first[i + 1]; n++) told.starts[n] = told.first[i] - p->past[i];
+        for (int j = 0; j < p->pages && j < r->n_pages; j++) told.table[i * p->pages + j] = r->pages[j];
     }
-    s->ops->copy_in(b->tokens, tokens, (size_t)p->N * 4);
-    s->ops->copy_in(b->starts, starts, (size_t)p->N * 4);
-    s->ops->copy_in(b->first, first, ((size_t)p->R + 1) * 4);
-    s->ops->copy_in(b->past, p->past, (size_t)p->R * 4);
-    s->ops->copy_in(b->table, table, (size_t)p->R * (size_t)p->pages * 4);
+    s->ops->copy_in(b->tokens, host, bytes);
     free(host);
     return OK;
 }
@@ -631,29 +637,34 @@ static Status describe(const Session *s, const Slice *b, const Plan *p, const in
 
 typedef struct {
     act *last, *hidden, *logits;
-    float *mean, *rstd, *logprobs, *lse;
+    float *mean, *rstd, *floats, *logprobs, *lse; /* floats: the logits, in a device's memory */
     int32_t *targets;
 } Head;
 
 static int64_t head_layout(const Session *s, Head *h, char *p, int64_t R) {
-    const int64_t A = (int64_t)s->ops->act_bytes, C = s->c.n_embd, Vp = s->layout.p[P_wte].rows;
-    const Field list[] = {
-        {&h->last, A * C * R}, {&h->hidden, A * C * R}, {&h->logits, A * Vp * R}, {&h->mean, 4 * R},
-        {&h->rstd, 4 * R},     {&h->logprobs, 4 * R},   {&h->lse, 4 * R},         {&h->targets, 4 * R},
-    };
+    const int64_t A = (int64_t)s->ops->act_bytes, C = s->c.n_embd, V = s->c.vocab_size, Vp = s->layout.p[P_wte].rows;
+    const Field list[] = {{&h->last, A * C * R},    {&h->hidden, A * C * R},
+                          {&h->logits, A * Vp * R}, {&h->floats, s->ops->on_host ? 0 : 4 * V * R},
+                          {&h->mean, 4 * R},        {&h->rstd, 4 * R},
+                          {&h->logprobs, 4 * R},    {&h->lse, 4 * R},
+                          {&h->targets, 4 * R}};
     return place(list, sizeof list / sizeof *list, p);
 }
 
-static Status head_forward(Session *s, const Head *h, float *logits, int R) {
-    size_t A = s->ops->act_bytes, V = (size_t)s->c.vocab_size, Vp = (size_t)s->layout.p[P_wte].rows;
-    norm_forward(s, h->hidden, h->mean, h->rstd, h->last, P_lnf_w, P_lnf_b, 0, R);
+/* From the state of R tokens. */
+static void head_forward(const Session *s, const Head *h, const act *state, int R) {
+    const int V = s->c.vocab_size, Vp = (int)s->layout.p[P_wte].rows;
+    norm_forward(s, h->hidden, h->mean, h->rstd, state, P_lnf_w, P_lnf_b, 0, R);
     s->ops->linear_packed(h->logits, h->hidden, packed(s, head_param(&s->c), 0), NULL, NULL, FN_NONE, s->prec, R,
-                          s->c.n_embd, (int)Vp);
-    Status status = OK;
-    for (int i = 0; i < R && !status; i++)
-        status =
-            read_acts(s->ops, s->error, logits + (size_t)i * V, (char *)h->logits + (size_t)i * Vp * A, (int64_t)V);
-    return checked_device(s->ops, s->error, status);
+                          s->c.n_embd, Vp);
+    if (!s->ops->on_host) s->ops->act_read(h->floats, h->logits, R, V, Vp);
+}
+
+static Status read_logits(Session *s, const Head *h, float *logits, int R) {
+    const int V = s->c.vocab_size, Vp = (int)s->layout.p[P_wte].rows;
+    if (s->ops->on_host) s->ops->act_read(logits, h->logits, R, V, Vp);
+    else s->ops->copy_out(logits, h->floats, (size_t)R * (size_t)V * sizeof *logits);
+    return checked_device(s->ops, s->error, OK);
 }
 
 /* ---- a step ------------------------------------------------------------------------------------------------------ */
@@ -662,6 +673,7 @@ typedef struct {
     const Session *s;
     const Slice *b;
     const Plan *p;
+    const Head *h; /* where all tokens are the last of their rows; or NULL */
 } SliceWork;
 
 /* On the arrays that describe() filled. */
@@ -672,20 +684,48 @@ static Status slice_forward(void *context) {
         if (!w->s->ops->record && w->s->poll && w->s->poll()) return INTERRUPTED; /* what is recorded is one whole */
         block_forward(w->s, w->b, l, w->p->N, w->p->R, w->p->pages);
     }
+    if (w->h) head_forward(w->s, w->h, w->b->x, w->p->N);
     return OK;
 }
 
-/* Leaves the state of every token in b->x. */
-static Status run_slice(Session *s, Slice *b, const Plan *p, const int *rows, const int32_t *tokens) {
+/* Leaves the state of every token in b->x, and makes logits of them for h. */
+static Status run_slice(Session *s, Slice *b, const Plan *p, const Head *h, const int *rows, const int32_t *tokens) {
     int64_t bytes = slice_layout(s, b, NULL, p->N, p->R, p->pages);
     Status status = grow(s, &s->arena, &s->arena_bytes, bytes, "activations of a step");
     if (status) return status;
     slice_layout(s, b, s->arena, p->N, p->R, p->pages);
     if (describe(s, b, p, rows, tokens)) return failed(s->error, NO_MEMORY, "table of a step: no memory");
     if (s->ops->record && s->poll && s->poll()) return INTERRUPTED;
-    SliceWork work = {s, b, p};
-    const Repeat key = {.B = p->N, .T = p->R, .live = p->pages}; /* where its arrays lie follows from these */
+    SliceWork work = {s, b, p, h};
+    /* where its arrays lie follows from these */
+    const Repeat key = {.work = h != NULL, .B = p->N, .T = p->R, .live = p->pages};
     return repeat(&s->repeats, &key, slice_forward, &work);
+}
+
+/* Of the rows that end in a slice the state of their last tokens. */
+static void keep_last(const Session *s, const Head *h, const Slice *b, const Plan *p, int ended) {
+    const size_t bytes = (size_t)s->c.n_embd * s->ops->act_bytes;
+    for (int i = 0, end = 0; i < p->R; i++) {
+        end += p->taken[i];
+        if (p->from[i] < ended)
+            s->ops->copy((char *)h->last + (size_t)p->from[i] * bytes, (char *)b->x + (size_t)(end - 1) * bytes, bytes);
+    }
+}
+
+/* All tokens through the layers, and the logits of the last ones. */
+static Status through_layers(Session *s, const Head *h, const int *rows, const int *counts, const int32_t *tokens,
+                             int R) {
+    Slice b;
+    for (int row = 0, done = 0, at = 0; row < R;) {
+        const Plan p = next_slice(s, rows, counts, R, &row, &done);
+        const int all_last = p.R == R && p.N == R; /* decoding: one token a row */
+        Status status = run_slice(s, &b, &p, all_last ? h : NULL, rows, tokens + at);
+        if (status || all_last) return status;
+        keep_last(s, h, &b, &p, row);
+        at += p.N;
+    }
+    head_forward(s, h, h->last, R);
+    return OK;
 }
 
 Status session_step(Session *s, float *logits, const int *rows, const int *counts, const int32_t *tokens, int R) {
@@ -697,21 +737,9 @@ Status session_step(Session *s, float *logits, const int *rows, const int *count
     if (!status) status = take_pages(s, rows, counts, R);
     head_layout(s, &h, s->head, R);
     s->R = 0;
-    size_t row_bytes = (size_t)s->c.n_embd * s->ops->act_bytes;
-    for (int row = 0, done = 0, at = 0; row < R && !status;) {
-        Plan p = next_slice(s, rows, counts, R, &row, &done);
-        Slice b;
-        status = run_slice(s, &b, &p, rows, tokens + at);
-        for (int i = 0, end = 0; i < p.R && !status; i++) { /* a row that ends in this slice: its last token's state */
-            end += p.taken[i];
-            if (p.from[i] < row)
-                s->ops->copy((char *)h.last + (size_t)p.from[i] * row_bytes,
-                             (char *)b.x + (size_t)(end - 1) * row_bytes, row_bytes);
-        }
-        at += p.N;
-    }
+    if (!status) status = through_layers(s, &h, rows, counts, tokens, R);
+    if (!status) status = read_logits(s, &h, logits, R);
     if (status) return status;
-    if ((status = head_forward(s, &h, logits, R))) return status;
     for (int i = 0; i < R; i++) s->rows[rows[i]].length += counts[i], s->rows[rows[i]].version = s->version;
     s->R = R;
     return OK;

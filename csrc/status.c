@@ -26,22 +26,23 @@ Status checked_device(const Ops *ops, char *error, Status s) {
     return what ? failed(error, DEVICE, "%s: %s", ops->name, what) : s;
 }
 
-/* Where activations are no floats they pass through a part of the backend's memory. */
+/* What lies in a device's memory passes through a part of it as floats. */
 enum { AT_ONCE = 1 << 20 };
 
-Status read_acts(const Ops *ops, char *error, float *out, const void *in, int64_t n) {
-    if (ops->act_bytes == sizeof(float)) {
-        ops->copy_out(out, in, (size_t)n * sizeof *out);
+Status read_acts(const Ops *ops, char *error, float *out, const void *in, int N, int C, int ld) {
+    if (ops->on_host) {
+        ops->act_read(out, in, N, C, ld);
         return OK;
     }
+    const int64_t rows = C < AT_ONCE ? AT_ONCE / C : 1, bytes = rows * C * (int64_t)sizeof(float);
     float *part;
-    Status s = allocate(ops, error, (void **)&part, AT_ONCE * (int64_t)sizeof *part, "activations on their way");
-    for (int64_t at = 0; at < n && !s; at += AT_ONCE) {
-        int64_t some = n - at < AT_ONCE ? n - at : AT_ONCE;
-        ops->act_read(part, (const char *)in + (size_t)at * ops->act_bytes, some);
-        ops->copy_out(out + at, part, (size_t)some * sizeof *out);
+    Status s = allocate(ops, error, (void **)&part, bytes, "activations on their way");
+    for (int64_t n = 0; n < N && !s; n += rows) {
+        int some = (int)(N - n < rows ? N - n : rows);
+        ops->act_read(part, (const char *)in + (size_t)(n * ld) * ops->act_bytes, some, C, ld);
+        ops->copy_out(out + n * C, part, (size_t)some * (size_t)C * sizeof *out);
     }
-    if (!s) ops->free(part, AT_ONCE * sizeof *part);
+    if (!s) ops->free(part, (size_t)bytes);
     return s;
 }
 

@@ -10,8 +10,8 @@ __attribute__((format(printf, 3, 4))) Status failed(char *error, Status status, 
 /* DEVICE where an operator of the backend has failed, with its sentence; else `s`. */
 Status checked_device(const Ops *ops, char *error, Status s);
 
-/* n activations of the backend to floats of the host, and back. */
-Status read_acts(const Ops *ops, char *error, float *out, const void *in, int64_t n);
+/* Activations of the backend to floats of the host, (N, C) of (N, ld); and n of them back. */
+Status read_acts(const Ops *ops, char *error, float *out, const void *in, int N, int C, int ld);
 Status write_acts(const Ops *ops, char *error, void *out, const float *in, int64_t n);
 
 /* *p = that many bytes of the backend, zero; NULL and NO_MEMORY where they are not free.  `purpose` is for the

@@ -9,15 +9,17 @@ enum { THREADS = 256 };
 Grid grid_for(int64_t n, const char *op) { return Grid(divide_up(divide_up(n, VEC), THREADS), THREADS, 0, op); }
 __device__ int64_t my_place() { return ((int64_t)blockIdx.x * THREADS + threadIdx.x) * VEC; }
 
-__global__ void __launch_bounds__(THREADS) to_floats(float *out, const act *in, int64_t n) {
-    const int64_t at = my_place();
+/* out (N, C) = the first C of each row of in (N, ld); a row is `vectors` threads' */
+__global__ void __launch_bounds__(THREADS) to_floats(float *out, const act *in, int N, int C, int ld, int vectors) {
+    const int64_t i = my_place() / VEC, n = i / vectors;
+    const int c = (int)(i % vectors) * VEC;
     launch_next(), wait_earlier();
-    if (at >= n) return;
-    const Pack<act, VEC> x = load<VEC>(in + at, n - at);
+    if (n >= N) return;
+    const Pack<act, VEC> x = load<VEC>(in + n * ld + c, C - c);
     float y[VEC];
 #pragma unroll
-    for (int i = 0; i < VEC; i++) y[i] = x[i];
-    store(out + at, y, n - at);
+    for (int j = 0; j < VEC; j++) y[j] = x[j];
+    store(out + n * C + c, y, C - c);
 }
 
 __global__ void __launch_bounds__(THREADS) to_acts(act *out, const float *in, int64_t n) {
@@ -47,8 +49,9 @@ __global__ void __launch_bounds__(THREADS) apply(act *out, const act *dout, cons
 
 }  // namespace
 
-void OPERATOR(act_read)(float *out, const act *in, int64_t n) {
-    launch_early(grid_for(n, __func__), to_floats, out, in, n);
+void OPERATOR(act_read)(float *out, const act *in, int N, int C, int ld) {
+    const int vectors = (int)divide_up(C, VEC);
+    launch_early(grid_for((int64_t)N * vectors * VEC, __func__), to_floats, out, in, N, C, ld, vectors);
 }
 
 void OPERATOR(act_write)(act *out, const float *in, int64_t n) {

@@ -165,8 +165,9 @@ static void move(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, 
     if (bytes) worked(cudaMemcpyAsync(dst, src, bytes, kind, cuda_stream()), op);
 }
 
-/* A place in pinned memory for at most HALF bytes on their way to the device: from any other the driver may wait for
- * the stream.  The halves take turns, and one is used again when all that left it has arrived. */
+/* A place in pinned memory for at most HALF bytes on their way to the device or from there: any other the driver would
+ * copy by itself, and wait for the stream.  The halves take turns, and one is used again when all that left it has
+ * arrived. */
 static const size_t HALF = 4 << 20;
 static char *pinned_place(size_t bytes) {
     static char *pinned;
@@ -208,8 +209,9 @@ void cuda_copy_in(void *dst, const void *src, size_t bytes) {
 
 void cuda_copy_out(void *dst, const void *src, size_t bytes) {
     if (!of_host("cuda_copy_out")) return;
-    move(dst, src, bytes, cudaMemcpyDeviceToHost, "cuda_copy_out");
-    worked(cudaStreamSynchronize(cuda_stream()), "cuda_copy_out");
+    char *place = bytes <= HALF ? pinned_place(bytes) : NULL;
+    move(place ? place : dst, src, bytes, cudaMemcpyDeviceToHost, "cuda_copy_out");
+    if (worked(cudaStreamSynchronize(cuda_stream()), "cuda_copy_out") && place) memcpy(dst, place, bytes);
 }
 
 void cuda_copy(void *dst, const void *src, size_t bytes) {

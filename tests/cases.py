@@ -64,6 +64,13 @@ ACTS = [
     case("several tasks", n=300_001),
 ]
 
+ROWS = [
+    case("smallest", N=1, C=1, ld=1),
+    case("one past a vector of 16, rows apart", N=3, C=17, ld=40),
+    case("rows that lie on no 16 bytes", N=5, C=19, ld=21),
+    case("several tasks", N=3, C=100_003, ld=100_003),
+]
+
 EMBEDDING = [
     case("smallest", B=1, T=1, C=1, V=1, P=1, wpe=True, starts=None),
     case("no positions", B=2, T=5, C=9, V=7, P=5, wpe=False, starts=None),
@@ -282,7 +289,7 @@ ADAMW = [
 ]
 
 CASES = {
-    "act_read": ACTS,
+    "act_read": ROWS,
     "act_write": ACTS,
     "embedding_forward": EMBEDDING,
     "embedding_backward": EMBEDDING,

@@ -255,10 +255,24 @@ FAULTS = [
         first=SESSION,
     ),
     Fault(
+        "session: the state of a row is that of its first token",
+        "csrc/session.c",
+        "(char *)b->x + (size_t)(end - 1) * bytes",
+        "(char *)b->x + (size_t)(end - p->taken[i]) * bytes",
+        first=SESSION,
+    ),
+    Fault(
+        "session: each slice writes the first rows' state",
+        "csrc/session.c",
+        "(char *)h->last + (size_t)p->from[i] * bytes",
+        "(char *)h->last + (size_t)i * bytes",
+        first=SESSION,
+    ),
+    Fault(
         "session: positions begin anew with each slice",
         "csrc/session.c",
-        "starts[n] = first[i] - p->past[i];",
-        "starts[n] = first[i];",
+        "told.starts[n] = told.first[i] - p->past[i];",
+        "told.starts[n] = told.first[i];",
         first=SESSION,
     ),
     Fault(
@@ -2614,6 +2628,12 @@ FAULTS = [
         "    launch_next(), wait_earlier();\n",
         "    launch_next();\n",
         CUDA,
+    ),
+    Fault(
+        "cuda elementwise: rows lie side by side",
+        "cuda/elementwise.cu",
+        "load<VEC>(in + n * ld + c, C - c)",
+        "load<VEC>(in + n * C + c, C - c)",
     ),
     Fault(
         "cuda elementwise: threads without a value do not wait",

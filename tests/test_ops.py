@@ -136,12 +136,13 @@ def operands(prec, *arrays):
 
 @operator
 def act_read(rng, c):
-    x = normal(rng, c.n)
+    x = normal(rng, c.N, c.ld)
+    x[:, c.C :] = np.nan  # is never read
     return Call(
         "act_read",
-        dict(out=Out((c.n,)), in_=x, n=c.n),
-        want=lambda: dict(out=(x, 0)),
-        batch="n",
+        dict(out=Out((c.N, c.C)), in_=x, N=c.N, C=c.C, ld=c.ld),
+        want=lambda: dict(out=(x[:, : c.C], 0)),
+        batch="N",
         batched=("out", "in_"),
     )
 
@@ -1059,7 +1060,7 @@ def adamw(rng, c):
 def assert_close(name, got, want, tol):
     """Element by element; a NaN is close to a NaN alone."""
     assert got.shape == want.shape
-    error = np.abs(got - want)
+    error = np.abs(got.astype(np.float64) - want)
     bad = ~(error <= tol) & ~(np.isnan(got) & np.isnan(want))
     if bad.any():
         i = np.unravel_index(np.argmax(np.where(bad & np.isnan(error), np.inf, error / (tol + 1e-300))), got.shape)
