@@ -6,7 +6,6 @@
 #include <stdint.h>
 #include "ops.h"
 
-enum { NORM_LAYERNORM, NORM_RMSNORM };
 enum { MLP_GELU_TANH, MLP_GELU_ERF, MLP_SWIGLU };
 enum { POS_LEARNED, POS_ROPE };
 

@@ -542,6 +542,15 @@ void CAT(linear_packed, ISA)(float *out, const float *in, const void *packed, co
     gemm(&g);
 }
 
+/* A product here packs its rows: to read them from a norm costs nothing that would be seen. */
+void CAT(norm_linear_packed, ISA)(float *out, float *normed, float *moments, const float *in, int norm,
+                                  const float *gain, const float *shift, float eps, const void *packed,
+                                  const float *bias, int fn, int prec, int N, int C, int OC) {
+    if (norm == NORM_LAYERNORM) CAT(layernorm_forward, ISA)(normed, moments, moments + N, in, gain, shift, eps, N, C);
+    else CAT(rmsnorm_forward, ISA)(normed, moments, in, gain, eps, N, C);
+    CAT(linear_packed, ISA)(out, normed, packed, bias, NULL, fn, prec, N, C, OC);
+}
+
 void CAT(linear_backward_input, ISA)(float *din, const float *dout, const float *dres, const void *weight, int held,
                                      const float *pre, int fn, int prec, int N, int C, int OC) {
     Gemm g = {.M = N,

@@ -13,6 +13,7 @@ typedef void act;
 
 enum { PREC_FP32, PREC_BF16, PREC_INT8 };
 enum { FN_NONE, FN_GELU_TANH, FN_GELU_ERF };
+enum { NORM_LAYERNORM, NORM_RMSNORM };
 enum { SAMPLE_TEMPERATURE, SAMPLE_TOP_K, SAMPLE_TOP_P, SAMPLE_MIN_P, SAMPLE_COUNT };
 /* What an update is told, in floats, in the backend's memory. */
 enum {

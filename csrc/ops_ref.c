@@ -357,6 +357,14 @@ static void linear_packed(float *out, const float *in, const void *packed, const
     else linear_forward(out, NULL, in, packed, prec, bias, residual, fn, prec, N, C, OC);
 }
 
+static void norm_linear_packed(float *out, float *normed, float *moments, const float *in, int norm, const float *gain,
+                               const float *shift, float eps, const void *packed, const float *bias, int fn, int prec,
+                               int N, int C, int OC) {
+    if (norm == NORM_LAYERNORM) layernorm_forward(normed, moments, moments + N, in, gain, shift, eps, N, C);
+    else rmsnorm_forward(normed, moments, in, gain, eps, N, C);
+    linear_packed(out, normed, packed, bias, NULL, fn, prec, N, C, OC);
+}
+
 static void linear_backward_input(float *din, const float *dout, const float *dres, const void *weight, int held,
                                   const float *pre, int fn, int prec, int N, int C, int OC) {
     float sums[TILE_ROWS][TILE_COLS];

@@ -24,7 +24,7 @@ typedef struct {
 typedef struct {
     int32_t *tokens, *starts, *first, *past, *table; /* starts: so that t - starts is the position */
     act *x, *norm, *qkv, *att, *mid, *fc, *fch, *low;
-    float *mean, *rstd;
+    float *moments; /* of norms, 2 N */
 } Slice;
 
 /* An adapter's A's and B's (the B's as one matrix each, see adapter.h), packed, layer after layer. */
@@ -504,8 +504,7 @@ static int64_t slice_layout(const Session *s, Slice *out, char *arena, int64_t N
     LIST_SIZES;
     const int64_t A = (int64_t)s->ops->act_bytes, told = told_layout(out, arena, N, R, pages);
     const Field list[] = {
-        {&out->mean, 4 * N},
-        {&out->rstd, 4 * N},
+        {&out->moments, 8 * N},
         {&out->x, A * C * N},
         {&out->norm, A * C * N},
         {&out->qkv, A * QKV * N},
@@ -529,15 +528,6 @@ static Status grow(Session *s, char **p, int64_t *have, int64_t bytes, const cha
     return status;
 }
 
-static void norm_forward(const Session *s, act *out, float *mean, float *rstd, const act *in, int weight_, int bias,
-                         int l, int N) {
-    const Config *c = &s->c;
-    if (c->norm == NORM_LAYERNORM)
-        s->ops->layernorm_forward(out, mean, rstd, in, weight(s, weight_, l), weight(s, bias, l), c->norm_eps, N,
-                                  c->n_embd);
-    else s->ops->rmsnorm_forward(out, rstd, in, weight(s, weight_, l), c->norm_eps, N, c->n_embd);
-}
-
 /* out += what the adapter of linear layer w makes of `in` */
 static void adapter_forward(const Session *s, const Slice *b, int w, int l, act *out, const act *in, int N) {
     const Param *p = &s->layout.p[w];
@@ -559,6 +549,23 @@ static void linear(const Session *s, const Slice *b, int w, int bias, int l, act
     if (apart) s->ops->gelu_forward(out, b->fc, fn, N, (int)p->rows);
 }
 
+/* A norm and the linear layer behind it.  An adapter reads what the norm makes, too. */
+static void norm_linear(const Session *s, const Slice *b, int gain, int shift, int w, int bias, int l, act *out,
+                        const act *in, int fn, int N) {
+    const Config *c = &s->c;
+    const float *g = weight(s, gain, l), *h = weight(s, shift, l);
+    float *rstd = b->moments + N;
+    if (!width_of(s, w)) {
+        s->ops->norm_linear_packed(out, b->norm, b->moments, in, c->norm, g, h, c->norm_eps, packed(s, w, l),
+                                   weight(s, bias, l), fn, s->prec, N, c->n_embd, (int)s->layout.p[w].rows);
+        return;
+    }
+    if (c->norm == NORM_LAYERNORM)
+        s->ops->layernorm_forward(b->norm, b->moments, rstd, in, g, h, c->norm_eps, N, c->n_embd);
+    else s->ops->rmsnorm_forward(b->norm, rstd, in, g, c->norm_eps, N, c->n_embd);
+    linear(s, b, w, bias, l, out, b->norm, NULL, fn, N);
+}
+
 static void embed(const Session *s, const Slice *b, int N) {
     const float *wpe = weight(s, P_wpe, 0);
     if (embeds_packed(s))
@@ -575,19 +582,15 @@ static void block_forward(const Session *s, const Slice *b, int l, int N, int R,
     int NH = c->n_head, NKV = c->n_kv_head, HS = c->head_size;
     char *layer = s->pool + l * s->page_bytes * s->pages;
 
-    norm_forward(s, b->norm, b->mean, b->rstd, b->x, P_ln1_w, P_ln1_b, l, N);
-    linear(s, b, P_qkv_w, P_qkv_b, l, b->qkv, b->norm, NULL, FN_NONE, N);
+    norm_linear(s, b, P_ln1_w, P_ln1_b, P_qkv_w, P_qkv_b, l, b->qkv, b->x, FN_NONE, N);
     if (c->pos == POS_ROPE) ops->rope_forward(b->qkv, s->cos, s->sin, b->starts, 1, N, NH, NKV, HS);
     ops->attention_paged(b->att, layer, b->qkv, b->table, b->first, b->past, s->cache_prec, R, pages, NH, NKV, HS);
     linear(s, b, P_proj_w, P_proj_b, l, b->mid, b->att, b->x, FN_NONE, N);
 
-    norm_forward(s, b->norm, b->mean, b->rstd, b->mid, P_ln2_w, P_ln2_b, l, N);
-    if (c->act == MLP_SWIGLU) {
-        linear(s, b, P_fc_w, P_fc_b, l, b->fc, b->norm, NULL, FN_NONE, N);
-        ops->swiglu_forward(b->fch, b->fc, N, c->n_inner);
-    } else {
-        linear(s, b, P_fc_w, P_fc_b, l, b->fch, b->norm, NULL, mlp_function(c), N);
-    }
+    const int gated = c->act == MLP_SWIGLU;
+    norm_linear(s, b, P_ln2_w, P_ln2_b, P_fc_w, P_fc_b, l, gated ? b->fc : b->fch, b->mid,
+                gated ? FN_NONE : mlp_function(c), N);
+    if (gated) ops->swiglu_forward(b->fch, b->fc, N, c->n_inner);
     linear(s, b, P_fc2_w, P_fc2_b, l, b->x, b->fch, b->mid, FN_NONE, N);
 }
 
@@ -637,7 +640,7 @@ static Status describe(const Session *s, const Slice *b, const Plan *p, const in
 
 typedef struct {
     act *last, *hidden, *logits;
-    float *mean, *rstd, *floats, *logprobs, *lse; /* floats: the logits, in a device's memory */
+    float *moments, *floats, *logprobs, *lse; /* floats: the logits, in a device's memory */
     int32_t *targets;
 } Head;
 
@@ -645,18 +648,17 @@ static int64_t head_layout(const Session *s, Head *h, char *p, int64_t R) {
     const int64_t A = (int64_t)s->ops->act_bytes, C = s->c.n_embd, V = s->c.vocab_size, Vp = s->layout.p[P_wte].rows;
     const Field list[] = {{&h->last, A * C * R},    {&h->hidden, A * C * R},
                           {&h->logits, A * Vp * R}, {&h->floats, s->ops->on_host ? 0 : 4 * V * R},
-                          {&h->mean, 4 * R},        {&h->rstd, 4 * R},
-                          {&h->logprobs, 4 * R},    {&h->lse, 4 * R},
-                          {&h->targets, 4 * R}};
+                          {&h->moments, 8 * R},     {&h->logprobs, 4 * R},
+                          {&h->lse, 4 * R},         {&h->targets, 4 * R}};
     return place(list, sizeof list / sizeof *list, p);
 }
 
 /* From the state of R tokens. */
 static void head_forward(const Session *s, const Head *h, const act *state, int R) {
     const int V = s->c.vocab_size, Vp = (int)s->layout.p[P_wte].rows;
-    norm_forward(s, h->hidden, h->mean, h->rstd, state, P_lnf_w, P_lnf_b, 0, R);
-    s->ops->linear_packed(h->logits, h->hidden, packed(s, head_param(&s->c), 0), NULL, NULL, FN_NONE, s->prec, R,
-                          s->c.n_embd, Vp);
+    s->ops->norm_linear_packed(h->logits, h->hidden, h->moments, state, s->c.norm, weight(s, P_lnf_w, 0),
+                               weight(s, P_lnf_b, 0), s->c.norm_eps, packed(s, head_param(&s->c), 0), NULL, FN_NONE,
+                               s->prec, R, s->c.n_embd, Vp);
     if (!s->ops->on_host) s->ops->act_read(h->floats, h->logits, R, V, Vp);
 }
 

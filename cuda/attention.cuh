@@ -43,11 +43,12 @@ __device__ void store_two(act *p, float x, float y, int count) {
     if (count > 1) from_float(p[1], y);
 }
 
-/* Rows of W values, 64 or 128; a head that is less wide has zeros behind it.  Chunk c of row r lies at c ^ r % 8: the
- * same chunk of eight rows is in eight different places, whether they are written or multiplied. */
+/* Rows of W values, 64 or 128, or 16 of such; a head that is less wide has zeros behind it.  Chunk c of row r lies at
+ * c ^ r % 8: the same chunk of eight rows is in eight different places, whether they are written or multiplied. */
 template <int W>
 __device__ Shared<bf16> chunk_at(Shared<bf16> tile, int row, int chunk) {
-    return tile + (row * W + (chunk ^ (row & 7)) * CHUNK);
+    constexpr int places = W / CHUNK < 8 ? W / CHUNK : 8;
+    return tile + (row * W + (chunk ^ (row & (places - 1))) * CHUNK);
 }
 
 /* `fast`: heads of W values in bf16, on 16 bytes.  Those come by cp.async, all others through registers. */

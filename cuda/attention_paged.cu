@@ -9,13 +9,15 @@
  * are spread over the GPU, a warp each, and all query heads that share a key meet it together, as rows of one product.
  * To have the bits of one pass over the keys, the weights of a block must know the greatest score of the blocks before,
  * and sums of blocks are added in order.  So it takes three kernels: scores; weights, and their sums of values; the
- * sums over blocks.  Between them pass 4 (64 + HS) bytes a query and block, where keys and values are 256 HS. */
+ * sums over blocks.  Between them pass 4 (64 + HS) bytes a query and block, where keys and values are 256 HS.  Where
+ * rows have few pages the last two are one, by blocks that have 16 of the values of all pages. */
 #include "attention.cuh"
 #include "attention_plain.cuh"
 
 namespace {
 
 enum { FEW = 4, MOST_SLOTS = 16 };
+enum { STRIP = 16, STRIP_WARPS = 16, MOST_STRIP_PAGES = 32 }; /* values of a block, its warps, pages it can keep */
 
 struct Paged {
     act *out;
@@ -38,14 +40,24 @@ struct Paged {
 struct Part {
     int r, h, kv, slot, begin, count, past, length;
 
-    __device__ Part(const Paged &p) {
-        slot = (int)blockIdx.x % p.slots, h = (int)blockIdx.x / p.slots % p.NH, r = (int)blockIdx.x / p.slots / p.NH;
-        kv = h / p.group(), begin = p.first[r], count = p.first[r + 1] - begin, past = p.past[r], length = past + count;
+    __device__ Part(const Paged &p, int r_, int h_, int slot_) : r(r_), h(h_), kv(h_ / p.group()), slot(slot_) {
+        begin = p.first[r], count = p.first[r + 1] - begin, past = p.past[r], length = past + count;
+    }
+    __device__ explicit Part(const Paged &p)
+        : Part(p, (int)blockIdx.x / p.slots / p.NH, (int)blockIdx.x / p.slots % p.NH, (int)blockIdx.x % p.slots) {}
+    __device__ int pages() const { return (length + KEY_BLOCK - 1) / KEY_BLOCK; }
+    /* Of a page. */
+    __device__ int keys(int page) const {
+        const int left = length - page * KEY_BLOCK;
+        return left < KEY_BLOCK ? left : KEY_BLOCK;
     }
     __device__ int64_t row(const Paged &p) const { return (int64_t)(p.NH + 2 * p.NKV) * p.HS; }
     /* The head, of all heads, of token i of this row. */
     __device__ const act *head(const Paged &p, int i, int head) const {
         return p.qkv + (begin + i) * row(p) + (int64_t)head * p.HS;
+    }
+    __device__ act *head_out(const Paged &p, int i, int head) const {
+        return p.out + ((int64_t)(begin + i) * p.NH + head) * p.HS;
     }
 };
 
@@ -80,13 +92,14 @@ struct Cached {
     __device__ float at(int side, int t, int i) const {
         return t < past ? to_float(row(side, t)[i]) : to_float(fresh(side, t)[i]);
     }
-    /* Share `thread` of `threads`. */
+    /* Share `thread` of `threads`; W values of each row from column c0 on. */
     template <int W, bool fast>
-    __device__ void fetch_share(Shared<bf16> tile, int side, int k0, int count, int thread, int threads) const {
+    __device__ void fetch_share(Shared<bf16> tile, int side, int k0, int count, int thread, int threads,
+                                int c0 = 0) const {
         const bf16 *cached = row(side, k0);
 #pragma unroll 1
         for (int i = thread; i < KEY_BLOCK * (W / CHUNK); i += threads) {
-            const int r = i / (W / CHUNK), chunk = i % (W / CHUNK), c = chunk * CHUNK, t = k0 + r;
+            const int r = i / (W / CHUNK), chunk = i % (W / CHUNK), c = c0 + chunk * CHUNK, t = k0 + r;
             const bool there = r < count && c < HS;
             if (there && t < past) copy_async(chunk_at<W>(tile, r, chunk), cached + r * width + c);
             else fetch_chunk<W, fast>(tile, r, chunk, there ? fresh(side, t) + c : fresh_keys, there ? HS - c : 0);
@@ -118,16 +131,12 @@ struct FewShape {
 
 /* The pages of this warp: the blocks of all heads of a group share them. */
 struct PageWalk {
-    int page, step, pages;
+    int page, step;
 
     __device__ PageWalk(const Paged &p, const Part &part) {
         const int group = p.group();
         page = (part.slot * group + part.h % group) * TILE_WARPS + warp_index();
-        step = p.slots * group * TILE_WARPS, pages = (part.length + KEY_BLOCK - 1) / KEY_BLOCK;
-    }
-    __device__ int keys(const Part &part) const {
-        const int left = part.length - page * KEY_BLOCK;
-        return left < KEY_BLOCK ? left : KEY_BLOCK;
+        step = p.slots * group * TILE_WARPS;
     }
 };
 
@@ -140,8 +149,8 @@ __device__ void score_pages(const Paged &p, const Part &part, const Cached<bf16>
     SHARED_DYNAMIC(bf16, memory);
     const Shared<bf16> K = memory + warp_index() * FewShape<W>::TILE, Q = K + KEY_BLOCK * W;
     const int group = p.group(), rows = part.count * group, steps = fast ? W / 16 : (p.HS + 15) / 16;
-    for (PageWalk walk(p, part); walk.page < walk.pages; walk.page += walk.step) {
-        const int k0 = walk.page * KEY_BLOCK, count = walk.keys(part);
+    for (PageWalk walk(p, part); walk.page < part.pages(); walk.page += walk.step) {
+        const int k0 = walk.page * KEY_BLOCK, count = part.keys(walk.page);
         keys.fetch_share<W, fast>(K, 0, k0, count, lane_index(), WARP);
         for (int row0 = 0; row0 < rows; row0 += 16) {
             for (int i = lane_index(); i < 16 * (W / CHUNK); i += WARP) {
@@ -186,6 +195,32 @@ __device__ float max_before(const float *maxima, int pages, bool there) {
     return row_max(max);
 }
 
+/* Of 16 queries from row0 on, and a page: the weights of its keys, rounded, and their sum. */
+struct PageWeights {
+    uint32_t rounded[1][KEY_BLOCK / 16][4];
+    float sum[2];
+
+    __device__ PageWeights(const Paged &p, const Part &part, int page, int row0, int rows) {
+        Softmax<1> softmax = {};
+        float s[1][KEY_BLOCK / 8][4], keep[1][2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int row = row_of(row0, r);
+            const bool there = row < rows;
+            const int64_t first = p.query(part.r, part.kv, row) * p.P;
+            softmax.max[0][r] = max_before(p.maxima + first, page, there);
+#pragma unroll
+            for (int n = 0; n < KEY_BLOCK / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    s[0][n][2 * r + i] = there ? p.scores[(first + page) * KEY_BLOCK + column_of(n, i)] : -INFINITY;
+        }
+        weigh(softmax, keep, s, p.factor);
+        round_weights(rounded, s);
+        for (int r = 0; r < 2; r++) sum[r] = softmax.sum[0][r];
+    }
+};
+
 template <int W, bool fast>
 __global__ void __launch_bounds__(TILE_THREADS, 4) weigh_pages(Paged p) {
     SHARED_DYNAMIC(bf16, memory);
@@ -195,49 +230,51 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) weigh_pages(Paged p) {
     const Cached<bf16> keys(p, part);
     const Shared<bf16> V = memory + warp_index() * KEY_BLOCK * W;
     const int rows = part.count * p.group(), steps = fast ? W / 16 : (p.HS + 15) / 16;
-    for (PageWalk walk(p, part); walk.page < walk.pages; walk.page += walk.step) {
-        const int count = walk.keys(part);
+    for (PageWalk walk(p, part); walk.page < part.pages(); walk.page += walk.step) {
+        const int count = part.keys(walk.page);
         keys.fetch_share<W, fast>(V, 1, walk.page * KEY_BLOCK, count, lane_index(), WARP);
         copy_async_commit();
         copy_async_wait<0>();
         __syncwarp();
         for (int row0 = 0; row0 < rows; row0 += 16) {
-            Softmax<1> softmax = {};
-            float s[1][KEY_BLOCK / 8][4], keep[1][2];
+            const PageWeights weights(p, part, walk.page, row0, rows);
             int64_t at[2];
-#pragma unroll
             for (int r = 0; r < 2; r++) {
-                const bool there = row_of(row0, r) < rows;
                 at[r] = p.query(part.r, part.kv, row_of(row0, r)) * p.P + walk.page;
-                softmax.max[0][r] = max_before(p.maxima + at[r] - walk.page, walk.page, there);
-#pragma unroll
-                for (int n = 0; n < KEY_BLOCK / 8; n++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++)
-                        s[0][n][2 * r + i] = there ? p.scores[at[r] * KEY_BLOCK + column_of(n, i)] : -INFINITY;
+                if (row_of(row0, r) < rows) p.sums[at[r]] = weights.sum[r];
             }
-            weigh(softmax, keep, s, p.factor);
-            uint32_t weights[1][KEY_BLOCK / 16][4];
-            round_weights(weights, s);
 #pragma unroll
             for (int n = 0; n < W / 16; n++) {
                 if (n >= steps) break;
                 float c[1][2][4];
-                values_of_block<W>(c, weights, V, n, count);
+                values_of_block<W>(c, weights.rounded, V, n, count);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     const int r = i % 4 / 2, column = column_of(2 * n + i / 4, i);
                     if (row_of(row0, r) < rows && column < p.HS) p.outputs[at[r] * p.HS + column] = c[0][i / 4][i % 4];
                 }
             }
-            for (int r = 0; r < 2; r++)
-                if (row_of(row0, r) < rows) p.sums[at[r]] = softmax.sum[0][r];
         }
         __syncwarp(); /* the tile is free */
     }
 }
 
-/* A block for each of FEW queries of a head of a row, a thread for each value: the pages in order. */
+/* A query's value from those of its pages, in order; sum(page) and value(page): of the weights, and of them times
+ * values. */
+template <class Sum, class Value>
+__device__ float over_pages(const float *maxima, int pages, Sum sum, Value value) {
+    float max = -INFINITY, weights = 0.0f, out = 0.0f;
+#pragma unroll 4
+    for (int page = 0; page < pages; page++) {
+        const float new_max = fmaxf(max, maxima[page]), keep = exp2_fast(max - origin(new_max));
+        weights = fmaf(weights, keep, sum(page));
+        out = fmaf(out, keep, value(page));
+        max = new_max;
+    }
+    return out * (1.0f / weights);
+}
+
+/* A block for each of FEW queries of a head of a row, a thread for each value. */
 __global__ void __launch_bounds__(MOST_ON_TENSOR_CORES) add_pages(Paged p) {
     const int token = (int)blockIdx.x % FEW, h = (int)blockIdx.x / FEW % p.NH, r = (int)blockIdx.x / FEW / p.NH;
     launch_next(), wait_earlier();
@@ -245,15 +282,61 @@ __global__ void __launch_bounds__(MOST_ON_TENSOR_CORES) add_pages(Paged p) {
     if (count > FEW || token >= count || i >= p.HS) return;
     const int group = p.group(), pages = (p.past[r] + token) / KEY_BLOCK + 1;
     const int64_t at = p.query(r, h / group, token * group + h % group) * p.P;
-    float max = -INFINITY, sum = 0.0f, out = 0.0f;
-#pragma unroll 4
-    for (int page = 0; page < pages; page++) {
-        const float new_max = fmaxf(max, p.maxima[at + page]), keep = exp2_fast(max - origin(new_max));
-        sum = fmaf(sum, keep, p.sums[at + page]);
-        out = fmaf(out, keep, p.outputs[(at + page) * p.HS + i]);
-        max = new_max;
+    const float out = over_pages(
+        p.maxima + at, pages, [&](int page) { return p.sums[at + page]; },
+        [&](int page) { return p.outputs[(at + page) * p.HS + i]; });
+    from_float(p.out[((int64_t)(begin + token) * p.NH + h) * p.HS + i], out);
+}
+
+/* The shared memory of weigh_and_add: a strip of values for each warp; of each page and query STRIP sums of values, and
+ * the sum of the weights. */
+enum { STRIP_VALUES = KEY_BLOCK * STRIP, STRIP_ROW = STRIP + 1 };
+inline size_t strip_bytes(int P) {
+    return STRIP_WARPS * STRIP_VALUES * sizeof(bf16) + (size_t)P * 16 * STRIP_ROW * sizeof(float);
+}
+
+/* weigh_pages and add_pages of at most MOST_STRIP_PAGES: a block for each STRIP values of a key head of a row, a warp
+ * for each page, and then a thread for each value and query. */
+template <bool fast>
+__global__ void __launch_bounds__(STRIP_WARPS *WARP) weigh_and_add(Paged p) {
+    SHARED_DYNAMIC(bf16, memory);
+    const Shared<bf16> V = memory + warp_index() * STRIP_VALUES;
+    const Shared<float> sums = shared_cast<float>(memory + STRIP_WARPS * STRIP_VALUES);
+    const int strips = (p.HS + STRIP - 1) / STRIP, c0 = (int)blockIdx.x % strips * STRIP, group = p.group();
+    launch_next(), wait_earlier();
+    const Part part(p, (int)blockIdx.x / strips / p.NKV, (int)blockIdx.x / strips % p.NKV * group, 0);
+    if (part.count > FEW) return;
+    const Cached<bf16> keys(p, part);
+    const int rows = part.count * group;
+    for (int row0 = 0; row0 < rows; row0 += 16) {
+        for (int page = warp_index(); page < part.pages(); page += STRIP_WARPS) {
+            const int count = part.keys(page);
+            keys.fetch_share<STRIP, fast>(V, 1, page * KEY_BLOCK, count, lane_index(), WARP, c0);
+            copy_async_commit();
+            const PageWeights weights(p, part, page, row0, rows);
+            copy_async_wait<0>();
+            __syncwarp();
+            float c[1][2][4];
+            values_of_block<STRIP>(c, weights.rounded, V, 0, count);
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                sums[(page * 16 + row_of(0, i % 4 / 2)) * STRIP_ROW + column_of(i / 4, i)] = c[0][i / 4][i % 4];
+            if (lane_index() % 4 == 0)
+                for (int r = 0; r < 2; r++) sums[(page * 16 + row_of(0, r)) * STRIP_ROW + STRIP] = weights.sum[r];
+            __syncwarp(); /* the strip is free */
+        }
+        __syncthreads();
+        const int i = (int)threadIdx.x / STRIP, row = row0 + i, c = (int)threadIdx.x % STRIP;
+        if (i < 16 && row < rows && c0 + c < p.HS) {
+            const int token = row / group, pages = (part.past + token) / KEY_BLOCK + 1;
+            const float out = over_pages(
+                p.maxima + p.query(part.r, part.kv, row) * p.P, pages,
+                [&](int page) -> float { return sums[(page * 16 + i) * STRIP_ROW + STRIP]; },
+                [&](int page) -> float { return sums[(page * 16 + i) * STRIP_ROW + c]; });
+            from_float(part.head_out(p, token, part.kv * group + row % group)[c0 + c], out);
+        }
+        __syncthreads(); /* the sums have been read */
     }
-    from_float(p.out[((int64_t)(begin + token) * p.NH + h) * p.HS + i], out * (1.0f / sum));
 }
 
 /* ---- all rows ---- */
@@ -273,7 +356,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) write_and_attend(Paged p) {
         x.q = part.head(p, i, part.h), x.stride = part.row(p), x.starts = NULL;
         x.first = part.past + i, x.count = part.count - i < ROWS ? part.count - i : ROWS;
         x.width = p.HS, x.factor = p.factor;
-        auto out = [&](int row) { return p.out + ((int64_t)(part.begin + i + row) * p.NH + part.h) * p.HS; };
+        auto out = [&](int row) { return part.head_out(p, i + row, part.h); };
         attend<W, fast>(x, keys, out, [](int, float) {});
         __syncthreads(); /* the tiles are free */
     }
@@ -286,8 +369,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) write_and_attend_plain(Paged 
     const Cached<T> keys(p, part);
     if (part.h % p.group() == 0) keys.write(part, p.slots);
     for (int i = part.slot * TILE_WARPS + warp_index(); i < part.count; i += p.slots * TILE_WARPS) {
-        act *out = p.out + ((int64_t)(part.begin + i) * p.NH + part.h) * p.HS;
-        plain_query<rounded>(out, NULL, part.head(p, i, part.h), keys, 0, part.past + i, p.HS, p.scale);
+        plain_query<rounded>(part.head_out(p, i, part.h), NULL, part.head(p, i, part.h), keys, 0, part.past + i, p.HS,
+                             p.scale);
     }
 }
 
@@ -297,6 +380,11 @@ void launch_paged(Paged p, const char *op) {
     p.scores = (float *)scratch((size_t)pages * (KEY_BLOCK + 2 + p.HS) * sizeof(float));
     p.maxima = p.scores + pages * KEY_BLOCK, p.sums = p.maxima + pages, p.outputs = p.sums + pages;
     launch_early(Grid(blocks, TILE_THREADS, FewShape<W>::BYTES, op), write_and_attend<W, fast>, p);
+    if (p.P <= MOST_STRIP_PAGES) {
+        const int64_t strips = (int64_t)p.R * p.NKV * divide_up(p.HS, STRIP);
+        launch_early(Grid(strips, STRIP_WARPS * WARP, strip_bytes(p.P), op), weigh_and_add<fast>, p);
+        return;
+    }
     launch_early(Grid(blocks, TILE_THREADS, TILE_WARPS * KEY_BLOCK * W * sizeof(bf16), op), weigh_pages<W, fast>, p);
     launch_early(Grid(queries, threads_for(p.HS, MOST_ON_TENSOR_CORES), 0, op), add_pages, p);
 }

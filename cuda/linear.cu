@@ -321,7 +321,7 @@ void multiply(const Output &o, const Matrix<TA> &a, const Matrix<TB> &b, int pre
     if (bytes > 0) room = (char *)scratch(bytes);
     const Matrix<bf16> a16 = rounded(room, a, op), b16 = rounded(room, b, op);
     if constexpr (product == FORWARD)
-        if (are_few(M, K)) return multiply_few(o, a16, b16, M, N, K, op);
+        if (are_few(M, K)) return multiply_few(o, PlainRows{a16}, b16, M, N, K, op);
     if (sm90)
         return OPERATOR(linear_sm90)({product,       a16.p,  b16.p,  a16.rows, a16.cols, b16.rows,
                                       b16.cols,      a16.ld, b16.ld, o.out,    o.pre,    o.add,
@@ -404,4 +404,20 @@ void OPERATOR(linear_backward_weight)(float *dweight, float *dbias, const act *d
     const Output o = {NULL, NULL, NULL, NULL, NULL, dweight, at_once ? dbias : NULL, FN_NONE, accumulate};
     multiply<WEIGHT>(o, Matrix<act>{dout, N, OC, OC}, Matrix<act>{in, N, C, C}, prec, OC, C, N, __func__);
     if (dbias && !at_once) add_column_sums(dbias, dout, N, OC, __func__);
+}
+
+void OPERATOR(norm_linear_packed)(act *out, act *normed, float *moments, const act *in, int norm, const float *gain,
+                                  const float *shift, float eps, const void *packed, const float *bias, int fn,
+                                  int prec, int N, int C, int OC) {
+    if (prec == PREC_BF16 && N <= FEW_NORMED && are_few(N, C)) {
+        const Output o = {out, NULL, NULL, NULL, bias, NULL, NULL, fn, 0};
+        const Matrix<bf16> weight = {(const bf16 *)packed, OC, C, C};
+        char *room = room_for(weight) ? (char *)scratch(room_for(weight)) : NULL;
+        const NormedRows rows = {in, gain, shift, eps, C, norm == NORM_LAYERNORM, {}};
+        multiply_few(o, rows, rounded(room, weight, __func__), N, OC, C, __func__);
+        return;
+    }
+    if (norm == NORM_LAYERNORM) OPERATOR(layernorm_forward)(normed, moments, moments + N, in, gain, shift, eps, N, C);
+    else OPERATOR(rmsnorm_forward)(normed, moments, in, gain, eps, N, C);
+    OPERATOR(linear_packed)(out, normed, packed, bias, NULL, fn, prec, N, C, OC);
 }

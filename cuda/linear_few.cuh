@@ -7,10 +7,12 @@
  * product_bf16, by the same instruction, added in the same order: a row has the bits that it has among many. */
 #pragma once
 #include "linear.cuh"
+#include "norm.cuh"
 
 namespace {
 
 enum { FEW = 16, FEW_COLUMNS = 8, FEW_K = K_BLOCK * 2, FEW_WARPS = 4, FEW_GROUPS = 4, FEW_EARLY = 1024 };
+enum { FEW_NORMED = 4 }; /* rows whose norm every block makes for itself, sooner than a kernel of its own would */
 
 /* Blocks of k; warps; and of each warp: rows of weights, then of activations. */
 inline __device__ __host__ int few_blocks(int K) { return (K + FEW_K - 1) / FEW_K; }
@@ -32,6 +34,52 @@ __device__ inline void few_fetch(Shared<bf16> to, const Matrix<bf16> &x, int r0,
     }
 }
 
+/* Rows as they are in memory. */
+struct PlainRows {
+    Matrix<bf16> x;
+    __device__ void prefetch() const {}
+    __device__ void begin(int) {}
+    __device__ void fetch(Shared<bf16> to, int M, int k0, int k) const { few_fetch(to, x, 0, M, k0, k); }
+    __device__ void write(Shared<bf16>, int, int) const {}
+};
+
+/* The norm of at most FEW_NORMED rows of C values: with the bits of norm.cu, rounded as a product rounds. */
+struct NormedRows {
+    const act *x;
+    const float *gain, *shift; /* shift: or NULL */
+    float eps;
+    int C;
+    bool with_mean;
+    Moments of[FEW_NORMED];
+
+    __device__ void prefetch() const { prefetch_row(gain, C), prefetch_row(shift, C); }
+    __device__ void begin(int M) {
+#pragma unroll
+        for (int r = 0; r < FEW_NORMED; r++)
+            if (r < M) of[r] = row_moments(x + (int64_t)r * C, with_mean, eps, C);
+    }
+    __device__ void fetch(Shared<bf16>, int, int, int) const {}
+    /* Columns k0 .. k0 + FEW_K, by a warp. */
+    __device__ void write(Shared<bf16> to, int M, int k0) const {
+        for (int k = lane_index() * CHUNK; k < FEW_K; k += WARP * CHUNK) {
+            const int c = k0 + k;
+            const Pack<float, CHUNK> w = load<CHUNK>(gain + c, C - c);
+            Pack<float, CHUNK> b = {};
+            if (shift) b = load<CHUNK>(shift + c, C - c);
+#pragma unroll
+            for (int r = 0; r < FEW_NORMED; r++) {
+                if (r >= M) break;
+                const Pack<act, CHUNK> in = load<CHUNK>(x + (int64_t)r * C + c, C - c);
+                float y[CHUNK];
+#pragma unroll
+                for (int i = 0; i < CHUNK; i++) y[i] = normalised(in[i], of[r], w[i], b[i]); /* 0 from C on */
+                shared_cast<uint4>(to + few_place(r, k))[0] = {pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]),
+                                                               pack_bf16(y[4], y[5]), pack_bf16(y[6], y[7])};
+            }
+        }
+    }
+};
+
 /* What this block reads besides the rows, which the kernel before may still be writing: of blocks that may be there
  * before that has ended.  Rows of weights lie one behind the other. */
 __device__ inline void few_prefetch(const Output &o, const Matrix<bf16> &b, int n0, int N) {
@@ -42,8 +90,8 @@ __device__ inline void few_prefetch(const Output &o, const Matrix<bf16> &b, int 
 }
 
 /* out (M, N) of M <= FEW rows a and N rows b. */
-__global__ void __launch_bounds__(FEW_WARPS *WARP)
-    product_few(Output o, Matrix<bf16> a, Matrix<bf16> b, int M, int N, int K) {
+template <class Rows>
+__global__ void __launch_bounds__(FEW_WARPS *WARP) product_few(Output o, Rows a, Matrix<bf16> b, int M, int N, int K) {
     SHARED_DYNAMIC(bf16, memory);
     const int blocks = few_blocks(K), warps = few_warps(K), warp = warp_index(), lane = lane_index();
     const int n0 = (int)blockIdx.x * FEW_COLUMNS;
@@ -53,18 +101,21 @@ __global__ void __launch_bounds__(FEW_WARPS *WARP)
     const Shared<float> sums = shared_cast<float>(zeros + CHUNK);
     launch_next();
     few_prefetch(o, b, n0, N);
+    if (threadIdx.x == 0 && blockIdx.x == 0) a.prefetch();
     if (threadIdx.x == 0) shared_cast<uint4>(zeros)[0] = {0, 0, 0, 0}; /* rows from M on */
     wait_earlier();
     __syncthreads();
+    a.begin(M);
     for (int block = warp; block < blocks; block += warps) {
         const int k0 = block * FEW_K;
         __syncwarp(); /* all lanes have read what is written over */
 #pragma unroll
         for (int k = 0; k < FEW_K; k += FEW_K / FEW_GROUPS) {
             few_fetch(columns, b, n0, FEW_COLUMNS, k0, k);
-            few_fetch(rows, a, 0, M, k0, k);
+            a.fetch(rows, M, k0, k);
             copy_async_commit();
         }
+        a.write(rows, M, k0);
         float sum[4] = {};
 #pragma unroll
         for (int group = 0; group < FEW_GROUPS; group++) {
@@ -104,10 +155,10 @@ __global__ void __launch_bounds__(FEW_WARPS *WARP)
 /* Whether there are so few rows that it pays, and few enough sums of chains. */
 inline bool are_few(int M, int K) { return M > 0 && M <= FEW && few_bytes(M, K) <= 96 << 10; }
 
-inline void multiply_few(const Output &o, const Matrix<bf16> &a, const Matrix<bf16> &b, int M, int N, int K,
-                         const char *op) {
+template <class Rows>
+inline void multiply_few(const Output &o, const Rows &a, const Matrix<bf16> &b, int M, int N, int K, const char *op) {
     const Grid grid(divide_up(N, FEW_COLUMNS), few_warps(K) * WARP, few_bytes(M, K), op);
-    launch_early(grid, product_few, o, a, b, M, N, K);
+    launch_early(grid, product_few<Rows>, o, a, b, M, N, K);
 }
 
 }  // namespace

@@ -7,31 +7,11 @@
  * VEC k + i lies at (i, k): lanes, which differ in k, touch neighbours and so different banks.  Chunks follow from N
  * alone, so the bits do not know the device.  Bound by memory: bf16 4 bytes a value forward, 8 backward.
  */
-#include "ops.cuh"
+#include "norm.cuh"
 
 namespace {
 
 enum { ROWS = 8 }; /* of a block, forward: a warp each */
-
-/* Sum over the row of x[c] - shift, or of its square. */
-__device__ float row_sum(const act *x, float shift, int C, bool square) {
-    float sum = 0.0f;
-    for (int c = lane_index() * VEC; c < C; c += WARP * VEC) {
-        const Pack<act, VEC> pack = load<VEC>(x + c, C - c);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            const float d = pack[i] - shift;
-            if (c + i < C) sum += square ? d * d : d;
-        }
-    }
-    return warp_sum(sum);
-}
-
-/* A row of floats that no kernel before writes is on its way while that still runs. */
-__device__ void prefetch_row(const float *row, int C) {
-    const size_t bytes = (size_t)C * sizeof(float) / 16 * 16;
-    if (row && bytes && on_16_bytes(row)) prefetch_l2(row, bytes);
-}
 
 template <bool with_mean>
 __global__ void __launch_bounds__(ROWS *WARP)
@@ -43,8 +23,7 @@ __global__ void __launch_bounds__(ROWS *WARP)
     wait_earlier();
     if (n >= N) return;
     const act *x = in + n * C;
-    const float m = with_mean ? row_sum(x, 0.0f, C, false) / (float)C : 0.0f;
-    const float r = 1.0f / sqrtf(row_sum(x, m, C, true) / (float)C + eps);
+    const Moments m = row_moments(x, with_mean, eps, C);
     for (int c = lane_index() * VEC; c < C; c += WARP * VEC) {
         const Pack<act, VEC> pack = load<VEC>(x + c, C - c);
         const Pack<float, VEC> w = load<VEC>(weight + c, C - c);
@@ -52,12 +31,12 @@ __global__ void __launch_bounds__(ROWS *WARP)
         if (bias) b = load<VEC>(bias + c, C - c);
         float y[VEC];
 #pragma unroll
-        for (int i = 0; i < VEC; i++) y[i] = (pack[i] - m) * r * w[i] + b[i];
+        for (int i = 0; i < VEC; i++) y[i] = normalised(pack[i], m, w[i], b[i]);
         store(out + n * C + c, y, C - c);
     }
     if (lane_index() > 0) return;
-    if (with_mean) mean[n] = m;
-    rstd[n] = r;
+    if (with_mean) mean[n] = m.mean;
+    rstd[n] = m.rstd;
 }
 
 /* ---- backward ---- */

@@ -31,14 +31,16 @@ from emulated import (
     link,
     signatures,
     sources,
+    to_bf16,
 )
 from faults import FAULTS, planted_always
 from test_ops import assert_close, filled, same_bits
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
 
+BF16 = test_ops.PREC["bf16"]
 SEEDS = (1, 2, 3)  # of the unfair schedules, beside the one in order
-HEADERS = {"linear.cuh": "linear.cu", "linear_few.cuh": "linear.cu"}  # and the file that includes it
+HEADERS = {"linear.cuh": "linear.cu", "linear_few.cuh": "linear.cu", "norm.cuh": "norm.cu"}  # and who includes it
 ELSEWHERE = ("attention", "attention_paged", "sample")  # files of operators that test_cuda_attention.py tests
 
 
@@ -176,6 +178,37 @@ def check_in_place(backend, call):
         assert same_bits(a, whole[name]), name
 
 
+def room(*shape):
+    return guarded(np.full(shape, np.nan, np.float32))
+
+
+def check_rows_behind_a_norm(cuda, seeds=SEEDS):
+    """The bits of the norm by itself and then the product, whether the product makes its norm, for few rows, or not."""
+    rng = np.random.default_rng(0)
+    for N, C, norm in (1, 70, 0), (3, 520, 0), (4, 24, 1), (5, 20, 1):
+        OC, biased = 19, N % 2
+        x, w, bias = test_ops.normal(rng, N, C), to_bf16(test_ops.normal(rng, OC, C)), test_ops.normal(rng, OC)
+        gain, shift = test_ops.normal(rng, C), test_ops.normal(rng, C) if biased else None
+        normed, sums, want = room(N, C), room(2, N), room(N, OC)
+        cuda.schedule(0)
+        if norm == 0:
+            cuda("layernorm_forward", normed, sums[0], sums[1], x, gain, shift, 1e-5, N, C)
+        else:
+            cuda("rmsnorm_forward", normed, sums[0], x, gain, 1e-5, N, C)
+        product = w, bias, test_ops.FN["gelu_tanh"], BF16, N, C, OC
+        cuda("linear_packed", want, normed, *product[:2], None, *product[2:])
+        for seed in (0, *seeds):
+            cuda.schedule(seed)
+            out = room(N, OC)
+            cuda("norm_linear_packed", out, room(N, C), room(2, N), x, norm, gain, shift, 1e-5, *product)
+            assert same_bits(out, want), (N, C, seed)
+
+
+@pytest.mark.parametrize("cuda", ACTS, indirect=True)
+def test_rows_behind_a_norm(cuda):
+    check_rows_behind_a_norm(cuda)
+
+
 @pytest.mark.parametrize(
     "fault",
     planted_always([f for f in FAULTS if Path(f.file).name in {*operators().values(), *HEADERS}]),
@@ -191,7 +224,8 @@ def test_a_planted_fault_is_caught(fault, cuda_objects, tmp_path):
             shutil.copy(ROOT / "cuda" / name, tmp_path)
     effort = "-O1" if source.name == "linear.cu" else "-O0"  # products take longer to run than to compile
     broken = compile_object(changed, tmp_path / "broken.o", f"-DACT={act}", effort, "-Wno-unused")
-    library = link([broken, cuda_objects["emulate", None]], tmp_path / "broken.so")
+    others = [object_ for which, object_ in cuda_objects.items() if which != (source.name, act)]
+    library = link([broken, *others], tmp_path / "broken.so")
     mine = [(op, i) for op, i in small_cases(act) if operators()[op] == source.name]
     assert mine
     caught = pytest.raises((RuntimeError, AssertionError, pytest.fail.Exception))
@@ -199,6 +233,8 @@ def test_a_planted_fault_is_caught(fault, cuda_objects, tmp_path):
         for seeds in (), SEEDS:  # most are found in order
             for op, i in sorted(mine, key=lambda which: which[1]):  # small ones come first
                 check_values(cuda, build(act, op, i), seeds)
+            if source.name == "linear.cu":
+                check_rows_behind_a_norm(cuda, seeds)
     print(found.value)
 
 

@@ -198,18 +198,22 @@ class Cache:
 
 # NH, NKV, HS; the last: more queries of few tokens than a product has rows
 HEADS = [(3, 3, 7), (4, 2, 20), (2, 1, 64), (1, 1, 65), (1, 1, 128), (1, 1, 129), (5, 1, 8)]
-PAGED = [
-    *(("float", prec, heads) for prec in PREC for heads in ((1, 1, 1), (4, 2, 20))),
-    *(("bf16", "bf16", heads) for heads in HEADS),
+PAGED = [  # the last: pages that the table has room for, few enough for strips of values or not
+    *(
+        ("float", prec, heads, P)
+        for prec, P in (("fp32", 3), ("bf16", 3), ("bf16", 33))
+        for heads in ((1, 1, 1), (4, 2, 20))
+    ),
+    *(("bf16", "bf16", heads, P) for heads in HEADS for P in (3, 33)),
 ]
 
 
-def check_pages(cuda, rng, prec, heads):
+def check_pages(cuda, rng, prec, heads, P):
     """As test_packed.py: rows that grow in turn have the bits of one forward pass, whatever the schedule."""
     NH, NKV, HS = heads
     rows = [test_ops.normal(rng, T, (NH + 2 * NKV) * HS) for T in (1, 131, 69)]
     want = [attention(cuda, qkv[None], None, prec, NH, NKV)[0][0] for qkv in rows]
-    cache, got = Cache(cuda, rng, len(rows), NH, NKV, HS, prec), [[] for _ in rows]
+    cache, got = Cache(cuda, rng, len(rows), NH, NKV, HS, prec, P), [[] for _ in rows]
     takes = [[1, 0, 62], [0, 66, 4], [0, 4, 3], [0, 61, 0]]
     for seed, take in enumerate(takes):
         cuda.schedule(seed)
@@ -224,17 +228,17 @@ def check_pages(cuda, rng, prec, heads):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "prec", "heads"), PAGED, ids=["-".join(map(str, which)) for which in PAGED], indirect=["cuda"]
+    ("cuda", "prec", "heads", "P"), PAGED, ids=["-".join(map(str, which)) for which in PAGED], indirect=["cuda"]
 )
-def test_paged_attention_has_the_bits_of_one_forward_pass(cuda, rng, prec, heads):
-    check_pages(cuda, rng, prec, heads)
+def test_paged_attention_has_the_bits_of_one_forward_pass(cuda, rng, prec, heads, P):
+    check_pages(cuda, rng, prec, heads, P)
 
 
-def check_many_pages(cuda, rng):
+def check_many_pages(cuda, rng, P):
     """So many that a warp has several of them: the last token alone has the bits that it has as the last of five, which
     goes the way of a prompt.  What the pages hold is random."""
-    past, heads = 65 * KEY_BLOCK, (1, 1, 8)
-    cache, qkv, outs = Cache(cuda, rng, 1, *heads, "bf16", P=66), test_ops.normal(rng, 5, 3 * 8), []
+    past, heads = (P - 1) * KEY_BLOCK, (1, 1, 8)
+    cache, qkv, outs = Cache(cuda, rng, 1, *heads, "bf16", P), test_ops.normal(rng, 5, 3 * 8), []
     cache.pages.view(np.uint16)[...] = to_bf16(test_ops.normal(rng, *cache.pages.view(np.uint16).shape))
     for chunks in (5,), (4, 1):
         cache.past[0], at = past, 0
@@ -245,8 +249,9 @@ def check_many_pages(cuda, rng):
 
 
 @pytest.mark.parametrize("cuda", ["bf16"], indirect=True)
-def test_many_pages(cuda, rng):
-    check_many_pages(cuda, rng)
+@pytest.mark.parametrize("P", [32, 66])
+def test_many_pages(cuda, rng, P):
+    check_many_pages(cuda, rng, P)
 
 
 @by_prec
@@ -336,8 +341,11 @@ def check_all(cuda, file):
         test_draws_with_a_story(cuda)
         check_values(cuda, test_ops.sample(rng, DRAWS[3]))
     elif file == "attention_paged.cu":
-        check_pages(cuda, rng, "bf16", (2, 1, 64))
-        check_many_pages(cuda, rng)
+        for P in 3, 33:
+            check_pages(cuda, rng, "bf16", (2, 1, 64), P)
+        check_pages(cuda, rng, "bf16", (5, 1, 8), 3)
+        for P in 32, 66:
+            check_many_pages(cuda, rng, P)
     else:
         for c in *QUICK, GROUPED:
             for op in "attention_forward", "attention_backward":

@@ -41,6 +41,7 @@ PRIVATE = {
     "held_read",
     "linear_pack",
     "linear_packed",
+    "norm_linear_packed",
     "embedding_packed",
     "attention_paged",
 }  # in a backend's own form: tests/test_packed.py, tests/test_held.py

@@ -12,6 +12,7 @@ from test_ops import DOT, EPS, FN, assert_close, f64, function_tolerance, normal
 
 PREC = {"fp32": 0, "bf16": 1, "int8": 2}
 EXACT = ("fp32", "bf16")
+NORMS = {"layernorm": 0, "rmsnorm": 1}
 
 SHORT = [c for c in LINEAR if not c.big]
 
@@ -49,6 +50,26 @@ def test_a_packed_product_has_the_bits_of_linear_forward(backend, rng, c, thread
             out = empty(N, c.OC)
             ops.linear_packed(backend, out, constant(x), w, constant(bias), constant(residual), *code)
             assert same_bits(out, want), (N, n)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("c", SHORT, ids=str)
+def test_a_packed_product_behind_a_norm_has_the_bits_of_the_two(backend, rng, c, norm, threads):
+    for N in {0, 1, 3, c.N}:
+        x, weight, bias, _ = linear_arguments(rng, c, N)
+        gain, shift = normal(rng, c.C), normal(rng, c.C) if norm == "layernorm" and c.bias else None
+        normed, sums = np.empty((N, c.C), np.float32), np.empty((2, N), np.float32)
+        if norm == "layernorm":
+            ops.layernorm_forward(backend, normed, *sums, x, gain, shift, 1e-5, N, c.C)
+        else:
+            ops.rmsnorm_forward(backend, normed, sums[0], x, gain, 1e-5, N, c.C)
+        w, want, code = packed(backend, weight, c.prec), empty(N, c.OC), (FN[c.fn], PREC[c.prec], N, c.C, c.OC)
+        ops.linear_packed(backend, want, normed, w, bias, None, *code)
+        _core.threads_set(3)
+        out, room = empty(N, c.OC), (empty(N, c.C), empty(2, N))
+        given = constant(x), NORMS[norm], constant(gain), constant(shift), 1e-5, w, constant(bias)
+        ops.norm_linear_packed(backend, out, *room, *given, *code)
+        assert same_bits(out, want), N
 
 
 @pytest.mark.parametrize("prec", EXACT)

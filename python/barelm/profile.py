@@ -93,7 +93,7 @@ class Profile:
 
 
 _HEADER = ("operator", "size", "calls", "ms", "%", "GFLOP/s", "% of peak", "GB/s")
-_NO_SIZES = ("fn", "prec", "held", "accumulate")
+_NO_SIZES = ("fn", "prec", "held", "accumulate", "norm")
 
 
 def _row(line: Line, peak: float) -> tuple[str, ...]:
@@ -124,6 +124,7 @@ def _scores(B, T, NH, HS, **_):  # one product of attention, its causal half
 _FLOPS = {
     "linear_forward": _product,
     "linear_packed": _product,
+    "norm_linear_packed": _product,
     "linear_backward_input": _product,
     "linear_backward_weight": _product,
     "attention_forward": lambda **s: 2 * _scores(**s),  # q.k and p.v
