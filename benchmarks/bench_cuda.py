@@ -20,6 +20,7 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
 import machine  # noqa: E402
 from barelm import Config, Model, Session  # noqa: E402
+from barelm.drawing import Sampling  # noqa: E402
 from barelm.model import cuda_library, open_device  # noqa: E402
 from emulated import FUNCTIONS, signatures, to_bf16  # noqa: E402
 
@@ -290,7 +291,8 @@ def operators(device, s, seconds, only):
 
 
 def decode(s, copy, tokens, counts, seconds):
-    """A step of a session, by rows: every weight is read once for all of them, and each row's keys and values."""
+    """A step of a session, by rows, from the tokens before to the most likely next ones: every weight is read once for
+    all of them, and each row's keys and values."""
     config = Config(n_layer=s.layers, n_head=s.NH, n_embd=s.C, vocab_size=s.V, context=2 * tokens)
     model, found = Model(config, precision="bf16", device="cuda"), []
     print("\n| rows | tokens before | ms a step | tokens/s | % of copy | spread % |\n|---|---|---|---|---|---|")
@@ -298,11 +300,13 @@ def decode(s, copy, tokens, counts, seconds):
         session = Session(model, rows * -(-2 * tokens // 64) * 64, "bf16")  # pages of 64 are a row's own
         ids = [session.add() for _ in range(rows)]
         prompt = np.random.default_rng(2).integers(0, s.V, tokens).astype(np.int32)
-        session.step(ids, [prompt] * rows)
+        session.advance(ids, [prompt] * rows)
+        samplings, u, last = [Sampling(temperature=0)] * rows, [0.0] * rows, prompt[:rows]
         n, times = max(2, min(tokens // 2, round(64 * seconds))), []
         for _ in range(n):
             began = time.perf_counter()
-            session.step(ids, [prompt[:1]] * rows)
+            session.advance(ids, last[:, None])
+            last, _, _ = session.draw(samplings, u, s.V)
             times.append(time.perf_counter() - began)
         low, middle, high = np.quantile(times[1:], [0.25, 0.5, 0.75])
         moved = 2 * s.n_params + 4 * rows * tokens * s.layers * s.C

@@ -109,7 +109,7 @@ class PySession {
     }
 
     // tokens: the chunks of all rows, one behind the other
-    Floats step(const std::vector<int64_t> &rows, const std::vector<int> &counts, const Ids &tokens) {
+    void step(const std::vector<int64_t> &rows, const std::vector<int> &counts, const Ids &tokens) {
         const Config &c = config_;
         const int32_t *ids = tokens.data();
         int64_t at = 0, R = (int64_t)rows.size();
@@ -121,8 +121,6 @@ class PySession {
                     throw py::value_error(chunk + ": value " + str(ids[at]) + " at [" + str(k) + "] is outside [0, " +
                                           str(c.vocab_size) + ")");
         }
-        Floats logits({R, (int64_t)c.vocab_size});
-        float *p = logits.mutable_data();
         run([&] {
             std::vector<int> slots = slots_of(rows);
             if (missing()) throw std::runtime_error("the session has not got all of its weights yet");
@@ -134,9 +132,32 @@ class PySession {
                                           " tokens behind a row of " + str(length) +
                                           " are more than the model's context of " + str(c.context));
             }
-            return session_step(session_, p, slots.data(), counts.data(), ids, (int)R);
+            return session_step(session_, slots.data(), counts.data(), ids, (int)R);
         });
-        return logits;
+    }
+
+    Floats logits() {
+        int R = 0;
+        run([&] { return R = session_rows(session_), OK; });
+        Floats out({(int64_t)R, (int64_t)config_.vocab_size});
+        float *p = out.mutable_data();
+        run([&] { return session_logits(session_, p, R); });
+        return out;
+    }
+
+    // options (R, 4), u (R): as the operator `sample` has them; of the first V logits
+    std::tuple<Ids, Floats, Floats> draw(const py::array &options, const py::array &u, int V) {
+        const int64_t R = u.ndim() ? u.shape(0) : 0;
+        const double *numbers = checked<double>(u, "u", "R", {R}, "it");
+        const float *o = checked<float>(options, "options", "R, 4", {R, SAMPLE_COUNT}, "the draw");
+        if (V < 1 || V > config_.vocab_size)
+            throw py::value_error("vocab: is " + str(V) + ", must be in [1, " + str(config_.vocab_size) + "]");
+        Ids tokens(R);
+        Floats logprobs(R), sampled(R);
+        int32_t *t = tokens.mutable_data();
+        float *l = logprobs.mutable_data(), *s = sampled.mutable_data();
+        run([&] { return session_draw(session_, t, l, s, o, numbers, V, (int)R); });
+        return {tokens, logprobs, sampled};
     }
 
     Floats logprobs(const Ids &tokens, double temperature) {
@@ -252,6 +273,8 @@ void bind_session(py::module_ &m) {
         .def("length", &PySession::length, py::arg("row"))
         .def("pages_needed", &PySession::pages_needed, py::arg("rows"), py::arg("counts"))
         .def("step", &PySession::step, py::arg("rows"), py::arg("counts"), py::arg("tokens"))
+        .def("logits", &PySession::logits)
+        .def("draw", &PySession::draw, py::arg("options"), py::arg("u"), py::arg("vocab"))
         .def("logprobs", &PySession::logprobs, py::arg("tokens"), py::arg("temperature"))
         .def("refresh", &PySession::refresh)
         .def_property_readonly("memory", &PySession::memory)

@@ -9,9 +9,8 @@
 #include "repeat.h"
 #include "status.h"
 
-/* Tokens that go through the layers at a time: the activations of a long prompt stay within a few MB.  Pages by which
- * a table grows: what was recorded of a step serves until then. */
-enum { SLICE = 512, TABLE_PAGES = 16, ALIGN_BYTES = 64 };
+/* Tokens that go through the layers at a time: the activations of a long prompt stay within a few MB. */
+enum { SLICE = 512, ALIGN_BYTES = 64 };
 
 typedef struct {
     int32_t *pages;
@@ -595,7 +594,8 @@ static void block_forward(const Session *s, const Slice *b, int l, int N, int R,
 }
 
 /* Which tokens of a step make up a slice: rows from[0] .. from[R-1] of the step, taken[i] tokens of each, behind
- * past[i] that it has; their tables have room for so many pages. */
+ * past[i] that it has; their tables have room for so many pages, and double, for what was recorded of a step serves
+ * until then. */
 typedef struct {
     int R, N, pages;
     int from[SLICE], taken[SLICE], past[SLICE];
@@ -608,7 +608,7 @@ static Plan next_slice(const Session *s, const int *rows, const int *counts, int
         int left = counts[*row] - *done, taken = left < SLICE - p.N ? left : SLICE - p.N;
         int past = s->rows[rows[*row]].length + *done, pages = pages_for(past + taken);
         p.from[p.R] = *row, p.taken[p.R] = taken, p.past[p.R++] = past, p.N += taken;
-        while (pages > p.pages) p.pages += TABLE_PAGES;
+        while (pages > p.pages) p.pages = p.pages ? 2 * p.pages : 1;
         *done += taken;
         if (*done == counts[*row]) *row += 1, *done = 0;
     }
@@ -639,18 +639,34 @@ static Status describe(const Session *s, const Slice *b, const Plan *p, const in
 /* ---- the rows' last tokens --------------------------------------------------------------------------------------- */
 
 typedef struct {
+    double *u;      /* what a draw is told, */
+    float *options; /* (R, SAMPLE_COUNT) */
+    int32_t *drawn; /* and what comes of it */
+    float *sampled, *logprobs;
     act *last, *hidden, *logits;
-    float *moments, *floats, *logprobs, *lse; /* floats: the logits, in a device's memory */
+    float *moments, *floats, *lse; /* floats: the logits, in a device's memory */
     int32_t *targets;
 } Head;
 
+static int64_t told_to_draw(Head *h, char *p, int64_t R) {
+    const Field list[] = {{&h->u, 8 * R}, {&h->options, 4 * SAMPLE_COUNT * R}};
+    return place(list, sizeof list / sizeof *list, p);
+}
+
+static int64_t drawn_layout(Head *h, char *p, int64_t R) {
+    const Field list[] = {{&h->drawn, 4 * R}, {&h->sampled, 4 * R}, {&h->logprobs, 4 * R}};
+    return place(list, sizeof list / sizeof *list, p);
+}
+
 static int64_t head_layout(const Session *s, Head *h, char *p, int64_t R) {
     const int64_t A = (int64_t)s->ops->act_bytes, C = s->c.n_embd, V = s->c.vocab_size, Vp = s->layout.p[P_wte].rows;
+    int64_t at = told_to_draw(h, p, R);
+    at += drawn_layout(h, p ? p + at : NULL, R);
     const Field list[] = {{&h->last, A * C * R},    {&h->hidden, A * C * R},
                           {&h->logits, A * Vp * R}, {&h->floats, s->ops->on_host ? 0 : 4 * V * R},
-                          {&h->moments, 8 * R},     {&h->logprobs, 4 * R},
-                          {&h->lse, 4 * R},         {&h->targets, 4 * R}};
-    return place(list, sizeof list / sizeof *list, p);
+                          {&h->moments, 8 * R},     {&h->lse, 4 * R},
+                          {&h->targets, 4 * R}};
+    return at + place(list, sizeof list / sizeof *list, p ? p + at : NULL);
 }
 
 /* From the state of R tokens. */
@@ -660,13 +676,6 @@ static void head_forward(const Session *s, const Head *h, const act *state, int 
                                weight(s, P_lnf_b, 0), s->c.norm_eps, packed(s, head_param(&s->c), 0), NULL, FN_NONE,
                                s->prec, R, s->c.n_embd, Vp);
     if (!s->ops->on_host) s->ops->act_read(h->floats, h->logits, R, V, Vp);
-}
-
-static Status read_logits(Session *s, const Head *h, float *logits, int R) {
-    const int V = s->c.vocab_size, Vp = (int)s->layout.p[P_wte].rows;
-    if (s->ops->on_host) s->ops->act_read(logits, h->logits, R, V, Vp);
-    else s->ops->copy_out(logits, h->floats, (size_t)R * (size_t)V * sizeof *logits);
-    return checked_device(s->ops, s->error, OK);
 }
 
 /* ---- a step ------------------------------------------------------------------------------------------------------ */
@@ -730,7 +739,7 @@ static Status through_layers(Session *s, const Head *h, const int *rows, const i
     return OK;
 }
 
-Status session_step(Session *s, float *logits, const int *rows, const int *counts, const int32_t *tokens, int R) {
+Status session_step(Session *s, const int *rows, const int *counts, const int32_t *tokens, int R) {
     for (int i = 0; i < R; i++)
         if (session_stale(s, rows[i]))
             return failed(s->error, STALE, "rows[%d]: its tokens went through older weights, it cannot go on", i);
@@ -740,18 +749,62 @@ Status session_step(Session *s, float *logits, const int *rows, const int *count
     head_layout(s, &h, s->head, R);
     s->R = 0;
     if (!status) status = through_layers(s, &h, rows, counts, tokens, R);
-    if (!status) status = read_logits(s, &h, logits, R);
+    status = checked_device(s->ops, s->error, status);
     if (status) return status;
     for (int i = 0; i < R; i++) s->rows[rows[i]].length += counts[i], s->rows[rows[i]].version = s->version;
     s->R = R;
     return OK;
 }
 
-Status session_logprobs(Session *s, float *logprobs, const int32_t *targets, float temperature, int R) {
+/* ---- what the last step has left ---- */
+
+static Status head_of_last(Session *s, Head *h, const char *what, int R) {
     if (R != s->R || !R)
-        return failed(s->error, NO_FORWARD, "tokens: there are %d, the last step had %d rows", R, s->R);
+        return failed(s->error, NO_FORWARD, "%s: there are %d, the last step had %d rows", what, R, s->R);
+    head_layout(s, h, s->head, R);
+    return OK;
+}
+
+int session_rows(const Session *s) { return s->R; }
+
+Status session_logits(Session *s, float *logits, int R) {
+    const int V = s->c.vocab_size, Vp = (int)s->layout.p[P_wte].rows;
     Head h;
-    head_layout(s, &h, s->head, R);
+    Status status = R ? head_of_last(s, &h, "logits", R) : OK;
+    if (status || !R) return status;
+    if (s->ops->on_host) s->ops->act_read(logits, h.logits, R, V, Vp);
+    else s->ops->copy_out(logits, h.floats, (size_t)R * (size_t)V * sizeof *logits);
+    return checked_device(s->ops, s->error, OK);
+}
+
+Status session_draw(Session *s, int32_t *tokens, float *logprobs, float *sampled, const float *options, const double *u,
+                    int V, int R) {
+    const int of_model = s->c.vocab_size, Vp = (int)s->layout.p[P_wte].rows;
+    Head h, host;
+    Status status = head_of_last(s, &h, "u", R);
+    if (status) return status;
+    const size_t told = (size_t)told_to_draw(&host, NULL, R), drawn = (size_t)drawn_layout(&host, NULL, R);
+    char *both = calloc(1, told + drawn);
+    if (!both) return failed(s->error, NO_MEMORY, "a draw: no memory");
+    told_to_draw(&host, both, R), drawn_layout(&host, both + told, R);
+    memcpy(host.u, u, (size_t)R * sizeof *u);
+    memcpy(host.options, options, (size_t)R * SAMPLE_COUNT * sizeof *options);
+    s->ops->copy_in(h.u, both, told);
+    const float *logits = s->ops->on_host ? h.logits : h.floats;
+    s->ops->sample(h.drawn, h.sampled, logits, h.options, h.u, R, V, s->ops->on_host ? Vp : of_model);
+    s->ops->logprob_forward(h.logprobs, h.lse, NULL, h.logits, h.drawn, 1, R, of_model, Vp);
+    s->ops->copy_out(both + told, h.drawn, drawn);
+    memcpy(tokens, host.drawn, (size_t)R * sizeof *tokens);
+    memcpy(sampled, host.sampled, (size_t)R * sizeof *sampled);
+    memcpy(logprobs, host.logprobs, (size_t)R * sizeof *logprobs);
+    free(both);
+    return checked_device(s->ops, s->error, OK);
+}
+
+Status session_logprobs(Session *s, float *logprobs, const int32_t *targets, float temperature, int R) {
+    Head h;
+    Status status = head_of_last(s, &h, "tokens", R);
+    if (status) return status;
     s->ops->copy_in(h.targets, targets, (size_t)R * sizeof *targets);
     s->ops->logprob_forward(h.logprobs, h.lse, NULL, h.logits, h.targets, 1 / temperature, R, s->c.vocab_size,
                             (int)s->layout.p[P_wte].rows);

@@ -39,11 +39,20 @@ int session_pages_free(const Session *s);
 int session_pages_needed(const Session *s, const int *rows, const int *counts, int R);
 
 /* Row rows[i] takes counts[i] >= 1 of the tokens, which follow one another; rows are distinct and stay within the
- * context.  logits (R, V): behind each row's last token.  CACHE_FULL where pages do not suffice, STALE where a row was
- * written with other weights; after INTERRUPTED the rows are as long as before. */
-Status session_step(Session *s, float *logits, const int *rows, const int *counts, const int32_t *tokens, int R);
-/* log p(targets[i]) of row i of the last step (R), the bits of model_forward; NO_FORWARD where R is not that of the
- * last step. */
+ * context.  CACHE_FULL where pages do not suffice, STALE where a row was written with other weights; after INTERRUPTED
+ * the rows are as long as before. */
+Status session_step(Session *s, const int *rows, const int *counts, const int32_t *tokens, int R);
+
+/* Of the last step: how many rows it had, 0 where it has failed or there was none.  The others are NO_FORWARD where R
+ * is another number. */
+int session_rows(const Session *s);
+/* logits (R, V): behind each row's last token. */
+Status session_logits(Session *s, float *logits, int R);
+/* A token for each row from the first V logits: tokens and `sampled`, options and u as the operator `sample` has them,
+ * and logprobs as session_logprobs at temperature 1, 0 where nothing could be drawn.  Logits stay in the backend. */
+Status session_draw(Session *s, int32_t *tokens, float *logprobs, float *sampled, const float *options, const double *u,
+                    int V, int R);
+/* log p(targets[i]) of row i, the bits of model_forward. */
 Status session_logprobs(Session *s, float *logprobs, const int32_t *targets, float temperature, int R);
 
 typedef struct {                  /* bytes by purpose */

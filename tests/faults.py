@@ -269,6 +269,27 @@ FAULTS = [
         first=SESSION,
     ),
     Fault(
+        "session: a draw finds rows of logits side by side",
+        "csrc/session.c",
+        "R, V, s->ops->on_host ? Vp : of_model);",
+        "R, V, V);",
+        first=SESSION,
+    ),
+    Fault(
+        "engine: rows that share a slot have the number of the first",
+        "python/barelm/engine.py",
+        "[row._uniform() if row else 0.0 for row in due]",
+        "[rows[0][1]._uniform() if row else 0.0 for row in due]",
+        first=ENGINE,
+    ),
+    Fault(
+        "engine: what a slot is asked in its second turn is lost",
+        "python/barelm/engine.py",
+        "for turn in range(max(map(len, queues), default=0)):",
+        "for turn in range(min(1, max(map(len, queues), default=0))):",
+        first=ENGINE,
+    ),
+    Fault(
         "session: positions begin anew with each slice",
         "csrc/session.c",
         "told.starts[n] = told.first[i] - p->past[i];",

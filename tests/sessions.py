@@ -7,6 +7,7 @@ import functools
 from types import SimpleNamespace
 
 import numpy as np
+from barelm.drawing import draw
 from barelm.session import CacheFull, StaleRow
 
 PAGE = 64
@@ -63,6 +64,10 @@ class PlainSession:
         return needed
 
     def step(self, rows, chunks):
+        self.advance(rows, chunks)
+        return self.logits()
+
+    def advance(self, rows, chunks):
         self._check_rows(rows)
         if not rows or not all(map(len, chunks)):
             raise ValueError("an empty step or chunk")
@@ -78,7 +83,16 @@ class PlainSession:
             self._write(row, chunk)
         assert len(self.holders) <= self.pages
         self.last = [(self.version, tuple(self._known(row).ids)) for row in rows]
+
+    def logits(self):
         return np.stack([self._logits(*one) for one in self.last])
+
+    def draw(self, samplings, u, vocab=None):
+        asked = [i for i, sampling in enumerate(samplings) if sampling]
+        ids, sampled = np.zeros(len(u), np.int32), np.zeros(len(u), np.float32)
+        rows = [self._logits(*self.last[i])[:vocab] for i in asked]
+        ids[asked], sampled[asked] = draw(rows, [samplings[i] for i in asked], [u[i] for i in asked])
+        return ids, self.logprobs(ids), sampled
 
     def logprobs(self, tokens):
         assert len(tokens) == len(self.last)

@@ -2,9 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
-from barelm import Tokenizer, checkpoint, engine, sample
+from barelm import Tokenizer, checkpoint, sample
 from barelm import __main__ as command
 from barelm.assistant import template, trimmed
 from conftest import GPT2
@@ -57,22 +56,14 @@ def folder(tmp_path_factory):
     return path
 
 
-class Says:
-    """A draw that writes a text in every row, whatever the model says."""
-
-    def __init__(self, text):
-        self.ids, self.drawn = [*TOK.encode(text), TOK.eot], 0
-
-    def __call__(self, logits, samplings, u):
-        if not samplings:  # a prompt is still being read
-            return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        id = self.ids[min(self.drawn, len(self.ids) - 1)]
-        self.drawn += 1
-        return np.full(len(samplings), id, np.int32), np.zeros(len(samplings), np.float32)
+def says(text):
+    """For Engine._choose: a text is written in every row, whatever the model says."""
+    ids = [*TOK.encode(text), TOK.eot]
+    return lambda engine, rows, logits, n: [(ids[min(len(row.tokens), len(ids) - 1)], 0.0, [0.0]) for _, row in rows]
 
 
-def run(capsys, monkeypatch, folder, says, *more):
-    monkeypatch.setattr(engine, "draw", Says(says))
+def run(capsys, monkeypatch, folder, answer, *more):
+    monkeypatch.setattr(sample.Engine, "_choose", says(answer))
     flags = ["--assistant", "--prompt", "What is up?", "--max-tokens", 60, *more]
     code = command.main(["sample", "--checkpoint", str(folder), *map(str, flags)])
     return code, *capsys.readouterr()

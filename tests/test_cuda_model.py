@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from barelm import Config, Lora, Model, Session
 from barelm import __main__ as command
+from barelm.drawing import Sampling, draw
 from emulated import COMPILER
 from models import assert_all_same_bits, assert_same_bits, copies, random_batch, random_model
 
@@ -180,6 +181,13 @@ def test_a_session_decodes(device, config, weights, off):
     fork = session.fork(rows[0])[0]
     logits = session.step([fork], [[3]])
     assert_same_bits(session.step([rows[0]], [[3]]), logits)
+    session.advance(rows, [[4], [5]])
+    logits, samplings, u = session.logits(), [Sampling(temperature=0), Sampling(top_k=3)], [0.0, 0.6]
+    ids, logprobs, sampled = session.draw(samplings, u)
+    want_ids, want_sampled = draw(logits, samplings, u)
+    assert ids.tolist() == want_ids.tolist()
+    np.testing.assert_allclose(sampled, want_sampled, rtol=0, atol=1e-5)
+    assert_same_bits(logprobs, session.logprobs(ids))
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])

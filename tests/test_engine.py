@@ -66,10 +66,9 @@ class Spy:
     def __getattr__(self, name):
         return getattr(self._session, name)
 
-    def step(self, rows, chunks):
-        logits = self._session.step(rows, chunks)
+    def advance(self, rows, chunks):
+        self._session.advance(rows, chunks)
         self.steps.append([len(chunk) for chunk in chunks])
-        return logits
 
     @property
     def read(self):
@@ -575,7 +574,7 @@ def test_after_an_update_every_token_comes_from_the_new_weights(kind):
     assert session.room == room
 
 
-@pytest.mark.parametrize("where", ["step", "logprobs", "fork"])
+@pytest.mark.parametrize("where", ["advance", "draw", "fork"])
 @pytest.mark.parametrize("late", [False, True])
 def test_a_step_that_breaks_off_loses_nothing(monkeypatch, where, late):
     session = PlainSession(SMALL, 400, page=4)
@@ -585,7 +584,7 @@ def test_a_step_that_breaks_off_loses_nothing(monkeypatch, where, late):
     def breaks(*arguments):
         if not next(broken, False):
             return real(*arguments)
-        if late and where == "step":
+        if late and where == "advance":
             real(*arguments)  # the session has gone on, the engine does not know
         raise KeyboardInterrupt
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from barelm import Config, Model, Tokenizer, engine
 from barelm import __main__ as command
-from barelm.drawing import Sampling, _options, draw, penalised
+from barelm.drawing import Sampling, draw, options, penalised
 from barelm.engine import generate
 from conftest import GPT2
 from sessions import PlainSession
@@ -100,7 +100,7 @@ def test_options_that_no_float_holds_are_taken_for_the_nearest():
     assert shares(top_p=1 - 2**-53) == shares(top_k=2**60) == shares()
     with np.errstate(over="raise"):
         far = Sampling(temperature=1e300, top_k=2**60, top_p=1e-300, min_p=1 - 2**-53)
-        temperature, top_k, top_p, min_p = np.array(_options(far, 4), np.float32)
+        temperature, top_k, top_p, min_p = np.array(options(far, 4), np.float32)
     assert temperature < np.inf and top_k == 0 < top_p and min_p < 1  # what the operator's contract asks for
 
 

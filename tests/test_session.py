@@ -8,6 +8,7 @@ import barelm
 import numpy as np
 import pytest
 from barelm import CacheFull, Session, StaleRow
+from barelm.drawing import Sampling, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MIDDLE, assert_same_bits, random_batch, random_model, threads
@@ -82,6 +83,19 @@ class Twin:
             self.rows[row] += chunk
             assert_same_bits(logits[i], full_logits(self.model, self.rows[row]))
             assert_same_bits(logprobs[i], full_logprob(self.model, self.rows[row], 7))
+        if rows:
+            self.draw(logits, which)
+
+    def draw(self, logits, which):
+        """As from the logits themselves; of a row that nothing is wanted of, nothing is said."""
+        rng, n = np.random.default_rng(which), len(logits)
+        asked = [Sampling(temperature=float(rng.choice([0, 1])), top_k=int(rng.integers(1, V))) for _ in range(n)]
+        u, vocab = rng.random(n), V - which % 9
+        ids, logprobs, sampled = self.session.draw([None, *asked[1:]], u, vocab)
+        want = draw(logits[1:, :vocab], asked[1:], u[1:])
+        assert_same_bits(ids[1:], want[0])
+        assert_same_bits(sampled[1:], want[1])
+        assert_same_bits(logprobs[1:], self.session.logprobs(ids)[1:])
 
     def pick(self, which, most):
         order = np.random.default_rng(which).permutation(sorted(self.rows))
@@ -381,11 +395,19 @@ def test_other_mistakes(model):
         session.step([row], [[1.5]])
     with pytest.raises(RuntimeError, match="tokens: there are 1, the last step had 0 rows"):
         session.logprobs([1])
+    assert session.logits().shape == (0, V)
     session.step([row], [[1]])
     with pytest.raises(RuntimeError, match="tokens: there are 2, the last step had 1 rows"):
         session.logprobs([1, 2])
     with pytest.raises(ValueError, match="value 301"):
         session.logprobs([301])
+    with pytest.raises(RuntimeError, match="u: there are 2, the last step had 1 rows"):
+        session.draw([Sampling()] * 2, [0.5] * 2)
+    with pytest.raises(ValueError, match="options: R is 2, the draw has 1"):
+        session.draw([Sampling()] * 2, [0.5])
+    for vocab in 0, 302:
+        with pytest.raises(ValueError, match=rf"vocab: is {vocab}, must be in \[1, 301\]"):
+            session.draw([Sampling()], [0.5], vocab)
     with pytest.raises(ValueError, match="temperature"):
         session.logprobs([1], temperature=0)
     with pytest.raises(ValueError, match="n: is -1"):

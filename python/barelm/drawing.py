@@ -111,14 +111,22 @@ def draw(
     if n:
         logits = np.ascontiguousarray(logits, np.float32)
         V = logits.shape[1]
-        options = np.array([_options(s, V) for s in samplings], np.float32)
-        _core.ops.sample("", ids, logprobs, logits, options, np.array(u, np.float64), n, V, V)
-    if (ids < 0).any():
-        raise ValueError("logits: NaN, +inf or nothing but -inf, nothing can be drawn")
+        given = np.array([options(s, V) for s in samplings], np.float32)
+        _core.ops.sample("", ids, logprobs, logits, given, np.array(u, np.float64), n, V, V)
+    check(ids)
     return ids, logprobs
 
 
-def _options(s: Sampling, V: int) -> list[float]:
+def check(ids: np.ndarray) -> None:
+    """ValueError where the operator could draw nothing."""
+    if (ids < 0).any():
+        raise ValueError("logits: NaN, +inf or nothing but -inf, nothing can be drawn")
+
+
+OPTIONS = 4
+
+
+def options(s: Sampling, V: int) -> list[float]:
     """In the operator's order, and within its bounds when rounded to float."""
     float32 = np.finfo(np.float32)
     top_k = s.top_k if s.top_k is not None and s.top_k < V else 0

@@ -125,10 +125,13 @@ class Row:
     def __repr__(self) -> str:
         return f"<Row {self.key}: {len(self.prompt)} ids of prompt, {len(self.tokens)} written, finish={self.finish!r}>"
 
+    @property
+    def _penalised(self) -> bool:
+        return self.sampling.repetition_penalty != 1
+
     def _next_logits(self, logits: np.ndarray) -> np.ndarray:
-        """(V): what the next token is drawn from, before its Sampling."""
-        penalty = self.sampling.repetition_penalty
-        return logits if penalty == 1 else penalised(logits, self._ids, penalty)
+        """(V): what the next token is drawn from where there is a penalty, before its Sampling."""
+        return penalised(logits, self._ids, self.sampling.repetition_penalty)
 
     def _uniform(self) -> float:
         return _core.philox_uniform(self.sampling.seed, _core.STREAM_SAMPLE, self.key, len(self.tokens))
@@ -267,13 +270,13 @@ class Engine:
             return []
         try:
             try:
-                logits = self._read(plan)
+                self._read(plan)
             except StaleRow:
                 for lane in self._admitted():
                     self._put_back(lane)
                 plan = self._plan()
-                logits = self._read(plan)
-            return self._write(plan, logits)
+                self._read(plan)
+            return self._write(plan)
         except BaseException:
             self._read_anew()
             raise
@@ -371,58 +374,80 @@ class Engine:
 
     # ---- tokens ---------------------------------------------------------------------------------------------------
 
-    def _read(self, plan: list[tuple[_Lane, int]]) -> np.ndarray:
-        """The logits (len(plan), V) after each part."""
-        logits = self.session.step([lane.id for lane, _ in plan], [lane.chunk(count) for lane, count in plan])
+    def _read(self, plan: list[tuple[_Lane, int]]) -> None:
+        self.session.advance([lane.id for lane, _ in plan], [lane.chunk(count) for lane, count in plan])
         for lane, count in plan:
             lane.read += count
-        return logits
 
-    def _write(self, plan: list[tuple[_Lane, int]], logits: np.ndarray) -> list[Row]:
+    def _write(self, plan: list[tuple[_Lane, int]]) -> list[Row]:
         """The next token of every row whose tokens are all read."""
         slots = [slot for slot, (lane, _) in enumerate(plan) if lane.unread == 0]
         rows = [(slot, row) for slot in slots for row in plan[slot][0].rows if not row._paused]
-        for (_, row), drawn in zip(rows, self._draw(rows, logits), strict=True):
+        for (_, row), drawn in zip(rows, self._draw(rows, len(plan)), strict=True):
             row._append(drawn)
         for slot in slots:
             self._part(plan[slot][0])
         return [row for _, row in rows]
 
-    def _draw(self, rows: list[tuple[int, Row]], logits: np.ndarray) -> list[Drawn]:
-        """What comes next in each row, whose logits are those of its slot."""
-        V = self.tok.n_vocab  # a model's vocabulary may be padded
-        free = [(slot, row) for slot, row in rows if not row._forced]
-        ids, sampled = draw(
-            [row._next_logits(logits[slot, :V]) for slot, row in free],
-            [row.sampling for _, row in free],
-            [row._uniform() for _, row in free],
-        )
-        drawn = iter(zip(ids.tolist(), sampled.tolist(), strict=True))
-        chosen = [(row._forced[0], 0.0) if row._forced else next(drawn) for _, row in rows]
-        asked = [
-            [id, *_likeliest(logits[slot, :V], row.sampling.alternatives)]
-            for (slot, row), (id, _) in zip(rows, chosen, strict=True)
-        ]
-        said = self._logprobs([slot for slot, _ in rows], asked, len(logits))
-        return [
-            Drawn(id, logprobs[0], sampled, tuple(zip(others, logprobs[1:], strict=True)), bool(row._forced))
-            for (_, row), (id, sampled), (_, *others), logprobs in zip(rows, chosen, asked, said, strict=True)
-        ]
+    def _draw(self, rows: list[tuple[int, Row]], n: int) -> list[Drawn]:
+        """What comes next in each row; its logits are those of its slot, of n in the last step.
+
+        They stay in the session, except where a penalty changes them or alternatives are looked for.
+        """
+        looks = any(row.sampling.alternatives or (row._penalised and not row._forced) for _, row in rows)
+        logits = self.session.logits()[:, : self.tok.n_vocab] if looks else None  # a model's vocabulary may be padded
+        chosen = self._choose(rows, logits, n)
+        likeliest = [_likeliest(logits, slot, row.sampling.alternatives) for slot, row in rows]
+        asked = [ids if known else [id, *ids] for (id, _, known), ids in zip(chosen, likeliest, strict=True)]
+        said = self._logprobs([slot for slot, _ in rows], asked, n)
+        out = []
+        for (_, row), (id, sampled, known), ids, logprobs in zip(rows, chosen, likeliest, said, strict=True):
+            logprob, *others = [*known, *logprobs]
+            out.append(Drawn(id, logprob, sampled, tuple(zip(ids, others, strict=True)), bool(row._forced)))
+        return out
+
+    def _choose(
+        self, rows: list[tuple[int, Row]], logits: np.ndarray | None, n: int
+    ) -> list[tuple[int, float, list[float]]]:
+        """(id, sampled_logprob, [logprob] or nothing where it is not known) of each row."""
+        drawn = self._draw_in_session([(slot, row) for slot, row in rows if not (row._forced or row._penalised)], n)
+        chosen: list[tuple[int, float, list[float]]] = []
+        for slot, row in rows:
+            if row._forced:
+                chosen.append((row._forced[0], 0.0, []))
+            elif row._penalised:
+                assert logits is not None
+                ids, sampled = draw([row._next_logits(logits[slot])], [row.sampling], [row._uniform()])
+                chosen.append((int(ids[0]), float(sampled[0]), []))
+            else:
+                id, logprob, sampled_logprob = next(drawn)
+                chosen.append((id, sampled_logprob, [logprob]))
+        return chosen
+
+    def _draw_in_session(self, rows: list[tuple[int, Row]], n: int) -> Iterator[tuple[int, float, float]]:
+        """(id, logprob, sampled_logprob) of each row."""
+        found: list[tuple[int, float, float]] = [(0, 0.0, 0.0)] * len(rows)
+        for turn in _turns([slot for slot, _ in rows], n):
+            due = [None if i is None else rows[i][1] for i in turn]
+            drawn = self.session.draw(
+                [row and row.sampling for row in due],
+                [row._uniform() if row else 0.0 for row in due],
+                self.tok.n_vocab,
+            )
+            for i, one in zip(turn, zip(*(a.tolist() for a in drawn), strict=True), strict=True):
+                if i is not None:
+                    found[i] = one
+        return iter(found)
 
     def _logprobs(self, slots: list[int], asked: list[list[int]], n: int) -> list[list[float]]:
-        """Log-probabilities of the tokens asked about, each list under the last step's logits of its slot.
-
-        The session answers for one token of every slot at a time.
-        """
-        queues: list[list[tuple[int, int]]] = [[] for _ in range(n)]  # of each slot: (which list, token)
-        for which, (slot, ids) in enumerate(zip(slots, asked, strict=True)):
-            queues[slot] += [(which, id) for id in ids]
+        """Log-probabilities of the tokens asked about, each list under the last step's logits of its slot."""
+        questions = [(which, id) for which, ids in enumerate(asked) for id in ids]
         said: list[list[float]] = [[] for _ in asked]
-        for turn in range(max(map(len, queues), default=0)):
-            due = [queue[turn] if turn < len(queue) else None for queue in queues]
-            for question, logprob in zip(due, self.session.logprobs([q[1] if q else 0 for q in due]), strict=True):
-                if question:
-                    said[question[0]].append(float(logprob))
+        for turn in _turns([slots[which] for which, _ in questions], n):
+            logprobs = self.session.logprobs([0 if i is None else questions[i][1] for i in turn])
+            for i, logprob in zip(turn, logprobs.tolist(), strict=True):
+                if i is not None:
+                    said[questions[i][0]].append(logprob)
         return said
 
     def _part(self, lane: _Lane) -> None:
@@ -443,10 +468,20 @@ class Engine:
             self.session.free(lane.id)
 
 
-def _likeliest(logits: np.ndarray, n: int) -> list[int]:
-    """The ids of the n largest, the largest first; of equals the lower id first."""
-    if n == 0:
+def _turns(slots: Sequence[int], n: int) -> Iterator[list[int | None]]:
+    """A session answers for one token of each of n slots at a time: which question each slot answers, turn by turn."""
+    queues: list[list[int]] = [[] for _ in range(n)]
+    for i, slot in enumerate(slots):
+        queues[slot].append(i)
+    for turn in range(max(map(len, queues), default=0)):
+        yield [queue[turn] if turn < len(queue) else None for queue in queues]
+
+
+def _likeliest(rows: np.ndarray | None, slot: int, n: int) -> list[int]:
+    """The ids of the n largest logits of a row, the largest first; of equals the lower id first."""
+    if n == 0 or rows is None:
         return []
+    logits = rows[slot]
     n = min(n, len(logits))
     those = np.flatnonzero(logits >= np.partition(logits, -n)[-n])
     return those[np.argsort(-logits[those], kind="stable")][:n].tolist()

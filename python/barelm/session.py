@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import _core
+from . import _core, drawing
 from ._core import CacheFull, StaleRow
+from .drawing import Sampling
 from .model import Config, Model, kind_of, open_device
 
 __all__ = ["PAGE", "CacheFull", "Session", "StaleRow"]
 
 PAGE: int = _core.PAGE  # tokens
+_GREEDY = Sampling(temperature=0)
 
 
 class Session:
@@ -93,10 +95,14 @@ class Session:
         return self._core.pages_needed(rows, counts)
 
     def step(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> np.ndarray:
+        """advance(), and the logits."""
+        self.advance(rows, chunks)
+        return self.logits()
+
+    def advance(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
         """Append to each row its chunk of at least one token id, all in one pass over the weights.
 
         Chunks may differ in length: some rows read their prompts while others take one token each.
-        Returns logits (len(rows), V) float32 behind each row's last token.
 
         CacheFull: there are not enough pages.  StaleRow: a row has tokens that went through older weights; free it and
         begin a new one.  ValueError: a token out of range, an empty chunk, a row given twice, or longer than the
@@ -106,7 +112,30 @@ class Session:
             raise ValueError(f"chunks: there are {len(chunks)}, rows has {len(rows)}")
         ids = [_ids(chunk, f"chunks[{i}]") for i, chunk in enumerate(chunks)]
         flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
-        return self._core.step(rows, [len(chunk) for chunk in ids], flat)
+        self._core.step(rows, [len(chunk) for chunk in ids], flat)
+
+    def logits(self) -> np.ndarray:
+        """Logits (R, V) float32 behind the last token of each row of the last step; no rows where there was none."""
+        return self._core.logits()
+
+    def draw(
+        self, samplings: Sequence[Sampling | None], u: Sequence[float], vocab: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A token for each row of the last step: `drawing.draw` of its logits, which stay where they are, on a GPU too.
+
+        samplings  of each row; None: nothing is wanted of it, and what is returned for it means nothing
+        u          (R) numbers in [0, 1)
+        vocab      only the first so many ids may come (default: all)
+
+        Returns the tokens (R) int32, their log-probabilities under the model, as logprobs() has them, and under the
+        distributions drawn from, (R) float32.  ValueError: logits are NaN or +inf.  RuntimeError: the last step had
+        another number of rows.
+        """
+        V = self.config.vocab_size if vocab is None else vocab
+        options = np.array([drawing.options(s or _GREEDY, V) for s in samplings], np.float32)
+        ids, logprobs, sampled = self._core.draw(options.reshape(-1, drawing.OPTIONS), np.array(u, np.float64), V)
+        drawing.check(ids[[s is not None for s in samplings]])
+        return ids, logprobs, sampled
 
     def logprobs(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
         """log p(token) under the model for each row of the last step, from its logits: (R,) float32, nats; the bits of
