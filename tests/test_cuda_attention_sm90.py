@@ -101,8 +101,8 @@ def test_attention_hears_nothing_of_its_neighbours(hopper, rng, HS):
 
 
 def test_pages_and_rows_of_a_batch_have_the_bits_of_the_whole(hopper, rng):
-    attention.check_pages(hopper, rng, "bf16", (2, 1, 64))
-    attention.check_pages(hopper, rng, "bf16", (1, 1, 128))
+    attention.check_pages(hopper, rng, "bf16", (2, 1, 64), 3)
+    attention.check_pages(hopper, rng, "bf16", (1, 1, 128), 3)
     for op in OPS:
         call = build("bf16", op, replace(GROUPED, sizes=GROUPED.sizes | dict(B=2)))
         whole = run(hopper, call)
