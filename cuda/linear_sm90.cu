@@ -26,7 +26,6 @@
 namespace {
 
 enum { CONSUMERS = 2, THREADS = (1 + CONSUMERS) * WARPGROUP, BK = 64, SLICE = 64 };
-enum { BOX = SLICE * TILE_WIDTH };            /* values that go out, or come in, by one copy */
 enum { STRIP = 32, STAGING = SLICE * STRIP }; /* of WEIGHT: columns that a consumer writes at a time; floats for them */
 enum { CLUSTER = 2 };                         /* blocks that share the right operand */
 enum { SMS = 132 };                           /* of an H100 or H200; fewer or more change the time alone */
@@ -41,11 +40,18 @@ struct Tiling {
     static constexpr int SLICES = BM / CONSUMERS / SLICE; /* of 64 rows, of each consumer */
     static constexpr bool A_BY_K = product == WEIGHT, B_BY_K = product != FORWARD;
     static constexpr int CHAIN = (product == WEIGHT ? ROW_BLOCK : K_BLOCK) * 2 / BK; /* steps */
-    static constexpr int STAGE = (BM + BN) * BK;                                     /* values */
-    static constexpr int EACH = SLICES * BN / 2;                                     /* sums of a thread */
+    static constexpr int B_ROOM = B_BY_K ? (BN + TILE_WIDTH - 1) / TILE_WIDTH * TILE_WIDTH : BN;
+    static constexpr int STAGE = (BM + B_ROOM) * BK; /* values */
+    static constexpr int EACH = SLICES * BN / 2;     /* sums of a thread */
     static_assert(EACH <= 96, "beside as many of the chains before");
+    /* Steps by which the second consumer begins behind the first: while one writes a tile, or adds a chain of WEIGHT,
+     * the other multiplies, at twice the speed. */
+    static constexpr int LAG = product == WEIGHT ? 1 : 2;
+    static_assert(LAG < STAGES, "the stages between them are held");
     static constexpr int ONES = product == WEIGHT ? 8 * BK : 0; /* values */
-    static constexpr int ROW_BOXES = BN / TILE_WIDTH, BOXES = SLICES * ROW_BOXES;
+    static constexpr int BOX_WIDTH = BN % TILE_WIDTH ? TILE_WIDTH / 2 : TILE_WIDTH;
+    static constexpr int BOX = SLICE * BOX_WIDTH; /* values that go out, or come in, by one copy */
+    static constexpr int ROW_BOXES = BN / BOX_WIDTH, BOXES = SLICES * ROW_BOXES;
     static constexpr int ROOM = product == WEIGHT ? 2 * STAGING : BOXES * BOX; /* values, of each consumer */
     static constexpr size_t BYTES =
         ((size_t)STAGES * STAGE + ONES + CONSUMERS * ROOM) * sizeof(bf16) + 2 * (STAGES + CONSUMERS) * sizeof(uint64_t);
@@ -60,7 +66,7 @@ struct Places {
     __device__ Shared<bf16> ones() const { return all + S::STAGES * S::STAGE; }
     /* Box i of a consumer's. */
     __device__ Shared<bf16> room(int consumer, int i) const {
-        return ones() + (S::ONES + consumer * S::ROOM + i * BOX);
+        return ones() + (S::ONES + consumer * S::ROOM + i * S::BOX);
     }
     __device__ Shared<uint64_t> full(int i) const {
         return shared_cast<uint64_t>(ones() + (S::ONES + CONSUMERS * S::ROOM)) + i;
@@ -73,6 +79,7 @@ struct Places {
 /* What there is to do: pairs of tiles, one below the other, for a cluster; and parts of the steps of k. */
 struct Work {
     int M, N, steps, part_steps, parts, pairs_m, tiles_n, items;
+    bool lags; /* every part has more steps than the second consumer waits for */
 };
 
 struct Item {
@@ -148,7 +155,7 @@ __device__ void fill_rooms(const Places<S> &at, const TensorMap &in, const Work 
             barrier_wait(at.room_empty(consumer), parity);
             barrier_expect(at.room_full(consumer), S::ROOM * (int)sizeof(bf16));
             for (int i = 0; i < S::BOXES; i++) {
-                const int slice = consumer * S::SLICES + i / S::ROW_BOXES, column = i % S::ROW_BOXES * TILE_WIDTH;
+                const int slice = consumer * S::SLICES + i / S::ROW_BOXES, column = i % S::ROW_BOXES * S::BOX_WIDTH;
                 tile_load(at.room(consumer, i), in, at.room_full(consumer), it.m0 + slice * SLICE, it.n0 + column);
             }
         }
@@ -342,6 +349,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         fence_async();
     }
     cluster_sync();
+    if (threadIdx.x >= 2 * WARPGROUP && work.lags) barrier_wait(at.full(S::LAG), 0);
     if (threadIdx.x < WARPGROUP) {
         registers_give<24>();
         if (warp_index() == 0 && elected()) produce<S>(at, a, b, work);
@@ -386,8 +394,8 @@ struct Sides {
     int bm, bn;
     double share;
 };
-constexpr Sides SIDES[] = {{128, 192, 1.0}, {128, 128, 0.9}};
-enum { TILINGS = 2 };
+constexpr Sides SIDES[] = {{128, 192, 1.0}, {128, 160, 0.95}, {128, 128, 0.9}};
+enum { TILINGS = 3 };
 
 /* Steps of k, at the peak, that writing a tile takes. */
 const double WRITING = 3.0;
@@ -421,11 +429,11 @@ int part_steps(int K, int parts) {
 }
 
 /* By TMA where rows lie on 16 bytes: what goes out, and one of what comes in, unless `pre` has a use for its place. */
-Boxes boxes_of(const ProductSm90 &p) {
+Boxes boxes_of(const ProductSm90 &p, int width) {
     auto lies_so = [&](const void *x) { return on_16_bytes(x) && p.N % CHUNK == 0; };
     Boxes boxes = {};
     if (p.product == WEIGHT || !lies_so(p.out) || !lies_so(p.pre)) return boxes;
-    auto map = [&](const void *x) { return tensor_map((const bf16 *)x, p.M, p.N, p.N, SLICE, TILE_WIDTH); };
+    auto map = [&](const void *x) { return tensor_map((const bf16 *)x, p.M, p.N, p.N, SLICE, width); };
     const bool given = p.product == INPUT && p.fn != FN_NONE;
     const void *in = given ? p.given : p.add;
     boxes.go = true, boxes.out = map(p.out);
@@ -439,22 +447,25 @@ void run(const ProductSm90 &p, const Output &o, int each) {
     using S = Tiling<product, SIDES[tiling].bm, SIDES[tiling].bn, STAGES>;
     const TensorMap a = tensor_map(p.a, p.a_rows, p.a_cols, p.a_ld, S::A_BY_K ? BK : S::BM, TILE_WIDTH);
     const TensorMap b = tensor_map(p.b, p.b_rows, p.b_cols, p.b_ld, (S::B_BY_K ? BK : S::BN) / CLUSTER, TILE_WIDTH);
-    Work work = {
-        p.M, p.N, (int)divide_up(p.K, BK), each, 0, (int)divide_up(p.M, CLUSTER * S::BM), (int)divide_up(p.N, S::BN),
-        0};
+    Work work = {};
+    work.M = p.M, work.N = p.N, work.steps = (int)divide_up(p.K, BK), work.part_steps = each;
     work.parts = (int)divide_up(work.steps, each);
+    work.pairs_m = (int)divide_up(p.M, CLUSTER * S::BM), work.tiles_n = (int)divide_up(p.N, S::BN);
     work.items = work.pairs_m * work.tiles_n * work.parts;
+    work.lags = work.steps - (work.parts - 1) * each > S::LAG;
     const int count = work.items < clusters_at_most ? work.items : clusters_at_most;
     Grid grid(count * CLUSTER, THREADS, S::BYTES, p.op);
     grid.sm90 = true, grid.cluster = CLUSTER;
-    launch(grid, product_sm90<S>, o, a, b, boxes_of(p), work);
+    launch(grid, product_sm90<S>, o, a, b, boxes_of(p, S::BOX_WIDTH), work);
 }
 
 template <Product product>
 void run(const ProductSm90 &p, const Output &o) {
     const int each = part_steps(p.K, 1);
-    if (choose(product, p.M, p.N, p.K).tiling == 0) run<product, 0, 4>(p, o, each);
-    else run<product, 1, 6>(p, o, each);
+    const int tiling = choose(product, p.M, p.N, p.K).tiling;
+    if (tiling == 0) run<product, 0, 4>(p, o, each);
+    else if (tiling == 1) run<product, 1, product == FORWARD ? 5 : 4>(p, o, each);
+    else run<product, 2, 6>(p, o, each);
 }
 
 void add_all_parts(float *grad, const float *part, int parts, int64_t size, int accumulate, const char *op) {

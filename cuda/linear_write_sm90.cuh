@@ -1,9 +1,9 @@
 /* linear_write_sm90.cuh -- how a tile's sums leave a block of linear_sm90.cu.
  *
- * Activations go by TMA, in boxes of 64 by 64 values, and so does one thing that they are made of besides the sums: it
- * lies where they will be, so that each thread reads a pair of values and writes another in its place.  Without it a
- * consumer uses its boxes in turns.  Where rows do not lie on 16 bytes, and for what else is read, threads go to memory
- * themselves, pair by pair. */
+ * Activations go by TMA, in boxes of 64 by 64 values, or by 32 where the tile is no multiple of 64, and so does one
+ * thing that they are made of besides the sums: it lies where they will be, so that each thread reads a pair of values
+ * and writes another in its place.  Without it a consumer uses its boxes in turns.  Where rows do not lie on 16 bytes,
+ * and for what else is read, threads go to memory themselves, pair by pair. */
 #pragma once
 
 namespace {
@@ -23,11 +23,11 @@ __device__ void sync_consumer(int consumer) {
     else sync_group<2>(WARPGROUP);
 }
 
-enum { PAIRS = BOX / 2 / WARPGROUP }; /* of neighbours in a row, of each thread in a box */
-
 /* What a thread has of a box that begins at (m0, n0) of (M, N), as its sums have it: pair i stands in row
  * row + i % 2 * 8, column column + i / 2 * 8. */
+template <class S>
 struct Spot {
+    static constexpr int PAIRS = S::BOX / 2 / WARPGROUP; /* of neighbours in a row, of each thread */
     int m0, n0, M, N, row, column;
     __device__ Spot(int m0_, int n0_, int M_, int N_) : m0(m0_), n0(n0_), M(M_), N(N_) {
         const int t = from_here((int)threadIdx.x);
@@ -38,12 +38,13 @@ struct Spot {
     __device__ bool has(int i, int e) const { return m(i) < M && n(i) + e < N; }
     __device__ int64_t at(int i, int e) const { return (int64_t)m(i) * N + n(i) + e; }
     __device__ Shared<uint32_t> pair(Shared<bf16> box, int i) const {
-        return shared_cast<uint32_t>(box + (tile_place(row + i % 2 * 8, i / 2 * 8) + column));
+        return shared_cast<uint32_t>(box + (tile_place<S::BOX_WIDTH>(row + i % 2 * 8, i / 2 * 8) + column));
     }
 };
 
 template <class S, Product = S::product>
 struct Writer {
+    static constexpr int PAIRS = Spot<S>::PAIRS;
     const Places<S> &places;
     const Output &o;
     const Boxes &boxes;
@@ -66,7 +67,8 @@ struct Writer {
     }
 
     /* Pair i of `from`, or of the box where that came by TMA. */
-    __device__ void read(float (&x)[2], const act *from, int comes, Shared<bf16> box, const Spot &spot, int i) const {
+    __device__ void read(float (&x)[2], const act *from, int comes, Shared<bf16> box, const Spot<S> &spot,
+                         int i) const {
         if (boxes.come == comes) {
             const uint32_t two = spot.pair(box, i)[0];
             x[0] = float_of_bits(two << 16), x[1] = float_of_bits(two & 0xffff0000u);
@@ -76,7 +78,7 @@ struct Writer {
     }
 
     __device__ void send(act *to, const TensorMap &map, Shared<bf16> box, const float (&x)[2 * PAIRS],
-                         const Spot &spot) const {
+                         const Spot<S> &spot) const {
         if (!boxes.go) {
 #pragma unroll
             for (int i = 0; i < 2 * PAIRS; i++)
@@ -92,7 +94,7 @@ struct Writer {
         tile_store_commit();
     }
 
-    __device__ void add(float (&x)[2 * PAIRS], Shared<bf16> box, const Spot &spot) const {
+    __device__ void add(float (&x)[2 * PAIRS], Shared<bf16> box, const Spot<S> &spot) const {
         if (!o.add) return;
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
@@ -103,7 +105,7 @@ struct Writer {
     }
 
     /* The same of sums as `write` of linear.cuh. */
-    __device__ void write_box(float (&x)[2 * PAIRS], Shared<bf16> box, int &turn, const Spot &spot) const {
+    __device__ void write_box(float (&x)[2 * PAIRS], Shared<bf16> box, int &turn, const Spot<S> &spot) const {
         if (S::product == FORWARD) {
 #pragma unroll
             for (int i = 0; i < 2 * PAIRS; i++) {
@@ -135,7 +137,7 @@ struct Writer {
         else if (boxes.go) sync_consumer<S>(consumer); /* hand_back has waited */
 #pragma unroll 1                                       /* the code of the functions is there once */
         for (int i = 0; i < S::BOXES; i++) {
-            const Spot spot(m0 + i / S::ROW_BOXES * SLICE, it.n0 + i % S::ROW_BOXES * TILE_WIDTH, work.M, work.N);
+            const Spot<S> spot(m0 + i / S::ROW_BOXES * SLICE, it.n0 + i % S::ROW_BOXES * S::BOX_WIDTH, work.M, work.N);
             if (spot.m0 >= work.M || spot.n0 >= work.N) continue;
             float x[2 * PAIRS];
 #pragma unroll

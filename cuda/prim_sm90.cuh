@@ -4,7 +4,8 @@
  * operands from shared memory, and an mbarrier counts who has come and which bytes have.  To them shared memory is
  * another way in (the asynchronous proxy): what threads wrote there is theirs to see after fence_async and a barrier.
  *
- * A tile has rows of 64 values, 128 bytes, begins on 1024 bytes, and its chunks of 16 bytes lie as tensor_map.h says.
+ * A tile has rows of 64 values, 128 bytes, or, where no product reads it, of 32; it begins on 1024 bytes, and its
+ * chunks of 16 bytes lie as tensor_map.h says.
  */
 #pragma once
 #include "tensor_map.h"
@@ -193,12 +194,10 @@ __device__ inline void wgmma_wait() {
 #define SUMS_1                                                                                                       \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
     "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HALF_SUMS_2 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define SUMS_2                                                                                                       \
     "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
     "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define SUMS_3                                                                                                       \
-    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, " \
-    "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define SUM_(how, i) how(d.x[i])
 #define SUM4_(how, i) SUM_(how, i), SUM_(how, i + 1), SUM_(how, i + 2), SUM_(how, i + 3)
 #define SUM8_(how, i) SUM4_(how, i), SUM4_(how, i + 4)
@@ -214,7 +213,7 @@ __device__ inline void wgmma_wait() {
  * warpgroup.  What begins anew does not keep the registers of old sums alive. */
 template <bool a_by_k, bool b_by_k, bool add, int N>
 __device__ inline void wgmma(Sums<N> &d, uint64_t a, uint64_t b) {
-    static_assert(N == 8 || N == 64 || N == 128 || N == 192 || N == 256, "those there are");
+    static_assert(N == 8 || N == 64 || N == 128 || N == 160 || N == 192, "those there are");
     if constexpr (N == 8 && add) WGMMA_(8, SUMS_8, "4", "5", "6", "7", "8", 1, SUM4_("+f", 0));
     if constexpr (N == 8 && !add) WGMMA_(8, SUMS_8, "4", "5", "6", "7", "8", 0, SUM4_("=f", 0));
     if constexpr (N == 64 && add) WGMMA_(64, SUMS_0, "32", "33", "34", "35", "36", 1, SUM32_("+f", 0));
@@ -223,18 +222,18 @@ __device__ inline void wgmma(Sums<N> &d, uint64_t a, uint64_t b) {
         WGMMA_(128, SUMS_0 ", " SUMS_1, "64", "65", "66", "67", "68", 1, SUM32_("+f", 0), SUM32_("+f", 32));
     if constexpr (N == 128 && !add)
         WGMMA_(128, SUMS_0 ", " SUMS_1, "64", "65", "66", "67", "68", 0, SUM32_("=f", 0), SUM32_("=f", 32));
+    if constexpr (N == 160 && add)
+        WGMMA_(160, SUMS_0 ", " SUMS_1 ", " HALF_SUMS_2, "80", "81", "82", "83", "84", 1, SUM32_("+f", 0),
+               SUM32_("+f", 32), SUM8_("+f", 64), SUM8_("+f", 72));
+    if constexpr (N == 160 && !add)
+        WGMMA_(160, SUMS_0 ", " SUMS_1 ", " HALF_SUMS_2, "80", "81", "82", "83", "84", 0, SUM32_("=f", 0),
+               SUM32_("=f", 32), SUM8_("=f", 64), SUM8_("=f", 72));
     if constexpr (N == 192 && add)
         WGMMA_(192, SUMS_0 ", " SUMS_1 ", " SUMS_2, "96", "97", "98", "99", "100", 1, SUM32_("+f", 0), SUM32_("+f", 32),
                SUM32_("+f", 64));
     if constexpr (N == 192 && !add)
         WGMMA_(192, SUMS_0 ", " SUMS_1 ", " SUMS_2, "96", "97", "98", "99", "100", 0, SUM32_("=f", 0), SUM32_("=f", 32),
                SUM32_("=f", 64));
-    if constexpr (N == 256 && add)
-        WGMMA_(256, SUMS_0 ", " SUMS_1 ", " SUMS_2 ", " SUMS_3, "128", "129", "130", "131", "132", 1, SUM32_("+f", 0),
-               SUM32_("+f", 32), SUM32_("+f", 64), SUM32_("+f", 96));
-    if constexpr (N == 256 && !add)
-        WGMMA_(256, SUMS_0 ", " SUMS_1 ", " SUMS_2 ", " SUMS_3, "128", "129", "130", "131", "132", 0, SUM32_("=f", 0),
-               SUM32_("=f", 32), SUM32_("=f", 64), SUM32_("=f", 96));
 }
 /* The same with a (64, 16) in registers, of each warp 16 rows as multiply_add has them: they must stay until the
  * product is waited for, and a fence comes behind what wrote them. */
@@ -260,8 +259,12 @@ __device__ inline void wgmma_rows(Sums<64> &d, const uint32_t (&a)[4], uint64_t 
 /* The same operand, so many bytes on: a multiple of 16. */
 __device__ inline uint64_t operand_behind(uint64_t operand, int bytes) { return operand + (uint64_t)(bytes >> 4); }
 
-/* Where chunk c / 8 of row r of a tile lies. */
-__device__ inline int tile_place(int r, int c) { return r * TILE_WIDTH + ((c / 8 ^ r % 8) * 8); }
+/* Where chunk c / 8 of row r of a tile lies, which has `width` values in a row, 64 or 32. */
+template <int width = TILE_WIDTH>
+__device__ inline int tile_place(int r, int c) {
+    static_assert(width == 64 || width == 32, "those there are");
+    return r * width + ((c / 8 ^ (width == 64 ? r % 8 : r / 2 % 4)) * 8);
+}
 
 /* Of stages that are filled and freed in turns the one that is next, and the parity of the phase in which it is filled.
  */

@@ -43,13 +43,14 @@ enum { THREADS = 64, ROWS = 8, TILE = ROWS * TILE_WIDTH, STAGES = 2 };
 enum { BARRIERS = 3 * TILE }; /* values before them: a tile more than the stages, for what is not aligned */
 
 /* to (rows, cols) = from, a tile of 8 rows after the other, by way of a ring of two stages that one thread fills; the
- * tile begins at column `column`, and what the matrix lacks comes as zeros: to is (rounds * 8, 64).  which: of several
- * matrices, or -1. */
+ * tile begins at column `column`, and what the matrix lacks comes as zeros: to is (rounds * 8, width).  which: of
+ * several matrices, or -1. */
+template <int width>
 __global__ void copy_tiles(bf16 *to, const __grid_constant__ TensorMap from, int rounds, int column, int which,
                            int fault) {
     SHARED_TILES(bf16, all);
     const Shared<uint64_t> full = shared_cast<uint64_t>(all + BARRIERS), empty = full + STAGES;
-    const int t = (int)threadIdx.x, bytes = TILE * (int)sizeof(bf16);
+    const int t = (int)threadIdx.x, bytes = ROWS * width * (int)sizeof(bf16);
     if (t == 0) {
         for (int i = 0; i < STAGES; i++) {
             if (fault != NOT_MADE || i == 0) barrier_init(full + i, 1);
@@ -74,8 +75,8 @@ __global__ void copy_tiles(bf16 *to, const __grid_constant__ TensorMap from, int
         if (fault == EARLY_RELEASE && lane_index() == 0) barrier_arrive(empty + stage);
         if (fault != NO_FULL_WAIT)
             barrier_wait(full + stage, (uint32_t)(round / STAGES % 2 ^ (fault == WRONG_PARITY ? 1 : 0)));
-        for (int i = t; i < TILE; i += THREADS)
-            to[round * TILE + i] = all[stage * TILE + tile_place(i / TILE_WIDTH, i % TILE_WIDTH) + i % 8];
+        for (int i = t; i < ROWS * width; i += THREADS)
+            to[round * ROWS * width + i] = all[stage * TILE + tile_place<width>(i / width, i % width) + i % 8];
         __syncwarp(); /* orders what the lanes read before the arrival of one */
         if (fault != EARLY_RELEASE && lane_index() == 0) barrier_arrive(empty + stage);
     }
@@ -111,7 +112,8 @@ __global__ void share_tiles(bf16 *to, const __grid_constant__ TensorMap from, in
     if (fault != LEAVES) cluster_sync();
 }
 
-/* to (rows, cols) = from (rounds * 8, 64), by way of one tile; what lies outside is not written. */
+/* to (rows, cols) = from (rounds * 8, width), by way of one tile; what lies outside is not written. */
+template <int width>
 __global__ void store_tiles(const __grid_constant__ TensorMap to, const bf16 *from, int rounds, int column, int which,
                             int fault) {
     SHARED_TILES(bf16, tile);
@@ -119,9 +121,9 @@ __global__ void store_tiles(const __grid_constant__ TensorMap to, const bf16 *fr
     for (int round = 0; round < rounds; round++) {
         if (t == 0 && fault != OVERWRITTEN) tile_store_wait_read<0>();
         __syncthreads();
-        for (int i = t; i < TILE; i += THREADS)
+        for (int i = t; i < ROWS * width; i += THREADS)
             if (fault != NOT_WRITTEN || i != 77)
-                tile[tile_place(i / TILE_WIDTH, i % TILE_WIDTH) + i % 8] = from[round * TILE + i];
+                tile[tile_place<width>(i / width, i % width) + i % 8] = from[round * ROWS * width + i];
         if (fault != NO_ASYNC_FENCE) fence_async();
         if (fault != NO_BARRIER) __syncthreads();
         if (t > 0) continue;
@@ -237,7 +239,7 @@ Grid grid(int threads, size_t shared, const char *op = __builtin_FUNCTION()) {
 
 template <int N, bool a_by_k, bool b_by_k>
 void run_product(float *d, const bf16 *a, const bf16 *b, int K, int fault, const char *op) {
-    const size_t bytes = (64 + N) * TILE_WIDTH * sizeof(bf16);
+    const size_t bytes = (64 + (N + 63) / 64 * 64) * TILE_WIDTH * sizeof(bf16);
     launch(grid(WARPGROUP, fault == TOO_MUCH_SHARED ? 233472 : bytes, op), product<N, a_by_k, b_by_k>, d, a, b, K,
            fault);
 }
@@ -247,10 +249,11 @@ void run_product(float *d, const bf16 *a, const bf16 *b, int K, int fault, const
 extern "C" {
 /* which: -1, of one matrix; else of three */
 void emulation_copy_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld, int rounds, int column, int which,
-                          int fault) {
+                          int width, int fault) {
     const int count = (which < 0) == (fault == OTHER_RANK) ? 3 : 0;
-    const TensorMap map = tensor_map(from, rows, cols, ld, ROWS, 64, count);
-    launch(grid(THREADS, BARRIERS * 2 + 2 * STAGES * 8), copy_tiles, to, map, rounds, column, which, fault);
+    const TensorMap map = tensor_map(from, rows, cols, ld, ROWS, width, count);
+    const auto kernel = width == 64 ? copy_tiles<64> : copy_tiles<32>;
+    launch(grid(THREADS, BARRIERS * 2 + 2 * STAGES * 8, __func__), kernel, to, map, rounds, column, which, fault);
 }
 void emulation_share_tiles(bf16 *to, const bf16 *from, int rows, int rounds, int fault) {
     Grid g = grid(THREADS, 2 * STAGES * TILE * 2 + 2 * STAGES * 8);
@@ -258,9 +261,10 @@ void emulation_share_tiles(bf16 *to, const bf16 *from, int rows, int rounds, int
     launch(g, share_tiles, to, tensor_map(from, rows, 64, 64, ROWS, 64), rounds, fault);
 }
 void emulation_store_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld, int rounds, int column, int which,
-                           int fault) {
-    const TensorMap map = tensor_map(to, rows, cols, ld, ROWS, 64, which < 0 ? 0 : 3);
-    launch(grid(THREADS, TILE * 2), store_tiles, map, from, rounds, column, which, fault);
+                           int width, int fault) {
+    const TensorMap map = tensor_map(to, rows, cols, ld, ROWS, width, which < 0 ? 0 : 3);
+    const auto kernel = width == 64 ? store_tiles<64> : store_tiles<32>;
+    launch(grid(THREADS, TILE * 2, __func__), kernel, map, from, rounds, column, which, fault);
 }
 void emulation_product(float *d, const bf16 *a, const bf16 *b, int N, int K, int by_k, int fault) {
     const char *op = __func__;
@@ -268,7 +272,7 @@ void emulation_product(float *d, const bf16 *a, const bf16 *b, int N, int K, int
     if (N == 64 && by_k == 0) run_product<64, false, false>(d, a, b, K, fault, op);
     if (N == 128 && by_k == 0) run_product<128, false, false>(d, a, b, K, fault, op);
     if (N == 192 && by_k == 1) run_product<192, false, true>(d, a, b, K, fault, op);
-    if (N == 256 && by_k == 2) run_product<256, true, true>(d, a, b, K, fault, op);
+    if (N == 160 && by_k == 2) run_product<160, true, true>(d, a, b, K, fault, op);
 }
 void emulation_product_of_rows(float *d, const bf16 *a, const bf16 *b, int K, int fault) {
     launch(grid(WARPGROUP, 32 * TILE_WIDTH * sizeof(bf16)), product_of_rows, d, a, b, K, fault);

@@ -34,4 +34,4 @@ def test_a_hopper_alone_has_kinds_of_tiles(cuda_library):
     for hopper in 1, 0:
         library.emulate_sm90(hopper)
         kinds.append(library.barelm_cuda_tiling(-1))
-    assert kinds == [2, 0]
+    assert kinds == [3, 0]

@@ -5,6 +5,7 @@ With BARELM_CUDA_LIBRARY, nvcc and a Hopper the right ones run on it: of its PTX
 """
 
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -60,14 +61,14 @@ def matrix(rows, cols, ld):
     return np.arange(1, rows * ld + 1, dtype=np.uint16).reshape(rows, ld)
 
 
-def copy_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72, which=-1):
+def copy_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72, which=-1, width=64):
     """What came, and what should have."""
     given = matrix(rows if which < 0 else 3 * rows, cols, ld)
-    to, want = (np.zeros((ROUNDS * 8, 64), np.uint16) for _ in range(2))
-    there = given[max(which, 0) * rows :][:rows][: ROUNDS * 8, COLUMN : min(cols, COLUMN + 64)]
+    to, want = (np.zeros((ROUNDS * 8, width), np.uint16) for _ in range(2))
+    there = given[max(which, 0) * rows :][:rows][: ROUNDS * 8, COLUMN : min(cols, COLUMN + width)]
     want[: len(there), : there.shape[1]] = there
     given.flags.writeable = False
-    call(emulation, seed, "copy_tiles", to, given, rows, cols, ld, ROUNDS, COLUMN, which, FAULTS.index(fault))
+    call(emulation, seed, "copy_tiles", to, given, rows, cols, ld, ROUNDS, COLUMN, which, width, FAULTS.index(fault))
     return to, want
 
 
@@ -80,12 +81,12 @@ def share_tiles(emulation, seed, fault="none", rows=75):
     return to, want
 
 
-def store_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72, which=-1):
-    given = matrix(ROUNDS * 8, 64, 64)
+def store_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72, which=-1, width=64):
+    given = matrix(ROUNDS * 8, width, width)
     to, want = (np.full((rows if which < 0 else 3 * rows, ld), 9, np.uint16) for _ in range(2))
-    there = want[max(which, 0) * rows :][:rows][: ROUNDS * 8, COLUMN : min(cols, COLUMN + 64)]
+    there = want[max(which, 0) * rows :][:rows][: ROUNDS * 8, COLUMN : min(cols, COLUMN + width)]
     there[...] = given[: len(there), : there.shape[1]]
-    call(emulation, seed, "store_tiles", to, given, rows, cols, ld, ROUNDS, COLUMN, which, FAULTS.index(fault))
+    call(emulation, seed, "store_tiles", to, given, rows, cols, ld, ROUNDS, COLUMN, which, width, FAULTS.index(fault))
     return to, want
 
 
@@ -108,8 +109,8 @@ def product_of_rows(emulation, seed, rng, fault="none", K=32):
 @pytest.mark.parametrize("which", [-1, 0, 2])
 @pytest.mark.parametrize("sizes", [(37, 70, 72), (40, 88, 88), (3, 30, 32)], ids=["tails", "whole", "less than a tile"])
 def test_tiles_come_and_go(emulation, seed, sizes, which):
-    for move in copy_tiles, store_tiles:
-        np.testing.assert_array_equal(*move(emulation, seed, "none", *sizes, which))
+    for move, width in itertools.product((copy_tiles, store_tiles), (64, 32)):
+        np.testing.assert_array_equal(*move(emulation, seed, "none", *sizes, which, width))
 
 
 @by_seed
@@ -119,7 +120,7 @@ def test_blocks_of_a_cluster_bring_tiles_for_each_other(emulation, seed, rows):
 
 
 @by_seed
-@pytest.mark.parametrize(("N", "K", "by_k"), [(8, 128, 3), (64, 64, 0), (128, 128, 0), (192, 128, 1), (256, 128, 2)])
+@pytest.mark.parametrize(("N", "K", "by_k"), [(8, 128, 3), (64, 64, 0), (128, 128, 0), (192, 128, 1), (160, 128, 2)])
 def test_products_of_a_warpgroup(emulation, rng, seed, N, K, by_k):
     np.testing.assert_array_equal(*product(emulation, seed, rng, "none", N, K, by_k))
 

@@ -151,9 +151,12 @@ void end_read(const Region &region, const void *p, size_t bytes) {
     }
 }
 
-/* Where byte `offset` of a tile lies: bits 4 to 6 of the address are turned by bits 7 to 9.  Offsets count from the
- * first block's memory; each block's begins on 1024 bytes. */
-char *swizzled(size_t offset) { return memory + (offset ^ (offset >> 7 & 7) << 4); }
+/* Where byte `offset` of a tile lies: bits 4 to 6 of the address are turned by bits 7 to 9, or, of rows of 64 bytes,
+ * bits 4 and 5 by 7 and 8.  Offsets count from the first block's memory; each block's begins on 1024 bytes. */
+char *swizzled(size_t offset, int columns = TILE_WIDTH) {
+    const size_t turned = columns == TILE_WIDTH ? 7 : 3;
+    return memory + (offset ^ (offset >> 7 & turned) << 4);
+}
 
 /* ---- mbarriers ---- */
 
@@ -176,7 +179,6 @@ Mbarrier &barrier_at(const Region &region, const void *p) {
 
 void check_tile(const TensorMap &map, const char *place, int which) {
     if ((place - memory) % TILE_ALIGNMENT) fail("a tile at byte %td: not on 1024 bytes", place - memory);
-    if (map.box_cols != TILE_WIDTH) fail("a tile of %d columns", map.box_cols);
     if ((which < 0) != (map.count == 0)) fail("a tile of matrix %d, where there are %d", which, map.count);
 }
 
@@ -187,7 +189,7 @@ void land(const Load &l) {
     if (l.phase != l.b->phase.generation) fail("an mbarrier's phase ended before all bytes of its tiles had come");
     for (int r = 0; r < map.box_rows; r++)
         for (int c = 0; c < map.box_cols; c++) {
-            char *to = swizzled(first + 2 * (size_t)(r * map.box_cols + c));
+            char *to = swizzled(first + 2 * (size_t)(r * map.box_cols + c), map.box_cols);
             if (const char *from = l.tile.at(r, c)) memcpy(to, from, 2);
             else memset(to, 0, 2);
         }
@@ -399,7 +401,8 @@ void tile_store_wait_read(int groups) {
         for (const Store &s : me.stores.front()) {
             const size_t bytes = bytes_of_box(s.tile.map);
             Written w = {s.tile, std::vector<char>(bytes)};
-            for (size_t i = 0; i < bytes; i += 2) memcpy(&w.bytes[i], swizzled((size_t)(s.from - memory) + i), 2);
+            for (size_t i = 0; i < bytes; i += 2)
+                memcpy(&w.bytes[i], swizzled((size_t)(s.from - memory) + i, s.tile.map.box_cols), 2);
             end_read(s.region, s.from, bytes);
             if (seed) me.written.push_back(std::move(w));
             else put(w);

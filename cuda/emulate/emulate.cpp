@@ -755,7 +755,7 @@ void cuda_forget(void *recording_) {
 const TensorMap &tensor_map(const bf16 *p, int rows, int cols, int64_t ld, int box_rows, int box_cols, int count) {
     static TensorMap map;
     if (!on_16_bytes(p) || ld * (int64_t)sizeof(bf16) % 16 || rows <= 0 || cols <= 0 || cols > ld || count < 0 ||
-        box_rows <= 0 || box_rows > 256 || box_cols <= 0 || box_cols > TILE_WIDTH)
+        box_rows <= 0 || box_rows > 256 || (box_cols != TILE_WIDTH && box_cols != TILE_WIDTH / 2))
         say_failure("tensor_map: not what TMA can copy");
     map = {(char *)const_cast<bf16 *>(p), rows, cols, ld, box_rows, box_cols, count};
     return map;
