@@ -433,7 +433,11 @@ void OPERATOR(attention_forward)(act *out, float *lse, const act *qkv, const int
 
 void OPERATOR(attention_backward)(act *dqkv, const act *dout, const act *qkv, const act *out, const float *lse,
                                   const int32_t *starts, int prec, int B, int T, int NH, int NKV, int HS) {
-    float *d = (float *)scratch((size_t)B * NH * T * sizeof(float));
+    const bool sm90 = OPERATOR(attention_backward_sm90) && is_sm90() && B > 0 && T > 0 && NH > 0 &&
+                      on_tensor_cores(prec, HS) && is_fast(64, HS, qkv, dout, dqkv);
+    const size_t values = ((size_t)B * NH * T + 3) / 4 * 4;
+    float *d =
+        (float *)scratch(values * sizeof(float) + (sm90 ? OPERATOR(attention_backward_sm90_room)(B, T, NH, NKV) : 0));
     const Attention a = {NULL, NULL, qkv, starts, B, T, NH, NKV, HS, score_scale(HS), LOG2_E * score_scale(HS)};
     const Backward p = {a, dqkv, dout, out, lse, d};
     launch(Grid(blocks_for(a, NH), TILE_THREADS), averages, p);
@@ -443,8 +447,8 @@ void OPERATOR(attention_backward)(act *dqkv, const act *dout, const act *qkv, co
                prec == PREC_BF16 ? query_gradients_plain<true> : query_gradients_plain<false>, p);
         launch(Grid(blocks_for(a, NKV), TILE_THREADS, bytes),
                prec == PREC_BF16 ? key_gradients_plain<true> : key_gradients_plain<false>, p);
-    } else if (OPERATOR(attention_backward_sm90) && on_sm90(a) && is_fast(64, HS, qkv, dout, dqkv)) {
-        OPERATOR(attention_backward_sm90)(dqkv, dout, qkv, lse, d, starts, B, T, NH, NKV, __func__);
+    } else if (sm90) {
+        OPERATOR(attention_backward_sm90)(dqkv, dout, qkv, lse, d, d + values, starts, B, T, NH, NKV, __func__);
     } else if (is_fast(64, HS, qkv, dout, dqkv)) launch_backward<64, sizeof(act) == 2>(p, __func__);
     else if (HS <= 64) launch_backward<64, false>(p, __func__);
     else if (is_fast(128, HS, qkv, dout, dqkv)) launch_backward<128, sizeof(act) == 2>(p, __func__);

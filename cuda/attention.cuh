@@ -397,9 +397,10 @@ extern "C" {
 /* heads of 64 or 128 values */
 __attribute__((weak)) void OPERATOR(attention_forward_sm90)(act *out, float *lse, const act *qkv, const int32_t *starts,
                                                             int B, int T, int NH, int NKV, int HS, const char *op);
-/* of 64; averages (B, NH, T): dout.out of each query and head */
+/* of 64; averages (B, NH, T): dout.out of each query and head; sums: so many bytes of working memory as the room */
+__attribute__((weak)) size_t OPERATOR(attention_backward_sm90_room)(int B, int T, int NH, int NKV);
 __attribute__((weak)) void OPERATOR(attention_backward_sm90)(act *dqkv, const act *dout, const act *qkv,
-                                                             const float *lse, const float *averages,
+                                                             const float *lse, const float *averages, float *sums,
                                                              const int32_t *starts, int B, int T, int NH, int NKV,
                                                              const char *op);
 }

@@ -9,22 +9,41 @@
  *   queries    q, dout          k, v             dq += ds k
  *   keys       k, v             q, dout          dv += p^T dout, dk += ds^T q, over all heads of the group
  *
- * p and ds never leave registers: as Sums have them, rounded, they are left operands. */
+ * p and ds never leave registers: as Sums have them, rounded, they are left operands.
+ *
+ * Where heads are many, one kernel does both with 5 products for 7.  A block owns all gradients of a head of the keys,
+ * and goes through its tiles of keys in order; a third warpgroup adds ds k to the gradients of queries, which wait in
+ * memory as floats from one tile of keys to the next: in the order, and so with the bits, of the kernel that owns
+ * queries.  For it ds goes through shared memory. */
 #include "attention_sm90.cuh"
 
 namespace {
 
-enum Of { QUERIES, KEYS };
+/* JOINT: KEYS, and gradients of queries beside them. */
+enum Of { QUERIES, KEYS, JOINT };
 enum { W = TILE_WIDTH, STAGES = 4, STATS = 3 * SLICE }; /* of each query: lse, average, start */
-enum { TILES = 2 * (STAGES + CONSUMERS * ITEMS), BARRIERS = 2 * STAGES + 2 * ITEMS };
-enum {
-    BYTES = TILES * TILE * (int)sizeof(bf16) + STAGES * STATS * (int)sizeof(float) + BARRIERS * (int)sizeof(uint64_t)
+enum { SLOTS = 2 };                                     /* of ds on its way to the third warpgroup */
+
+/* Threads and shared memory of a block. */
+template <Of of>
+struct Room {
+    static constexpr int SLOT_TILES = of == JOINT ? SLOTS * CONSUMERS : 0;
+    static constexpr int TILES = 2 * (STAGES + CONSUMERS * ITEMS) + SLOT_TILES;
+    static constexpr int BARRIERS = 2 * STAGES + 2 * ITEMS + (of == JOINT ? 2 * SLOTS + 1 : 0);
+    static constexpr int BYTES =
+        TILES * TILE * (int)sizeof(bf16) + STAGES * STATS * (int)sizeof(float) + BARRIERS * (int)sizeof(uint64_t);
+    static_assert(BYTES <= 227 << 10, "what a block may have");
+    static constexpr int BLOCK = (of == JOINT ? 4 : 3) * WARPGROUP;
+    /* Registers of a thread, all 65,536 of them where there are four warpgroups. */
+    static constexpr int CONSUMER = of == JOINT ? 192 : CONSUMER_REGISTERS, ADDER = 88;
+    static_assert(of != JOINT || PRODUCER_REGISTERS + ADDER + 2 * CONSUMER == 512, "what there is");
 };
-static_assert(BYTES <= 227 << 10, "what a block may have");
 
 struct Work {
     const float *lse, *averages; /* (B, NH, T) */
     const int32_t *starts;
+    act *dqkv;
+    float *sums; /* of JOINT: gradients of queries so far, (blocks, group, tiles of 64, 64 * 64) */
     int B, T, NH, NKV, items;
     float factor, scale;
 
@@ -32,23 +51,40 @@ struct Work {
 };
 
 /* The shared memory of a block.  Barriers: a stage of others has come, is free; own rows have come, their place is
- * free. */
+ * free; ds has come, its slot is free; the own keys of an item are not needed any more. */
+template <Of of>
 struct Places {
     Shared<bf16> all;
     Shared<float> stats;
-    Shared<uint64_t> full, empty, own_full, own_empty;
+    Shared<uint64_t> full, empty, own_full, own_empty, ds_full, ds_empty, keys_done;
     __device__ Places(Shared<bf16> all_)
         : all(all_),
-          stats(shared_cast<float>(all + TILES * TILE)),
+          stats(shared_cast<float>(all + Room<of>::TILES * TILE)),
           full(shared_cast<uint64_t>(stats + STAGES * STATS)),
           empty(full + STAGES),
           own_full(empty + STAGES),
-          own_empty(own_full + ITEMS) {}
+          own_empty(own_full + ITEMS),
+          ds_full(own_empty + ITEMS),
+          ds_empty(ds_full + SLOTS),
+          keys_done(ds_empty + SLOTS) {}
+    __device__ Shared<bf16> ds(int slot, int consumer) const {
+        return all + (Room<of>::TILES - Room<of>::SLOT_TILES + slot * CONSUMERS + consumer) * TILE;
+    }
     __device__ Shared<bf16> others(int stage, int side) const { return all + (2 * stage + side) * TILE; }
     __device__ Shared<bf16> own(int place, int consumer, int side) const {
         return all + (2 * (STAGES + CONSUMERS * place + consumer) + side) * TILE;
     }
 };
+
+/* Numbers of the items of this block; of JOINT all tiles of a head, then those of another. */
+template <Of of>
+__device__ int next_item(const Work &work, int number) {
+    if (of != JOINT) return number + (int)gridDim.x;
+    const int heads = work.B * work.NKV, next = number + heads;
+    if (next < work.items) return next;
+    const int head = next - work.items + (int)gridDim.x;
+    return head < heads ? head : work.items;
+}
 
 /* 128 queries of head h, or keys of head h of the keys, from t0 on.  The longest come first. */
 template <Of of>
@@ -66,21 +102,23 @@ struct Item {
 template <Of of>
 struct Others {
     const int32_t *starts; /* of the batch's row */
-    int first, end, own_end, last_head, h, t;
+    const int T, t0;       /* of the item */
+    int first, last_head, h, t;
 
-    __device__ Others(const Work &work, const Item<of> &it) {
-        starts = work.starts ? work.starts + (int64_t)it.b * work.T : NULL;
-        own_end = it.t0 + ROWS < work.T ? it.t0 + ROWS : work.T;
+    __device__ Others(const Work &work, const Item<of> &it) : T(work.T), t0(it.t0) {
+        starts = work.starts ? work.starts + (int64_t)it.b * T : NULL;
         if (of == QUERIES) {
             h = last_head = it.h / work.group();
-            first = least_start(starts ? starts + it.t0 : NULL, own_end - it.t0) / SLICE * SLICE, end = own_end;
+            first = least_start(starts ? starts + t0 : NULL, own_end() - t0) / SLICE * SLICE;
         } else {
             h = it.h * work.group(), last_head = h + work.group() - 1;
-            first = it.t0, end = work.T;
+            first = t0;
         }
         t = first;
         settle();
     }
+    __device__ int own_end() const { return t0 + ROWS < T ? t0 + ROWS : T; }
+    __device__ int end() const { return of == QUERIES ? own_end() : T; }
     __device__ bool more() const { return h <= last_head; }
     __device__ void next() {
         t += SLICE;
@@ -89,9 +127,9 @@ struct Others {
 
     /* On to a block that there is: of queries, one that sees a key. */
     __device__ void settle() {
-        for (; h <= last_head; h++, t = first)
-            for (; t < end; t += SLICE)
-                if (of == QUERIES || !starts || least_start(starts + t, end - t < SLICE ? end - t : SLICE) < own_end)
+        for (; h <= last_head; h++, t = of == QUERIES ? first : t0)
+            for (; t < end(); t += SLICE)
+                if (of == QUERIES || !starts || least_start(starts + t, T - t < SLICE ? T - t : SLICE) < own_end())
                     return;
     }
 };
@@ -111,7 +149,7 @@ __device__ inline void fetch_stats(Shared<float> to, const Work &work, int b, in
 }
 
 template <Of of>
-__device__ void produce(const Places &at, const TensorMap &qkv, const TensorMap &dout, const Work &work) {
+__device__ void produce(const Places<of> &at, const TensorMap &qkv, const TensorMap &dout, const Work &work) {
     constexpr int bytes = TILE * (int)sizeof(bf16);
     const bool mine = elected();
     Ring<STAGES> ring;
@@ -124,7 +162,7 @@ __device__ void produce(const Places &at, const TensorMap &qkv, const TensorMap 
         fetch<W>(k, qkv, full, b, work.NH + h, t);
         fetch<W>(v, qkv, full, b, work.NH + work.NKV + h, t);
     };
-    for (int number = (int)blockIdx.x; number < work.items; number += (int)gridDim.x) {
+    for (int number = (int)blockIdx.x; number < work.items; number = next_item<of>(work, number)) {
         const Item<of> it(work, number);
         if (mine) {
             const Shared<uint64_t> full = at.own_full + place.stage;
@@ -141,7 +179,7 @@ __device__ void produce(const Places &at, const TensorMap &qkv, const TensorMap 
             const Shared<uint64_t> full = at.full + ring.stage;
             const Shared<bf16> a = at.others(ring.stage, 0), b = at.others(ring.stage, 1);
             barrier_wait(at.empty + ring.stage, ring.parity ^ 1);
-            if (of == KEYS) fetch_stats(at.stats + ring.stage * STATS, work, it.b, walk.h, walk.t);
+            if (of != QUERIES) fetch_stats(at.stats + ring.stage * STATS, work, it.b, walk.h, walk.t);
             __syncwarp();
             if (mine) {
                 barrier_expect(full, 2 * bytes);
@@ -158,8 +196,8 @@ __device__ void produce(const Places &at, const TensorMap &qkv, const TensorMap 
 /* A block of others: where it lies, and whether any row of a consumer's own meets it. */
 struct Block {
     Ring<STAGES> at;
-    int t;
-    bool there, met;
+    int t; /* -1: there is none */
+    bool met;
 };
 
 /* What a lane knows of the queries: of its two rows; where columns are queries it is in shared memory. */
@@ -187,8 +225,8 @@ __device__ void differentiate(float (&s)[1][SLICE / 8][4], float (&dp)[1][SLICE 
 #pragma unroll
     for (int i = 0; i < SLICE / 4; i++) { /* of a lane's columns */
         const int n = i / 2, c = column_of(n, i);
-        const float lse = of == KEYS ? columns[c] : 0.0f, average = of == KEYS ? columns[SLICE + c] : 0.0f;
-        const int start = of == KEYS ? starts[c] : 0;
+        const float lse = of != QUERIES ? columns[c] : 0.0f, average = of != QUERIES ? columns[SLICE + c] : 0.0f;
+        const int start = of != QUERIES ? starts[c] : 0;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int j = 2 * r + i % 2, mine = row + 8 * r, other = column + c;
@@ -203,12 +241,13 @@ __device__ void differentiate(float (&s)[1][SLICE / 8][4], float (&dp)[1][SLICE 
 }
 
 template <Of of>
-__device__ void consume(const Places &at, const TensorMap &gradient, const Work &work, int consumer) {
+__device__ void consume(const Places<of> &at, const TensorMap &gradient, const Work &work, int consumer) {
+    constexpr bool DP_LATER = of == JOINT; /* 192 registers do not hold it beside the products of weights */
     const int warp_row = warp_index() % 4 * 16, lane_row = lane_index() / 4;
     Ring<STAGES> ring;
     Ring<ITEMS> place;
     Sums<SLICE> s, dp, first, second; /* of dq; or of dk and dv */
-    for (int number = (int)blockIdx.x; number < work.items; number += (int)gridDim.x) {
+    for (int number = (int)blockIdx.x; number < work.items; number = next_item<of>(work, number)) {
         const Item<of> it(work, number);
         const int own0 = it.t0 + consumer * SLICE, own_end = own0 + SLICE < work.T ? own0 + SLICE : work.T;
         const int row = own0 + warp_row + lane_row;
@@ -217,9 +256,10 @@ __device__ void consume(const Places &at, const TensorMap &gradient, const Work 
         Others<of> walk(work, it);
 
         auto next = [&] {
-            const bool there = walk.more(), met = of == QUERIES ? walk.t < own_end : walk.t + SLICE > own0;
-            const Block block = {ring, walk.t, there, there && met && own0 < own_end};
-            if (there) ring.advance(), walk.next();
+            if (!walk.more()) return Block{ring, -1, false};
+            const bool met = of == QUERIES ? walk.t < own_end : walk.t + SLICE > own0;
+            const Block block = {ring, walk.t, met && own0 < own_end};
+            ring.advance(), walk.next();
             return block;
         };
         auto wait_for = [&](const Block &block) { barrier_wait(at.full + block.at.stage, block.at.parity); };
@@ -227,11 +267,22 @@ __device__ void consume(const Places &at, const TensorMap &gradient, const Work 
         auto release = [&](const Block &block) {
             if (lane_index() == 0) barrier_arrive(at.empty + block.at.stage);
         };
+        /* ds of a block, or none, to the third warpgroup: a row is a key.  Slots go round twice as fast as stages. */
+        auto hand_on = [&](const Block &block, const uint32_t(*ds)[4]) {
+            static_assert((int)STAGES == 2 * (int)SLOTS && (int)SLOTS == 2, "so a stage tells slot and phase");
+            const int slot = block.at.stage % SLOTS, parity = block.at.stage / SLOTS;
+            barrier_wait(at.ds_empty + slot, (uint32_t)parity ^ 1);
+            if (ds) stage_rounded(at.ds(slot, consumer), warp_row, ds);
+            fence_async();
+            __syncwarp();
+            if (lane_index() == 0) barrier_arrive(at.ds_full + slot);
+        };
+        /* The products of a block: scores, and dp. */
         auto begin = [&](const Block &block) {
             wait_for(block);
             wgmma_fence();
             multiply_slices<W>(s, own[0], at.others(block.at.stage, 0));
-            multiply_slices<W>(dp, own[1], at.others(block.at.stage, 1));
+            if (!DP_LATER) multiply_slices<W>(dp, own[1], at.others(block.at.stage, 1));
             wgmma_commit();
         };
 
@@ -239,25 +290,32 @@ __device__ void consume(const Places &at, const TensorMap &gradient, const Work 
         for (int i = 0; i < SLICE / 2; i++) first[i] = second[i] = 0.0f;
         barrier_wait(at.own_full + place.stage, place.parity);
         bool begun = false; /* the products of this block */
-        for (Block block = next(); block.there;) {
+        for (Block block = next(); block.t >= 0;) {
             if (!block.met) {
                 wait_for(block);
                 release(block);
+                if (of == JOINT) hand_on(block, NULL);
                 block = next();
                 continue;
             }
             if (!begun) begin(block);
+            if (DP_LATER) {
+                wgmma_fence();
+                multiply_slices<W>(dp, own[1], at.others(block.at.stage, 1));
+                wgmma_commit();
+            }
             wgmma_wait<0>();
             float p[1][SLICE / 8][4], ds[1][SLICE / 8][4];
 #pragma unroll
             for (int i = 0; i < SLICE / 2; i++) p[0][i / 4][i % 4] = s[i], ds[0][i / 4][i % 4] = dp[i];
             differentiate<of>(p, ds, rows, at.stats + block.at.stage * STATS, row, block.t, work.factor);
             uint32_t p16[1][SLICE / 16][4], ds16[1][SLICE / 16][4];
-            if (of == KEYS) round_weights(p16, p);
+            if (of != QUERIES) round_weights(p16, p);
             round_weights(ds16, ds);
+            if (of == JOINT) hand_on(block, ds16[0]);
             wgmma_fence();
             multiply_weights<true>(first, ds16, at.others(block.at.stage, 0));
-            if (of == KEYS) multiply_weights<true>(second, p16, at.others(block.at.stage, 1));
+            if (of != QUERIES) multiply_weights<true>(second, p16, at.others(block.at.stage, 1));
             wgmma_commit();
             const Block following = next();
             if (following.met) begin(following); /* while the weights are multiplied */
@@ -266,14 +324,17 @@ __device__ void consume(const Places &at, const TensorMap &gradient, const Work 
             block = following, begun = following.met;
         }
 
+        if (of == JOINT) barrier_wait(at.keys_done, (uint32_t)place.stage); /* which goes 0, 1, 0 .. as its phases do */
         sync_consumer(consumer); /* nobody multiplies the item's own any more */
         stage_tile(own[0], warp_row, [&](int i) { return first[i]; }, work.scale, work.scale);
-        if (of == KEYS) stage_tile(own[1], warp_row, [&](int i) { return second[i]; }, 1.0f, 1.0f);
+        if (of != QUERIES) stage_tile(own[1], warp_row, [&](int i) { return second[i]; }, 1.0f, 1.0f);
         fence_async();
         sync_consumer(consumer);
         if (threadIdx.x % WARPGROUP == 0) {
-            send<W>(gradient, own[0], it.b, of == QUERIES ? it.h : work.NH + it.h, own0);
-            if (of == KEYS) send<W>(gradient, own[1], it.b, work.NH + work.NKV + it.h, own0);
+            const Item<of> done(work, from_here(number)); /* said again: registers are few */
+            send<W>(gradient, own[0], done.b, of == QUERIES ? done.h : work.NH + done.h, done.t0 + consumer * SLICE);
+            if (of != QUERIES)
+                send<W>(gradient, own[1], done.b, work.NH + work.NKV + done.h, done.t0 + consumer * SLICE);
             tile_store_commit();
             tile_store_wait_read<0>();
             barrier_arrive(at.own_empty + place.stage);
@@ -282,12 +343,99 @@ __device__ void consume(const Places &at, const TensorMap &gradient, const Work 
     }
 }
 
+/* ---- gradients of queries, of JOINT: a warpgroup ---- */
+
+/* As each thread has them: sums (64, 64) of a tile of queries, and how they leave. */
+struct QuerySums {
+    Sums<SLICE> of;
+
+    __device__ void load(const float *from, bool fresh) {
+        const int t = from_here((int)threadIdx.x) % WARPGROUP;
+#pragma unroll
+        for (int i = 0; i < SLICE / 2; i += 4) {
+            Pack<float, 4> four = {};
+            if (!fresh) four = ::load<4>(from + (i / 4 * WARPGROUP + t) * 4, 4);
+#pragma unroll
+            for (int j = 0; j < 4; j++) of[i + j] = four[j];
+        }
+    }
+    __device__ void keep(float *to) {
+        const int t = from_here((int)threadIdx.x) % WARPGROUP;
+#pragma unroll
+        for (int i = 0; i < SLICE / 2; i += 4) {
+            float four[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) four[j] = of[i + j];
+            store(to + (i / 4 * WARPGROUP + t) * 4, four, 4);
+        }
+    }
+    /* Row 0 of the tile is at `to`, of rows that there are. */
+    __device__ void write(act *to, int64_t stride, int rows, float scale) {
+        const int t = from_here((int)threadIdx.x) % WARPGROUP, row = t / WARP * 16 + t % WARP / 4;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            if (row + 8 * r >= rows) continue;
+            act *x = to + (row + 8 * r) * stride;
+#pragma unroll
+            for (int n = 0; n < SLICE / 8; n++)
+                store_two<true>(x + column_of(n, 0), of[4 * n + 2 * r] * scale, of[4 * n + 2 * r + 1] * scale, 2);
+        }
+    }
+};
+
+/* sums += A^T B, rows of both tiles being keys */
+__device__ inline void multiply_columns_of(Sums<SLICE> &sums, Shared<bf16> A, Shared<bf16> B) {
+    const uint64_t a = columns_of(A), b = columns_of(B);
+#pragma unroll
+    for (int k = 0; k < SLICE / 16; k++)
+        wgmma<true, true, true>(sums, operand_behind(a, k * 2 * LINES), operand_behind(b, k * 2 * LINES));
+}
+
+__device__ inline void add_queries(const Places<JOINT> &at, const Work &work) {
+    const int tiles = (work.T + SLICE - 1) / SLICE;
+    const int64_t width = (int64_t)(work.NH + 2 * work.NKV) * W;
+    Ring<ITEMS> place;
+    Ring<SLOTS> slot;
+    QuerySums dq;
+    for (int number = (int)blockIdx.x; number < work.items; number = next_item<JOINT>(work, number)) {
+        const Item<JOINT> it(work, number);
+        barrier_wait(at.own_full + place.stage, place.parity);
+        for (Others<JOINT> walk(work, it); walk.more(); walk.next()) {
+            const int rows = work.T - walk.t < SLICE ? work.T - walk.t : SLICE;
+            const int first_key = least_start(walk.starts ? walk.starts + walk.t : NULL, rows);
+            const int64_t mine = ((int64_t)blockIdx.x * work.group() + walk.h % work.group()) * tiles + walk.t / SLICE;
+            dq.load(work.sums + mine * SLICE * SLICE, it.t0 <= first_key);
+            barrier_wait(at.ds_full + slot.stage, slot.parity);
+            const int second = it.t0 + SLICE; /* key of the second consumer, whose ds may not be there */
+            wgmma_fence();
+            multiply_columns_of(dq.of, at.ds(slot.stage, 0), at.own(place.stage, 0, 0));
+            wgmma_commit();
+            if (second < walk.t + SLICE && second < work.T) {
+                wgmma_fence();
+                multiply_columns_of(dq.of, at.ds(slot.stage, 1), at.own(place.stage, 1, 0));
+                wgmma_commit();
+            }
+            wgmma_wait<0>();
+            if (lane_index() == 0) barrier_arrive(at.ds_empty + slot.stage);
+            slot.advance();
+            if (walk.t >= it.t0 + ROWS) {
+                dq.keep(work.sums + mine * SLICE * SLICE);
+            } else { /* no later key is seen */
+                act *to = work.dqkv + ((int64_t)it.b * work.T + walk.t) * width + walk.h * W;
+                dq.write(to, width, rows, work.scale);
+            }
+        }
+        if (lane_index() == 0) barrier_arrive(at.keys_done);
+        place.advance();
+    }
+}
+
 template <Of of>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(Room<of>::BLOCK, 1)
     gradients_sm90(const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap dout,
                    const __grid_constant__ TensorMap gradient, Work work) {
     SHARED_TILES(bf16, all);
-    const Places at(all);
+    const Places<of> at(all);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(at.full + i, 1);
@@ -297,39 +445,72 @@ __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(at.own_full + i, 1);
             barrier_init(at.own_empty + i, CONSUMERS);
         }
+        for (int i = 0; of == JOINT && i < SLOTS; i++) {
+            barrier_init(at.ds_full + i, CONSUMERS * WARPGROUP / WARP);
+            barrier_init(at.ds_empty + i, WARPGROUP / WARP);
+        }
+        if (of == JOINT) barrier_init(at.keys_done, WARPGROUP / WARP);
         barrier_init_fence();
     }
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
         registers_give<PRODUCER_REGISTERS>();
         if (warp_index() == 0) produce<of>(at, qkv, dout, work);
+    } else if (of == JOINT && threadIdx.x >= 3 * WARPGROUP) {
+        if constexpr (of == JOINT) {
+            registers_give<Room<of>::ADDER>();
+            add_queries(at, work);
+        }
     } else {
-        registers_take<CONSUMER_REGISTERS>();
+        registers_take<Room<of>::CONSUMER>();
         consume<of>(at, gradient, work, warp_index() / 4 - 1);
     }
 }
 
+/* Blocks of JOINT; 0: there are so few heads, or sums of so many bytes, that two kernels are better. */
+enum { MOST_SUMS = 256 << 20 };
+int only_joint = -1; /* -1: by the sizes.  For the tests. */
+int joint_blocks(int B, int T, int NH, int NKV) {
+    const int64_t heads = (int64_t)B * NKV, turns = divide_up(heads, blocks_at_most);
+    const int64_t blocks = heads < blocks_at_most ? heads : blocks_at_most;
+    const int64_t bytes = blocks * (NH / NKV) * divide_up(T, SLICE) * SLICE * SLICE * (int64_t)sizeof(float);
+    const bool busy = heads * 7 >= turns * blocks_at_most * 5; /* in 5 products what two kernels do in 7 */
+    return (only_joint < 0 ? busy && bytes <= MOST_SUMS : only_joint > 0) ? (int)blocks : 0;
+}
+
 }  // namespace
 
+size_t OPERATOR(attention_backward_sm90_room)(int B, int T, int NH, int NKV) {
+    return (size_t)joint_blocks(B, T, NH, NKV) * (NH / NKV) * divide_up(T, SLICE) * SLICE * SLICE * sizeof(float);
+}
+
 void OPERATOR(attention_backward_sm90)(act *dqkv, const act *dout, const act *qkv, const float *lse,
-                                       const float *averages, const int32_t *starts, int B, int T, int NH, int NKV,
-                                       const char *op) {
+                                       const float *averages, float *sums, const int32_t *starts, int B, int T, int NH,
+                                       int NKV, const char *op) {
     if constexpr (sizeof(act) == sizeof(bf16)) {
         const int in = (NH + 2 * NKV) * W, width = NH * W;
         const TensorMap from = tensor_map((const bf16 *)qkv, T, in, in, SLICE, TILE_WIDTH, B);
         const TensorMap d = tensor_map((const bf16 *)dout, T, width, width, SLICE, TILE_WIDTH, B);
         const TensorMap to = tensor_map((const bf16 *)dqkv, T, in, in, SLICE, TILE_WIDTH, B);
         const float scale = score_scale(W);
-        auto run = [&](int heads, auto kernel) {
-            const int items = (int)(divide_up(T, ROWS) * B * heads);
-            const Work work = {lse, averages, starts, B, T, NH, NKV, items, LOG2_E * scale, scale};
-            launch(blocks_that_stay(items, BYTES, op), kernel, from, d, to, work);
+        const int tiles = (int)divide_up(T, ROWS) * B, joint = joint_blocks(B, T, NH, NKV);
+        auto run = [&](int heads, int blocks, int threads, size_t bytes, auto kernel) {
+            const Work work = {lse, averages, starts, dqkv, sums, B, T, NH, NKV, tiles * heads, LOG2_E * scale, scale};
+            Grid grid(blocks ? blocks : blocks_for(tiles * heads), threads, bytes, op);
+            grid.sm90 = true;
+            launch(grid, kernel, from, d, to, work);
         };
-        run(NH, gradients_sm90<QUERIES>);
-        run(NKV, gradients_sm90<KEYS>);
+        if (joint) {
+            run(NKV, joint, Room<JOINT>::BLOCK, Room<JOINT>::BYTES, gradients_sm90<JOINT>);
+            return;
+        }
+        run(NH, 0, THREADS, Room<QUERIES>::BYTES, gradients_sm90<QUERIES>);
+        run(NKV, 0, THREADS, Room<KEYS>::BYTES, gradients_sm90<KEYS>);
     }
 }
 
 #ifndef __CUDACC__
-extern "C" void OPERATOR(emulate_attention_backward)(int blocks) { blocks_at_most = blocks; }
+extern "C" void OPERATOR(emulate_attention_backward)(int blocks, int joint) {
+    blocks_at_most = blocks, only_joint = joint;
+}
 #endif

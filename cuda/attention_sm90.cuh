@@ -55,21 +55,26 @@ __device__ void multiply_weights(Sums<SLICE> &c, const uint32_t (&p)[1][SLICE / 
     }
 }
 
-/* This warp's 16 rows of a tile, from `row` on, rounded: x[4 n + e] as Sums have them, times the factor of its row. */
+/* This warp's 16 rows of a tile, from `row` on, of which a lane has two as a left operand. */
+__device__ inline void stage_rounded(Shared<bf16> tile, int row, const uint32_t (*x)[4]) {
+    const int lane = from_here(lane_index()), at = row + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+    for (int k = 0; k < TILE_WIDTH / 16; k++) store_matrices(tile + tile_place(at, 16 * k + lane / 16 * 8), x[k]);
+}
+
+/* The same of sums: x[4 n + e] as Sums have them, rounded, times the factor of its row. */
 template <class X>
 __device__ void stage_tile(Shared<bf16> tile, int row, const X &x, float upper, float lower) {
-    const int lane = lane_index(), at = row + lane / 8 % 2 * 8 + lane % 8;
+    uint32_t m[TILE_WIDTH / 16][4];
 #pragma unroll
-    for (int k = 0; k < TILE_WIDTH / 16; k++) {
-        uint32_t m[4];
+    for (int k = 0; k < TILE_WIDTH / 16; k++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int j = 8 * k + i / 2 * 4 + i % 2 * 2;
             const float factor = i % 2 ? lower : upper;
-            m[i] = pack_bf16(x(j) * factor, x(j + 1) * factor);
+            m[k][i] = pack_bf16(x(j) * factor, x(j + 1) * factor);
         }
-        store_matrices(tile + tile_place(at, 16 * k + lane / 16 * 8), m);
-    }
+    stage_rounded(tile, row, m);
 }
 
 __device__ inline void sync_consumer(int consumer) {
@@ -83,8 +88,10 @@ const int blocks_at_most = SMS;
 int blocks_at_most = SMS; /* for the tests: several items a block */
 #endif
 
+inline int blocks_for(int items) { return items < blocks_at_most ? items : blocks_at_most; }
+
 inline Grid blocks_that_stay(int items, size_t bytes, const char *op) {
-    Grid grid(items < blocks_at_most ? items : blocks_at_most, THREADS, bytes, op);
+    Grid grid(blocks_for(items), THREADS, bytes, op);
     grid.sm90 = true;
     return grid;
 }

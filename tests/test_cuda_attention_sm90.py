@@ -28,10 +28,12 @@ pytestmark = [
 FILES = ("attention.cu", "attention_paged.cu", "attention_sm90.cu", "attention_backward_sm90.cu")
 OPS = ("attention_forward", "attention_backward")  # the second with 64 values alone
 ALL = 132  # blocks at most
+CHOSEN = -1  # by the sizes: whether one kernel makes all gradients
 CASES = [c for c in FAST if c.HS in (64, 128)] + [
     case("one position", **(ONE | dict(T=1, NH=1, NKV=1, HS=64))),
     case("documents in every row of a batch", **(ONE | dict(B=2, T=135, NH=1, NKV=1, HS=64, starts="packed"))),
     case("three tiles, the last a few", **(ONE | dict(B=1, T=260, NH=1, NKV=1, HS=64))),
+    case("documents over three tiles", **(ONE | dict(B=1, T=290, NH=1, NKV=1, HS=64, starts="packed"))),
     case("large scores", **(ONE | dict(T=129, NH=2, NKV=1, HS=128, scale=8))),
     case("windows", **(ONE | dict(T=70, NH=1, NKV=1, HS=128, starts="window"))),
 ]
@@ -43,9 +45,9 @@ class Hopper(Backend):
         self.blocks(ALL)
         self.hopper(True)
 
-    def blocks(self, most):
+    def blocks(self, most, joint=CHOSEN):
         self.library.emulate_attention_bf16(ctypes.c_int(most))
-        self.library.emulate_attention_backward_bf16(ctypes.c_int(most))
+        self.library.emulate_attention_backward_bf16(ctypes.c_int(most), ctypes.c_int(joint))
 
     def hopper(self, on):
         self.library.emulate_sm90(int(on))
@@ -75,17 +77,25 @@ def test_values_and_the_same_bits_under_every_schedule(hopper, which):
     check_values(hopper, build("bf16", *which))
 
 
+@pytest.mark.parametrize("c", [c for op, c in WHICH if op == OPS[1]], ids=str)
+def test_one_kernel_for_all_gradients_under_every_schedule(hopper, c):
+    hopper.blocks(2, joint=1)
+    check_values(hopper, build("bf16", OPS[1], c))
+
+
 def check_bits(hopper, op, c):
     """Of one and two blocks, which have several items each, and of attention by mma.sync."""
     call = build("bf16", op, c)
     whole = run(hopper, call)
-    for most, on, seed in (1, True, 5), (2, True, 6), (-1, False, 0):  # -1: Hopper's launch would have no blocks
-        hopper.blocks(most)
+    ways = [(1, True, 5, 0), (2, True, 6, 0), (-1, False, 0, 0)]  # -1: Hopper's launch would have no blocks
+    ways += [(1, True, 7, 1), (2, True, 0, 1), (ALL, True, 8, 1)] if op == "attention_backward" else []
+    for most, on, seed, joint in ways:
+        hopper.blocks(most, joint)
         hopper.hopper(on)
         hopper.schedule(seed)
         other = run(hopper, call)
         for name in whole:
-            assert same_bits(whole[name], other[name]), (name, most)
+            assert same_bits(whole[name], other[name]), (name, most, joint)
     hopper.blocks(ALL)
     hopper.hopper(True)
 
@@ -132,6 +142,8 @@ def test_a_planted_fault_is_caught(fault, objects, tmp_path):
     with Hopper(library) as hopper, caught as found:
         test_attention_hears_nothing_of_its_neighbours(hopper, np.random.default_rng(0), 64)
         for c in (c for which, c in WHICH if which == op):
-            check_values(hopper, build("bf16", op, c), (1, 2))
+            for joint in (0, 1) if op == OPS[1] else (CHOSEN,):
+                hopper.blocks(ALL, joint)
+                check_values(hopper, build("bf16", op, c), (1, 2))
             check_bits(hopper, op, c)
     print(found.value)
