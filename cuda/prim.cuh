@@ -131,6 +131,17 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* d (16, 8) += a (16, 32) b (32, 8) on signed bytes, exactly.  Lane l holds, with g = l / 4 and q = 4 (l % 4), d as
+ * above and words of four values of k: a  (g, q..) (g + 8, q..) (g, q + 16..) (g + 8, q + 16..)      b  (q.., g) (q
+ * + 16.., g) */
+__device__ inline void multiply_bytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 /* ---- kernels that begin before those in front of them have ended: launch_early in runtime.h ---- */
 
 /* The next kernel's blocks may begin where there is room, as soon as each block of this one has said so or has ended.

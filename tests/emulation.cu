@@ -112,6 +112,22 @@ __global__ void product(float *d, const bf16 *a, const bf16 *b, int flat) {
     for (int i = 0; i < 4; i++) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
 }
 
+/* d (16, 8) += a (16, 32) b^T, b (8, 32) */
+__global__ void product_of_bytes(int *d, const int8_t *a, const int8_t *b) {
+    const int lane = lane_index(), g = lane / 4, q = 4 * (lane % 4);
+    auto word = [](const int8_t *p) {
+        uint32_t four;
+        memcpy(&four, p, sizeof four);
+        return four;
+    };
+    const uint32_t left[4] = {word(a + g * 32 + q), word(a + (g + 8) * 32 + q), word(a + g * 32 + q + 16),
+                              word(a + (g + 8) * 32 + q + 16)};
+    int sums[4];
+    for (int i = 0; i < 4; i++) sums[i] = d[(g + i / 2 * 8) * 8 + q / 2 + i % 2];
+    multiply_bytes(sums, left, word(b + g * 32 + q), word(b + g * 32 + q + 16));
+    for (int i = 0; i < 4; i++) d[(g + i / 2 * 8) * 8 + q / 2 + i % 2] = sums[i];
+}
+
 /* Row i of `to` (8, THREADS): what word i makes of from[t], t a thread. */
 __global__ void lanes(float *to, const float *from) {
     const int t = (int)threadIdx.x;
@@ -193,6 +209,9 @@ void emulation_reverse_async(int *to, const int *from, int rounds, int fault) {
 void emulation_hand_over(int *to, const int *from, int fault) { launch(Grid(1, THREADS), hand_over, to, from, fault); }
 void emulation_product(float *d, const bf16 *a, const bf16 *b, int flat) {
     launch(Grid(1, WARP), product, d, a, b, flat);
+}
+void emulation_product_of_bytes(int *d, const int8_t *a, const int8_t *b) {
+    launch(Grid(1, WARP), product_of_bytes, d, a, b);
 }
 void emulation_lanes(float *to, const float *from) { launch(Grid(1, THREADS), lanes, to, from); }
 void emulation_numbers(bf16 *bits, uint32_t *pairs, float *power, const float *from, int n) {

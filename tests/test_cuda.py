@@ -8,6 +8,7 @@ rounded to it, and an output may be half a unit in the last place of bf16 furthe
 With BARELM_CUDA_LIBRARY=.../libbarelm_cuda.so the same calls go to a GPU instead.
 """
 
+import ctypes
 import shutil
 import subprocess
 from dataclasses import replace
@@ -38,7 +39,7 @@ from test_ops import assert_close, filled, same_bits
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
 
-BF16 = test_ops.PREC["bf16"]
+BF16, INT8, EPS = test_ops.PREC["bf16"], 2, test_ops.EPS
 SEEDS = (1, 2, 3)  # of the unfair schedules, beside the one in order
 HEADERS = {"linear.cuh": "linear.cu", "linear_few.cuh": "linear.cu", "norm.cuh": "norm.cu"}  # and who includes it
 ELSEWHERE = ("attention", "attention_paged", "sample")  # files of operators that test_cuda_attention.py tests
@@ -204,6 +205,42 @@ def check_rows_behind_a_norm(cuda, seeds=SEEDS):
             assert same_bits(out, want), (N, C, seed)
 
 
+def check_int8(cuda, seeds=SEEDS):
+    """As test_packed.py, whose tolerances these are: tails of rows, columns and groups, and more groups than are added
+    at a time.  A row alone has the bits that it has among others."""
+    rng = np.random.default_rng(0)
+    packed_bytes = getattr(cuda.library, f"packed_bytes_{cuda.act}")
+    packed_bytes.restype = ctypes.c_int64
+    for N, C, OC, fn in (1, 70, 19, "gelu_tanh"), (18, 200, 9, "none"), (2, 66 * 64, 8, "none"):
+        x, w, residual = test_ops.normal(rng, N, C), test_ops.normal(rng, OC, C), test_ops.normal(rng, N, OC)
+        bias = test_ops.normal(rng, OC) if N > 1 else None
+        if cuda.act == "bf16":
+            x, residual = reference.bf16(x).astype(np.float32), reference.bf16(residual).astype(np.float32)
+        x[0, : C // 3] = 0  # groups of zeros
+        packed = np.zeros(packed_bytes(INT8, C, OC), np.uint8)
+        cuda.schedule(0)
+        cuda("linear_pack", packed, w, INT8, C, OC)
+        terms = reference.linear_int8(x, w)
+        want, pre = reference.linear_forward(terms.sum(-1), np.eye(OC), *test_ops.f64(bias, residual), fn)
+        dpre = EPS * (test_ops.DOT * np.abs(terms).sum(-1) + np.abs(pre))
+        tol = 1.13 * dpre + test_ops.function_tolerance(fn, pre)[0] + EPS * np.abs(want)
+        tol += half_a_unit(np.abs(want) + tol) if cuda.act == "bf16" else 0
+        whole = None
+        for seed in (0, *seeds):
+            cuda.schedule(seed)
+            out, alone = room(N, OC), room(1, OC)
+            cuda("linear_packed", out, x, packed, bias, residual, test_ops.FN[fn], INT8, N, C, OC)
+            cuda("linear_packed", alone, x[-1:], packed, bias, residual[-1:], test_ops.FN[fn], INT8, 1, C, OC)
+            assert_close("out", out, want, tol)
+            whole = out if whole is None else whole
+            assert same_bits(out, whole) and same_bits(alone[0], whole[-1]), seed
+
+
+@pytest.mark.parametrize("cuda", ACTS, indirect=True)
+def test_products_in_int8(cuda):
+    check_int8(cuda)
+
+
 @pytest.mark.parametrize("cuda", ACTS, indirect=True)
 def test_rows_behind_a_norm(cuda):
     check_rows_behind_a_norm(cuda)
@@ -227,7 +264,7 @@ def test_a_planted_fault_is_caught(fault, cuda_objects, tmp_path):
     others = [object_ for which, object_ in cuda_objects.items() if which != (source.name, act)]
     library = link([broken, *others], tmp_path / "broken.so")
     mine = [(op, i) for op, i in small_cases(act) if operators()[op] == source.name]
-    assert mine
+    assert mine or source.name == "packed.cu"
     caught = pytest.raises((RuntimeError, AssertionError, pytest.fail.Exception))
     with Backend(library, act) as cuda, caught as found:
         for seeds in (), SEEDS:  # most are found in order
@@ -235,6 +272,8 @@ def test_a_planted_fault_is_caught(fault, cuda_objects, tmp_path):
                 check_values(cuda, build(act, op, i), seeds)
             if source.name == "linear.cu":
                 check_rows_behind_a_norm(cuda, seeds)
+            if source.name == "packed.cu":
+                check_int8(cuda, seeds)
     print(found.value)
 
 

@@ -182,6 +182,15 @@ def test_matrices_lie_in_the_lanes_as_the_contract_says(emulation, rng, seed, fl
     np.testing.assert_array_equal(d, from_bf16(a) @ from_bf16(b))
 
 
+@by_seed
+def test_products_of_bytes(emulation, rng, seed):
+    a, b = (rng.integers(-128, 128, s, dtype=np.int8) for s in ((16, 32), (8, 32)))
+    before = rng.integers(-9, 9, (16, 8), dtype=np.int32)
+    d = before.copy()
+    call(emulation, seed, "product_of_bytes", d, a, b)
+    np.testing.assert_array_equal(d, before + a.astype(np.int32) @ b.T.astype(np.int32))
+
+
 @emulated_alone
 @by_seed
 def test_what_a_kernel_must_not_write_is_watched(emulation, seed):

@@ -228,3 +228,16 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 16; k++) d[i] += rows[i / 2][k] * columns[i % 2][k];
 }
+
+inline void multiply_bytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    const char *all = emulate::exchange("mma", mine, sizeof mine);
+    /* Value k of a row or column, whose lanes begin at `lane`: words `word` and `word + step` of each. */
+    auto value = [all](int lane, int word, int step, int k) {
+        const char *words = all + (lane + k % 16 / 4) * emulate::LANE_BYTES + 4 * (word + k / 16 * step);
+        return (int)(int8_t)words[k % 4];
+    };
+    const int g = lane_index() / 4, q = 2 * (lane_index() % 4);
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 32; k++) d[i] += value(4 * g, i / 2, 2, k) * value(4 * (q + i % 2), 4, 1, k);
+}
