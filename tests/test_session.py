@@ -405,6 +405,9 @@ def test_other_mistakes(model):
         session.draw([Sampling()] * 2, [0.5] * 2)
     with pytest.raises(ValueError, match="options: R is 2, the draw has 1"):
         session.draw([Sampling()] * 2, [0.5])
+    for u in -0.1, 1.0, float("nan"):
+        with pytest.raises(ValueError, match=rf"u: must be in \[0, 1\), got {u}"):
+            session.draw([Sampling()], [u])
     for vocab in 0, 302:
         with pytest.raises(ValueError, match=rf"vocab: is {vocab}, must be in \[1, 301\]"):
             session.draw([Sampling()], [0.5], vocab)

@@ -104,7 +104,8 @@ def draw(
     likelier.  -inf is a token that cannot come.
 
     Returns the tokens (n) int32 and their log-probabilities under the distributions drawn from (n) float32; the
-    operator `sample` of csrc/ops.def says how exactly.  ValueError: logits are NaN or +inf, or nothing can come.
+    operator `sample` of csrc/ops.def says how exactly.  ValueError: a number of u; logits are NaN or
+    +inf, or nothing can come.
     """
     n = len(samplings)
     ids, logprobs = np.empty(n, np.int32), np.empty(n, np.float32)
@@ -112,7 +113,7 @@ def draw(
         logits = np.ascontiguousarray(logits, np.float32)
         V = logits.shape[1]
         given = np.array([options(s, V) for s in samplings], np.float32)
-        _core.ops.sample("", ids, logprobs, logits, given, np.array(u, np.float64), n, V, V)
+        _core.ops.sample("", ids, logprobs, logits, given, numbers(u), n, V, V)
     check(ids)
     return ids, logprobs
 
@@ -121,6 +122,15 @@ def check(ids: np.ndarray) -> None:
     """ValueError where the operator could draw nothing."""
     if (ids < 0).any():
         raise ValueError("logits: NaN, +inf or nothing but -inf, nothing can be drawn")
+
+
+def numbers(u: Sequence[float]) -> np.ndarray:
+    """What tokens are drawn by, as the operator takes it.  ValueError: a number outside [0, 1)."""
+    out = np.array(u, np.float64)
+    bad = out[~((out >= 0) & (out < 1))]
+    if bad.size:
+        raise ValueError(f"u: must be in [0, 1), got {bad[0]}")
+    return out
 
 
 OPTIONS = 4

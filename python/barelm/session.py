@@ -128,12 +128,12 @@ class Session:
         vocab      only the first so many ids may come (default: all)
 
         Returns the tokens (R) int32, their log-probabilities under the model, as logprobs() has them, and under the
-        distributions drawn from, (R) float32.  ValueError: logits are NaN or +inf.  RuntimeError: the last step had
-        another number of rows.
+        distributions drawn from, (R) float32.  ValueError: logits are NaN or +inf, or a number in u.  RuntimeError: the
+        last step had another number of rows.
         """
         V = self.config.vocab_size if vocab is None else vocab
         options = np.array([drawing.options(s or _GREEDY, V) for s in samplings], np.float32)
-        ids, logprobs, sampled = self._core.draw(options.reshape(-1, drawing.OPTIONS), np.array(u, np.float64), V)
+        ids, logprobs, sampled = self._core.draw(options.reshape(-1, drawing.OPTIONS), drawing.numbers(u), V)
         drawing.check(ids[[s is not None for s in samplings]])
         return ids, logprobs, sampled
 
