@@ -189,11 +189,11 @@ def memory_bound(d, s):
     n = s.n_params
     params, m, v, grads = (d.array("float", n) for _ in range(4))
     low, hyper = d.array("bf16", n), d.array("float", HYPER_COUNT, np.full(HYPER_COUNT, 0.5, np.float32))
-    yield "adamw", f"{n}", ("adamw", params, m, v, grads, hyper, 1, n), 28 * n, None
-    yield "weights to bf16", f"{n}", ("held_write", low, params, BF16, 16, n // 16), 6 * n, None
     offsets = np.linspace(0, n, 149).astype(np.int64).view(np.int32)
-    sums = d.array("double", 148)
-    squares = ("square_sums", sums, grads, d.array("int32_t", offsets.size, offsets), 148)
+    tensors, decays = d.array("int32_t", 298, offsets), d.array("int32_t", 148, np.ones(148, np.int32))
+    yield "adamw", f"{n}", ("adamw", params, m, v, low, grads, hyper, tensors, decays, 148, n), 30 * n, None
+    yield "weights to bf16", f"{n}", ("held_write", low, params, BF16, 16, n // 16), 6 * n, None
+    squares = ("square_sums", d.array("double", 148), grads, tensors, 148)
     yield "square sums", f"{n}", squares, 4 * n, None
     rows = min(N, 4096)
     logits = d.array("act", rows * s.Vp)

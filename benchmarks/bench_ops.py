@@ -43,7 +43,7 @@ def large_cases():
         "logprob_backward": [c("large", big=True, N=700, V=50257, Vp=50304, invtemp=1.0, entropy=True)],
         "logprob_forward_backward": [c("large", big=True, N=700, V=50257, Vp=50304, invtemp=1.0, entropy=True)],
         "square_sums": [c("large", big=True, lengths=(68_000_000,))],
-        "adamw": [c("large", big=True, n=10_000_000, step=7, weight_decay=0.1, made=True)],
+        "adamw": [c("large", big=True, lengths=(10_000_000,), step=7, weight_decay=0.1, made=True)],
     }
 
 

@@ -4,11 +4,13 @@
 #include <stdlib.h>
 #include "status.h"
 
+static size_t decays_bytes(const Block *b) { return (size_t)b->n_ranges * sizeof *b->decays; }
+
 /* Each tensor of each layer is one range of the gradient norm, so that a bad one can be named. */
 static Status tensor_ranges(Block *b, char *error) {
     size_t room = (size_t)b->layout.n * (size_t)b->n_layer + 1;
     b->ranges = malloc(room * sizeof *b->ranges);
-    b->decays = malloc(room);
+    b->decays = malloc(room * sizeof *b->decays);
     if (!b->ranges || !b->decays) return failed(error, NO_MEMORY, "table of tensors: no memory");
     int n = 0;
     for (int where = BEFORE; where <= BEHIND; where++)
@@ -16,7 +18,7 @@ static Status tensor_ranges(Block *b, char *error) {
             for (int i = 0; i < b->layout.n; i++) {
                 const Param *p = &b->layout.p[i];
                 if (p->where != where || !p->floats) continue;
-                b->decays[n] = (char)p->decay;
+                b->decays[n] = p->decay;
                 b->ranges[n++] = layout_at(&b->layout, b->weights, i, l) - b->weights;
             }
     b->ranges[n] = b->layout.floats;
@@ -24,6 +26,8 @@ static Status tensor_ranges(Block *b, char *error) {
     size_t bytes = ((size_t)n + 1) * sizeof *b->ranges;
     Status s = allocate(b->ops, error, (void **)&b->device_ranges, (int64_t)bytes, "table of tensors");
     if (!s) b->ops->copy_in(b->device_ranges, b->ranges, bytes);
+    if (!s) s = allocate(b->ops, error, (void **)&b->device_decays, (int64_t)decays_bytes(b), "table of tensors");
+    if (!s) b->ops->copy_in(b->device_decays, b->decays, decays_bytes(b));
     return s;
 }
 
@@ -48,6 +52,7 @@ void block_free(Block *b) {
     if (b->sums) b->ops->free(b->sums, sums_bytes(b));
     if (b->hyper) b->ops->free(b->hyper, HYPER_COUNT * sizeof(float));
     if (b->device_ranges) b->ops->free(b->device_ranges, (size_t)(b->n_ranges + 1) * sizeof *b->ranges);
+    if (b->device_decays) b->ops->free(b->device_decays, decays_bytes(b));
     free(b->ranges);
     free(b->decays);
     *b = (Block){0};
@@ -88,19 +93,11 @@ Status block_moments(Block *b, char *error) {
 
 /* ---- update ------------------------------------------------------------------------------------------------------ */
 
-/* Neighbours that decay alike are updated as one range. */
-static void adamw_all(Block *b) {
-    for (int i = 0, j; i < b->n_ranges; i = j) {
-        for (j = i; j < b->n_ranges && b->decays[j] == b->decays[i];) j++;
-        int64_t at = b->ranges[i], n = b->ranges[j] - at;
-        b->ops->adamw(b->weights + at, b->m + at, b->v + at, b->grads + at, b->hyper, b->decays[i], n);
-    }
-}
-
 void block_update(Block *b) {
     b->ops->square_sums(b->sums, b->grads, b->device_ranges, b->n_ranges);
     b->ops->clip_scale(b->hyper, norm_of(b), block_loss(b), b->sums, b->n_ranges);
-    adamw_all(b);
+    b->ops->adamw(b->weights, b->m, b->v, b->rounded, b->grads, b->hyper, b->device_ranges, b->device_decays,
+                  b->n_ranges, b->layout.floats);
 }
 
 void block_results(const Block *b, double *norm, double *loss) {

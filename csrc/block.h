@@ -10,9 +10,10 @@ typedef struct {
     float *weights, *grads, *m, *v;  /* the moments m and v are one allocation */
     int live;                        /* 0: the content of grads is stale and reads as zero */
     int64_t *ranges, *device_ranges; /* where each tensor of each layer begins, in order of memory; and the end */
-    char *decays;
+    int32_t *decays, *device_decays; /* of each */
     int n_ranges;
-    double *sums; /* squares of each tensor, then their norm, then the loss that the gradients are of */
+    void *rounded; /* the weights in bf16, which every update writes too; or NULL */
+    double *sums;  /* squares of each tensor, then their norm, then the loss that the gradients are of */
     float *hyper;
 } Block;
 

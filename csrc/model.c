@@ -189,6 +189,7 @@ Model *model_create(const Config *c, const Ops *ops, int prec, int held, const u
     Status s = block_create(&m->base, ops, &layout, c->n_layer, m->error);
     const int64_t low = low_bytes(ops, &layout, held);
     if (!s && low) s = allocate(ops, m->error, &m->low, low, "weights in bf16");
+    m->base.rounded = m->low;
     if (!s && c->pos == POS_ROPE) s = rope_tables(c, ops, m->error, &m->cos, &m->sin);
     if (!s && seed) s = initial_weights(m, *seed);
     if (held == PREC_FP32) m->trained = &m->base;
@@ -872,7 +873,6 @@ static void put_hyper(Model *m, const Update *u) {
 static Status update_weights(void *context) {
     Model *m = context;
     block_update(m->trained);
-    if (m->trained == &m->base) round_weights(m);
     return OK;
 }
 

@@ -747,16 +747,20 @@ static void clip_scale(float *hyper, double *norm, const double *loss, const dou
         hyper[HYPER_SCALE] = NAN;
 }
 
-static void adamw(float *weights, float *m, float *v, const float *grads, const float *hyper, int decays, int64_t n) {
-    const float beta1 = hyper[HYPER_BETA1], beta2 = hyper[HYPER_BETA2], decay = decays ? hyper[HYPER_DECAY] : 0.0f;
+static void adamw(float *weights, float *m, float *v, void *rounded, const float *grads, const float *hyper,
+                  const int64_t *offsets, const int32_t *decays, int n, int64_t size) {
+    const float beta1 = hyper[HYPER_BETA1], beta2 = hyper[HYPER_BETA2];
+    (void)size;
     if (isnan(hyper[HYPER_SCALE])) return;
-    for (int64_t i = 0; i < n; i++) {
-        float g = grads[i] * hyper[HYPER_SCALE];
-        m[i] = beta1 * m[i] + (1.0f - beta1) * g;
-        v[i] = beta2 * v[i] + (1.0f - beta2) * g * g;
-        float step = m[i] / hyper[HYPER_C1] / (sqrtf(v[i] / hyper[HYPER_C2]) + hyper[HYPER_EPS]);
-        weights[i] -= hyper[HYPER_LR] * (step + decay * weights[i]);
-    }
+    for (int j = 0; j < n; j++)
+        for (int64_t i = offsets[j]; i < offsets[j + 1]; i++) {
+            float g = grads[i] * hyper[HYPER_SCALE];
+            m[i] = beta1 * m[i] + (1.0f - beta1) * g;
+            v[i] = beta2 * v[i] + (1.0f - beta2) * g * g;
+            float step = m[i] / hyper[HYPER_C1] / (sqrtf(v[i] / hyper[HYPER_C2]) + hyper[HYPER_EPS]);
+            weights[i] -= hyper[HYPER_LR] * (step + (decays[j] ? hyper[HYPER_DECAY] : 0.0f) * weights[i]);
+            if (rounded) held_write((uint16_t *)rounded + i, weights + i, PREC_BF16, 1, 1);
+        }
 }
 
 /* ---- the table ------------------------------------------------------------------------------------------------- */

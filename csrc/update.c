@@ -8,25 +8,31 @@
 
 enum { BLOCK = 16384, CHAINS = 4 };
 
+/* The last of n tensors that begins at or before `at`; so never an empty one. */
+static int tensor_at(const int64_t *offsets, int n, int64_t at) {
+    int low = 0, high = n;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (offsets[middle] <= at) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
 /* ---- square sums: blocks of every tensor in one parallel region, then the blocks of a tensor in order ---- */
 
 typedef struct {
     const float *x;
     const int64_t *offsets;
     int n;
-    int *first;   /* (n + 1) first block of each tensor */
-    double *sums; /* one a block */
+    int64_t *first; /* (n + 1) first block of each tensor */
+    double *sums;   /* one a block */
 } Sums;
 
 static void sum_block(void *context, int block) {
     const Sums *s = context;
-    int j = 0, after = s->n; /* j: the last tensor that begins at or before this block; so never an empty one */
-    while (after - j > 1) {
-        int middle = (j + after) / 2;
-        if (s->first[middle] <= block) j = middle;
-        else after = middle;
-    }
-    const int64_t at = s->offsets[j] + (int64_t)(block - s->first[j]) * BLOCK, left = s->offsets[j + 1] - at;
+    const int j = tensor_at(s->first, s->n, block);
+    const int64_t at = s->offsets[j] + (block - s->first[j]) * BLOCK, left = s->offsets[j + 1] - at;
     const int n = left < BLOCK ? (int)left : BLOCK;
     const float *x = s->x + at;
     vd sum[CHAINS] = {vdset(0.0), vdset(0.0), vdset(0.0), vdset(0.0)};
@@ -41,12 +47,12 @@ static void sum_block(void *context, int block) {
 void CAT(square_sums, ISA)(double *sums, const float *x, const int64_t *offsets, int n) {
     Sums s = {x, offsets, n, scratch(SCRATCH_CALL), NULL};
     s.first[0] = 0;
-    for (int j = 0; j < n; j++) s.first[j + 1] = s.first[j] + (int)((offsets[j + 1] - offsets[j] + BLOCK - 1) / BLOCK);
-    s.sums = (double *)((char *)s.first + ((size_t)n + 16) / 16 * 64);
-    parallel_for(sum_block, &s, s.first[n]);
+    for (int j = 0; j < n; j++) s.first[j + 1] = s.first[j] + (offsets[j + 1] - offsets[j] + BLOCK - 1) / BLOCK;
+    s.sums = (double *)(s.first + n + 1);
+    parallel_for(sum_block, &s, (int)s.first[n]);
     for (int j = 0; j < n; j++) {
         double sum = 0.0;
-        for (int b = s.first[j]; b < s.first[j + 1]; b++) sum += s.sums[b];
+        for (int64_t b = s.first[j]; b < s.first[j + 1]; b++) sum += s.sums[b];
         sums[j] = sum;
     }
 }
@@ -68,40 +74,55 @@ void CAT(clip_scale, ISA)(float *hyper, double *norm, const double *loss, const 
         hyper[HYPER_SCALE] = NAN;
 }
 
-/* ---- AdamW ---- */
+/* ---- AdamW: blocks of all tensors together, cut where a tensor ends ---- */
 
 typedef struct {
     float *weights, *m, *v;
+    uint16_t *rounded;
     const float *grads, *hyper;
-    float decay;
-    int64_t n;
+    const int64_t *offsets;
+    const int32_t *decays;
+    int n;
 } Adam;
 
-static void adamw_block(void *context, int block) {
-    const Adam *a = context;
-    const int64_t at = (int64_t)block * BLOCK;
-    const int n = a->n - at < BLOCK ? (int)(a->n - at) : BLOCK;
+/* Values at .. end - 1, of tensor j. */
+static void adamw_part(const Adam *a, int j, int64_t at, int64_t end) {
     const float *hyper = a->hyper;
     const vf beta1 = vset(hyper[HYPER_BETA1]), rest1 = vset(1.0f - hyper[HYPER_BETA1]);
     const vf beta2 = vset(hyper[HYPER_BETA2]), rest2 = vset(1.0f - hyper[HYPER_BETA2]);
     const vf inv_c1 = vset(1.0f / hyper[HYPER_C1]), inv_c2 = vset(1.0f / hyper[HYPER_C2]);
     const vf scale = vset(hyper[HYPER_SCALE]), eps = vset(hyper[HYPER_EPS]), lr = vset(hyper[HYPER_LR]);
-    const vf decay = vset(a->decay);
-    for (int i = 0; i < n; i += W) {
-        const int k = min_int(W, n - i);
-        float *weights_i = a->weights + at + i, *m_i = a->m + at + i, *v_i = a->v + at + i;
-        vf g = vload(a->grads + at + i, k) * scale;
-        vf m = vfma(beta1, vload(m_i, k), rest1 * g), v = vfma(beta2, vload(v_i, k), rest2 * g * g);
-        vstore(m_i, m, k);
-        vstore(v_i, v, k);
-        vf w = vload(weights_i, k), step = m * inv_c1 / (vsqrt(v * inv_c2) + eps);
-        vstore(weights_i, vnfma(lr, vfma(decay, w, step), w), k);
+    const vf decay = vset(a->decays[j] ? hyper[HYPER_DECAY] : 0.0f);
+    for (int64_t i = at; i < end; i += W) {
+        const int k = end - i < W ? (int)(end - i) : W;
+        vf g = vload(a->grads + i, k) * scale;
+        vf m = vfma(beta1, vload(a->m + i, k), rest1 * g), v = vfma(beta2, vload(a->v + i, k), rest2 * g * g);
+        vstore(a->m + i, m, k);
+        vstore(a->v + i, v, k);
+        vf w = vload(a->weights + i, k), step = m * inv_c1 / (vsqrt(v * inv_c2) + eps);
+        w = vnfma(lr, vfma(decay, w, step), w);
+        vstore(a->weights + i, w, k);
+        if (!a->rounded) continue;
+        uint16_t low[W];
+        vstore_bf16(low, vbf16(w));
+        memcpy(a->rounded + i, low, (size_t)k * sizeof *low);
     }
 }
 
-void CAT(adamw, ISA)(float *weights, float *m, float *v, const float *grads, const float *hyper, int decays,
-                     int64_t n) {
-    Adam a = {weights, m, v, grads, hyper, decays ? hyper[HYPER_DECAY] : 0.0f, n};
+static void adamw_block(void *context, int block) {
+    const Adam *a = context;
+    int64_t at = a->offsets[0] + (int64_t)block * BLOCK, end = at + BLOCK;
+    if (end > a->offsets[a->n]) end = a->offsets[a->n];
+    for (int j = tensor_at(a->offsets, a->n, at); at < end; j++) {
+        const int64_t stop = a->offsets[j + 1] < end ? a->offsets[j + 1] : end;
+        adamw_part(a, j, at, stop);
+        at = stop;
+    }
+}
+
+void CAT(adamw, ISA)(float *weights, float *m, float *v, void *rounded, const float *grads, const float *hyper,
+                     const int64_t *offsets, const int32_t *decays, int n, int64_t size) {
+    Adam a = {weights, m, v, rounded, grads, hyper, offsets, decays, n};
     if (isnan(hyper[HYPER_SCALE])) return;
-    parallel_for(adamw_block, &a, (int)((n + BLOCK - 1) / BLOCK));
+    parallel_for(adamw_block, &a, (int)((size + BLOCK - 1) / BLOCK));
 }

@@ -97,26 +97,40 @@ __global__ void __launch_bounds__(THREADS)
     else hyper[HYPER_SCALE] = most > 0.0 && all > most ? (float)(most / all) : 1.0f;
 }
 
-__global__ void __launch_bounds__(THREADS)
-    adamw(float *weights, float *m, float *v, const float *grads, const float *hyper, int decays, int64_t n) {
-    const int64_t at = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * FLOATS, count = n - at;
+struct Adam {
+    float *weights, *m, *v;
+    bf16 *rounded;
+    const float *grads, *hyper;
+    const int64_t *offsets;
+    const int32_t *decays;
+    int n;
+};
+
+enum { EACH = 8 }; /* values of a thread, of one tensor or of several: 16 bytes in bf16 */
+
+__global__ void __launch_bounds__(THREADS) adamw(Adam a) {
+    const float *hyper = a.hyper;
+    const int64_t at = a.offsets[0] + ((int64_t)blockIdx.x * THREADS + threadIdx.x) * EACH;
+    const int64_t count = a.offsets[a.n] - at;
     if (count <= 0 || isnan(hyper[HYPER_SCALE])) return;
     const float beta1 = hyper[HYPER_BETA1], beta2 = hyper[HYPER_BETA2], lr = hyper[HYPER_LR], eps = hyper[HYPER_EPS];
     const float c1 = hyper[HYPER_C1], c2 = hyper[HYPER_C2], scale = hyper[HYPER_SCALE];
-    const float decay = decays ? hyper[HYPER_DECAY] : 0.0f;
-    Pack<float, FLOATS> w = load<FLOATS>(weights + at, count), m1 = load<FLOATS>(m + at, count);
-    Pack<float, FLOATS> m2 = load<FLOATS>(v + at, count), grad = load<FLOATS>(grads + at, count);
+    int j = tensor_at(a.offsets, a.n, at);
+    Pack<float, EACH> w = load<EACH>(a.weights + at, count), m1 = load<EACH>(a.m + at, count);
+    Pack<float, EACH> m2 = load<EACH>(a.v + at, count), grad = load<EACH>(a.grads + at, count);
 #pragma unroll
-    for (int i = 0; i < FLOATS; i++) {
-        const float g = grad[i] * scale;
+    for (int i = 0; i < EACH; i++) {
+        while (j + 1 < a.n && a.offsets[j + 1] <= at + i) j++;
+        const float decay = a.decays[j] ? hyper[HYPER_DECAY] : 0.0f, g = grad[i] * scale;
         m1.x[i] = beta1 * m1[i] + (1.0f - beta1) * g;
         m2.x[i] = beta2 * m2[i] + (1.0f - beta2) * g * g;
         const float step = m1[i] / c1 / (sqrtf(m2[i] / c2) + eps);
         w.x[i] -= lr * (step + decay * w[i]);
     }
-    store(weights + at, w, count);
-    store(m + at, m1, count);
-    store(v + at, m2, count);
+    store(a.weights + at, w, count);
+    store(a.m + at, m1, count);
+    store(a.v + at, m2, count);
+    if (a.rounded) store(a.rounded + at, w.x, count);
 }
 
 }  // namespace
@@ -136,7 +150,8 @@ void OPERATOR(clip_scale)(float *hyper, double *norm, const double *loss, const 
     launch(Grid(1, THREADS), clip, hyper, norm, loss, sums, n);
 }
 
-void OPERATOR(adamw)(float *weights, float *m, float *v, const float *grads, const float *hyper, int decays,
-                     int64_t n) {
-    launch(Grid(divide_up(n, THREADS * FLOATS), THREADS), adamw, weights, m, v, grads, hyper, decays, n);
+void OPERATOR(adamw)(float *weights, float *m, float *v, void *rounded, const float *grads, const float *hyper,
+                     const int64_t *offsets, const int32_t *decays, int n, int64_t size) {
+    const Adam a = {weights, m, v, (bf16 *)rounded, grads, hyper, offsets, decays, n};
+    launch(Grid(divide_up(size, THREADS * EACH), THREADS), adamw, a);
 }

@@ -278,14 +278,15 @@ CLIP_SCALE = [
     *(case("none is made", n=300, max_norm=1.0, bad=bad) for bad in ("norm_limit", "loss_limit", "norm", "loss")),
 ]
 
-ADAMW = [
-    case("smallest", n=1, step=1, weight_decay=0.1, made=True),
-    case("odd", n=7, step=1, weight_decay=0.0, made=True),
-    case("one past a vector of 8", n=9, step=3, weight_decay=0.1, made=True),
-    case("one past a vector of 16", n=17, step=100, weight_decay=0.1, made=True),
-    case("no update", n=1500, step=1, weight_decay=0.1, made=False),
-    case("several threads", n=100003, step=7, weight_decay=0.1, made=True),
-    case("GPT-2 block", big=True, n=7_087_872, step=7, weight_decay=0.1, made=True),
+ADAMW = [  # lengths of tensors; where there is decay, the second of each two has none
+    case("smallest", lengths=(1,), step=1, weight_decay=0.1, made=True),
+    case("odd", lengths=(7,), step=1, weight_decay=0.0, made=True),
+    case("one past a vector of 8", lengths=(9,), step=3, weight_decay=0.1, made=True),
+    case("one past a vector of 16", lengths=(17,), step=100, weight_decay=0.1, made=True),
+    case("tensors within a vector", lengths=(3, 1, 0, 2, 40, 5, 0), step=2, weight_decay=0.1, made=True),
+    case("no update", lengths=(1300, 200), step=1, weight_decay=0.1, made=False),
+    case("several threads", lengths=(768, 33_000, 66_235), step=7, weight_decay=0.1, made=True),
+    case("GPT-2 block", big=True, lengths=(7_077_888, 9_984), step=7, weight_decay=0.1, made=True),
 ]
 
 CASES = {
@@ -377,5 +378,5 @@ def bytes(op, c):
     if op == "clip_scale":
         return 8 * s.n
     if op == "adamw":
-        return 4 * 7 * s.n
+        return 4 * 7 * sum(s.lengths)
     raise KeyError(op)

@@ -540,7 +540,19 @@ FAULTS = [
         MODEL,
     ),
     Fault("update: clip ignored", "csrc/model.c", "[HYPER_CLIP] = u->clip", "[HYPER_CLIP] = 0 * u->clip", MODEL),
-    Fault("update: biases decay", "csrc/block.c", "b->hyper, b->decays[i], n);", "b->hyper, 1, n);", MODEL),
+    Fault(
+        "adamw: what follows a tensor within a block decays as it does",
+        "csrc/update.c",
+        "adamw_part(a, j, at, stop);",
+        "adamw_part(a, 0, at, stop);",
+    ),
+    Fault(
+        "adamw: a tensor's last values are those of the next",
+        "csrc/update.c",
+        "a->offsets[j + 1] < end ? a->offsets[j + 1] : end;",
+        "end;",
+    ),
+    Fault("update: biases decay", "csrc/block.c", "b->decays[n] = p->decay;", "b->decays[n] = 1;", MODEL),
     Fault(
         "update: gradients not forgotten",
         "csrc/model.c",
@@ -596,7 +608,7 @@ FAULTS = [
     Fault(
         "bf16 weights: not rounded by the update",
         "csrc/model.c",
-        "if (m->trained == &m->base) round_weights(m);",
+        "    m->base.rounded = m->low;\n",
         "",
         DEVICE,
     ),
@@ -1649,6 +1661,13 @@ FAULTS = [
         CUDA,
     ),
     Fault(
+        "cuda adamw: a thread's values decay as its first",
+        "cuda/update.cu",
+        "while (j + 1 < a.n && a.offsets[j + 1] <= at + i) j++;",
+        "",
+        CUDA,
+    ),
+    Fault(
         "cuda adamw: made where none may be",
         "cuda/update.cu",
         " || isnan(hyper[HYPER_SCALE])) return;",
@@ -1714,8 +1733,8 @@ FAULTS = [
     Fault(
         "cuda update: the tail is as long as the rest",
         "cuda/update.cu",
-        "+ threadIdx.x) * FLOATS, count = n - at;",
-        "+ threadIdx.x) * FLOATS, count = n - at < 0 ? 0 : FLOATS;",
+        "const int64_t count = a.offsets[a.n] - at;",
+        "const int64_t count = a.offsets[a.n] - at < 0 ? 0 : EACH;",
         CUDA,
     ),
     Fault(

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import reference
 import test_ops
-from cases import CASES
+from cases import CASES, Case
 from conftest import guarded, prefilled
 from emulated import (
     ACTS,
@@ -234,6 +234,17 @@ def check_int8(cuda, seeds=SEEDS):
             assert_close("out", out, want, tol)
             whole = out if whole is None else whole
             assert same_bits(out, whole) and same_bits(alone[0], whole[-1]), seed
+
+
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("cuda", ["float"], indirect=True)
+def test_an_update_writes_the_weights_in_bf16_too(cuda, rng, made):
+    lengths = (3, 1, 4_000, 71)
+    sizes = dict(lengths=lengths, step=2, weight_decay=0.1, made=made)
+    call, rounded = test_ops.adamw(rng, Case("", False, sizes)), np.full(sum(lengths), 7, np.uint16)
+    out = {name: filled(*spec) for name, spec in call.outputs.items()}
+    run_into(cuda, call, rounded=rounded, **out)
+    assert (rounded == (to_bf16(out["weights"]) if made else 7)).all()
 
 
 @pytest.mark.parametrize("cuda", ACTS, indirect=True)

@@ -24,7 +24,7 @@ import pytest
 import reference
 from barelm import _core
 from barelm._core import ops
-from cases import CASES, SAMPLE_OPTIONS, make_starts
+from cases import CASES, SAMPLE_OPTIONS, Case, make_starts
 from conftest import guarded, prefilled
 
 EPS = float(np.finfo(np.float32).eps)
@@ -1017,13 +1017,15 @@ def clip_scale(rng, c):
 
 @operator
 def adamw(rng, c):
-    weights, m, grads = normal(rng, c.n), normal(rng, c.n, scale=0.1), normal(rng, c.n)
-    v = np.square(normal(rng, c.n, scale=0.3))
+    n, offsets = sum(c.lengths), np.cumsum([0, *c.lengths]).astype(np.int64)
+    weights, m, grads = normal(rng, n), normal(rng, n, scale=0.1), normal(rng, n)
+    v = np.square(normal(rng, n, scale=0.3))
     grads[:1], m[:1], v[:1] = 0, 0, 0  # the root of 0 and eps alone below the line
     lr, beta1, beta2, eps, scale = (float(np.float32(a)) for a in (3e-3, 0.9, 0.95, 1e-8, 0.4 if c.made else np.nan))
-    decay = float(np.float32(c.weight_decay))
-    hyper = hyper_of(lr=lr, beta1=beta1, beta2=beta2, eps=eps, scale=scale, decay=decay or 0.3)
+    decays = (np.arange(len(c.lengths)) % 2 == 0).astype(np.int32) * (c.weight_decay > 0)
+    hyper = hyper_of(lr=lr, beta1=beta1, beta2=beta2, eps=eps, scale=scale, decay=c.weight_decay or 0.3)
     hyper[HYPER.index("c1")], hyper[HYPER.index("c2")] = 1 - beta1**c.step, 1 - beta2**c.step
+    decay = np.repeat(decays * float(np.float32(c.weight_decay)), c.lengths)
 
     def want():
         w64, m64, v64, g64 = f64(weights, m, v, grads)
@@ -1044,14 +1046,15 @@ def adamw(rng, c):
             weights=Out(weights, "in place"),
             m=Out(m, "in place"),
             v=Out(v, "in place"),
+            rounded=None,
             grads=grads,
             hyper=hyper,
-            decays=int(decay > 0),
-            n=c.n,
+            offsets=offsets,
+            decays=decays.astype(np.int32),
+            n=len(c.lengths),
+            size=n,
         ),
         want,
-        batch="n",
-        batched=("weights", "m", "v", "grads"),
     )
 
 
@@ -1105,7 +1108,7 @@ def every_case(keep=lambda op, c: not c.big):
 
 
 def has_rows(op, c):
-    return not c.big and op not in ("square_sums", "loss_add", "clip_scale", "lora_spread", "lora_gather")
+    return not c.big and op not in ("square_sums", "loss_add", "clip_scale", "adamw", "lora_spread", "lora_gather")
 
 
 def may_share(op, c):
@@ -1399,5 +1402,22 @@ def test_an_update_is_made_or_not(backend, name, total, loss, limits, made):
     assert scale == 0.5 if made else np.isnan(scale)
     hyper[-1] = scale
     arrays = [np.full(37, 0.5, np.float32) for _ in range(4)]
-    ops.adamw(backend, *arrays, hyper, 1, 37)
+    weights, m, v, grads = arrays
+    offsets, decays = np.array([0, 37], np.int64), np.ones(1, np.int32)
+    ops.adamw(backend, weights, m, v, None, grads, hyper, offsets, decays, 1, 37)
     assert all((a == 0.5).all() for a in arrays[:3]) != made
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_an_update_writes_the_weights_in_bf16_too(backend, rng, made, threads):
+    """The bits of held_write; and nothing where there is no update."""
+    lengths = (3, 1, 40_000, 70)
+    call, size = adamw(rng, Case("", False, dict(lengths=lengths, step=2, weight_decay=0.1, made=made))), sum(lengths)
+    for n in 1, 3:
+        _core.threads_set(n)
+        rounded, want = guarded(np.full(size // 2, 7, np.float32)), np.full(size // 2, 7, np.float32)
+        arrays = {name: filled(*spec) for name, spec in call.outputs.items()}
+        call(backend, rounded=rounded, **arrays)
+        if made:
+            ops.held_write(backend, want, arrays["weights"], HELD["bf16"], size, 1)
+        assert same_bits(rounded, want)

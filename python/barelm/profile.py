@@ -143,5 +143,5 @@ _BYTES = {
     "logprob_forward": lambda N, V, Vp: 4.0 * N * V,
     "logprob_backward": lambda N, V, Vp: 8.0 * N * V,
     "logprob_forward_backward": lambda N, V, Vp: 8.0 * N * V,
-    "adamw": lambda n, **_: 28.0 * n,
+    "adamw": lambda size, **_: 28.0 * size,
 }
