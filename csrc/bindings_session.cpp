@@ -108,8 +108,9 @@ class PySession {
         return n;
     }
 
-    // tokens: the chunks of all rows, one behind the other
-    void step(const std::vector<int64_t> &rows, const std::vector<int> &counts, const Ids &tokens) {
+    // tokens: the chunks of all rows, one behind the other.  The logits, or none where they are not to be read: with
+    // the step in one piece, for another thread's step may follow.
+    Floats step(const std::vector<int64_t> &rows, const std::vector<int> &counts, const Ids &tokens, bool read) {
         const Config &c = config_;
         const int32_t *ids = tokens.data();
         int64_t at = 0, R = (int64_t)rows.size();
@@ -121,6 +122,8 @@ class PySession {
                     throw py::value_error(chunk + ": value " + str(ids[at]) + " at [" + str(k) + "] is outside [0, " +
                                           str(c.vocab_size) + ")");
         }
+        Floats logits({read ? R : 0, (int64_t)c.vocab_size});
+        float *p = logits.mutable_data();
         run([&] {
             std::vector<int> slots = slots_of(rows);
             if (missing()) throw std::runtime_error("the session has not got all of its weights yet");
@@ -132,8 +135,10 @@ class PySession {
                                           " tokens behind a row of " + str(length) +
                                           " are more than the model's context of " + str(c.context));
             }
-            return session_step(session_, slots.data(), counts.data(), ids, (int)R);
+            Status s = session_step(session_, slots.data(), counts.data(), ids, (int)R);
+            return s || !read ? s : session_logits(session_, p, (int)R);
         });
+        return logits;
     }
 
     Floats logits() {
@@ -272,7 +277,7 @@ void bind_session(py::module_ &m) {
         .def("free", &PySession::free, py::arg("row"))
         .def("length", &PySession::length, py::arg("row"))
         .def("pages_needed", &PySession::pages_needed, py::arg("rows"), py::arg("counts"))
-        .def("step", &PySession::step, py::arg("rows"), py::arg("counts"), py::arg("tokens"))
+        .def("step", &PySession::step, py::arg("rows"), py::arg("counts"), py::arg("tokens"), py::arg("read") = true)
         .def("logits", &PySession::logits)
         .def("draw", &PySession::draw, py::arg("options"), py::arg("u"), py::arg("vocab"))
         .def("logprobs", &PySession::logprobs, py::arg("tokens"), py::arg("temperature"))

@@ -155,6 +155,25 @@ def test_every_backend(backend, precision, monkeypatch):
         assert_same_bits(logits, full_logits(model, tokens))
 
 
+def test_steps_of_several_threads_have_the_logits_of_their_own_rows(model):
+    session, wrong = Session(model, 1000), []
+
+    def go_on(first):
+        row, tokens = session.add(), [first]
+        for token in ids(60, first):
+            (logits,) = session.step([row], [tokens[-1:]])
+            if not np.array_equal(logits, full_logits(model, tokens)):
+                wrong.append((first, len(tokens)))
+            tokens.append(token)
+
+    working = [threading.Thread(target=go_on, args=(first,)) for first in (3, 4, 5)]
+    for thread in working:
+        thread.start()
+    for thread in working:
+        thread.join()
+    assert not wrong
+
+
 def test_the_logprobs_of_a_step_at_another_temperature(model):
     session = Session(model, 100)
     row, tokens = session.add(), ids(9)

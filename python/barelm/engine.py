@@ -410,15 +410,15 @@ class Engine:
         self, rows: list[tuple[int, Row]], logits: np.ndarray | None, n: int
     ) -> list[tuple[int, float, list[float]]]:
         """(id, sampled_logprob, [logprob] or nothing where it is not known) of each row."""
-        drawn = self._draw_in_session([(slot, row) for slot, row in rows if not (row._forced or row._penalised)], n)
+        free = [(slot, row) for slot, row in rows if not row._forced]
+        drawn = self._draw_in_session([(slot, row) for slot, row in free if not row._penalised], n)
+        drawn_here = _draw_penalised([(slot, row) for slot, row in free if row._penalised], logits)
         chosen: list[tuple[int, float, list[float]]] = []
-        for slot, row in rows:
+        for _, row in rows:
             if row._forced:
                 chosen.append((row._forced[0], 0.0, []))
             elif row._penalised:
-                assert logits is not None
-                ids, sampled = draw([row._next_logits(logits[slot])], [row.sampling], [row._uniform()])
-                chosen.append((int(ids[0]), float(sampled[0]), []))
+                chosen.append((*next(drawn_here), []))
             else:
                 id, logprob, sampled_logprob = next(drawn)
                 chosen.append((id, sampled_logprob, [logprob]))
@@ -466,6 +466,18 @@ class Engine:
         self._lanes = [other for other in self._lanes if other is not lane] + parts
         if not kept:
             self.session.free(lane.id)
+
+
+def _draw_penalised(rows: list[tuple[int, Row]], logits: np.ndarray | None) -> Iterator[tuple[int, float]]:
+    """(id, sampled_logprob) of each row, from logits of its slot that its penalty has changed."""
+    if logits is None or not rows:
+        return iter(())
+    ids, sampled = draw(
+        [row._next_logits(logits[slot]) for slot, row in rows],
+        [row.sampling for _, row in rows],
+        [row._uniform() for _, row in rows],
+    )
+    return iter(zip(ids.tolist(), sampled.tolist(), strict=True))
 
 
 def _turns(slots: Sequence[int], n: int) -> Iterator[list[int | None]]:

@@ -95,9 +95,8 @@ class Session:
         return self._core.pages_needed(rows, counts)
 
     def step(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> np.ndarray:
-        """advance(), and the logits."""
-        self.advance(rows, chunks)
-        return self.logits()
+        """advance(), and the logits (len(rows), V) float32 behind each row's last token, with no other step between."""
+        return self._step(rows, chunks, read=True)
 
     def advance(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
         """Append to each row its chunk of at least one token id, all in one pass over the weights.
@@ -108,11 +107,14 @@ class Session:
         begin a new one.  ValueError: a token out of range, an empty chunk, a row given twice, or longer than the
         model's context.  After any of them every row is as it was.
         """
+        self._step(rows, chunks, read=False)
+
+    def _step(self, rows: Sequence[int], chunks: Sequence[Sequence[int]], read: bool) -> np.ndarray:
         if len(rows) != len(chunks):
             raise ValueError(f"chunks: there are {len(chunks)}, rows has {len(rows)}")
         ids = [_ids(chunk, f"chunks[{i}]") for i, chunk in enumerate(chunks)]
         flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
-        self._core.step(rows, [len(chunk) for chunk in ids], flat)
+        return self._core.step(rows, [len(chunk) for chunk in ids], flat, read)
 
     def logits(self) -> np.ndarray:
         """Logits (R, V) float32 behind the last token of each row of the last step; no rows where there was none."""
