@@ -37,6 +37,8 @@ WORDS = (
     b'"\\ud800"',
     b"NaN",
     b"1.5",
+    b'"' + b"\x7f" * 400 + b'"',
+    b"9" * 4000,
 )
 MEMORY = 1 << 30  # bytes that the process may take on top of what it has at the beginning
 

@@ -3,8 +3,12 @@
 fuzz_readers.py does the same by the million.
 """
 
+import json
+
+import numpy as np
 import pytest
-from formats import NAMES
+from barelm.convert import gguf_file
+from formats import NAMES, dumped, rewritten_gguf
 from fuzz_readers import Fuzzer, mutated, peak_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -66,3 +70,50 @@ def test_long_texts_are_refused_in_few_words(fuzzer, what):
     name, old, new = LONG[what]
     assert old in fuzzer.valid[name]
     assert fuzzer.attempt(name, fuzzer.valid[name].replace(old, new)) == "refused"
+
+
+ENDLESS = {"a text": "\x7f" * 400, "a number": 10**4000, "a list": ["\x7f"] * 400, "an object": {"\x7f" * 400: 1}}
+
+
+def with_each_replaced(value, new):
+    """What is in a description, again and again with another value, or another name, in one place of it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            others = {k: v for k, v in value.items() if k != key}
+            yield from ({**others, key: changed} for changed in with_each_replaced(inner, new))
+            if isinstance(new, str):
+                yield {**others, new: inner}
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from ([*value[:i], changed, *value[i + 1 :]] for changed in with_each_replaced(inner, new))
+    yield new
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+@pytest.mark.parametrize(
+    "name", ["index", "config.json", "adapter_config.json", "tokenizer.json", "tokenizer.json: BPE"]
+)
+def test_whatever_is_endless_is_refused_in_few_words(fuzzer, name, what):
+    described = json.loads(fuzzer.valid[name])
+    changed = list(with_each_replaced(described, ENDLESS[what]))
+    results = [fuzzer.attempt(name, dumped(other)) for other in changed[:: max(1, len(changed) // 150)]]
+    assert "refused" in results
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ".gguf" in name])
+def test_endless_values_of_gguf_are_refused_in_few_words(fuzzer, name):
+    values = gguf_file.read(fuzzer.files[name]).values
+    results = [
+        fuzzer.attempt(name, rewritten_gguf(fuzzer.files[name], {key: new}))
+        for new in ("\x7f" * 400, ["\x7f" * 400] * 2, np.full(400, 1.5))
+        for key in values
+    ]
+    assert "refused" in results
+
+
+def test_a_warning_quotes_in_few_words(fuzzer):
+    described = json.loads(fuzzer.valid["config.json"]) | {"\x1b" * 900 + "_pdrop": 0.5}
+    with pytest.warns(UserWarning, match="there is no dropout") as told:
+        assert fuzzer.attempt("config.json", dumped(described)) == "read"
+    says = str(told[0].message)
+    assert len(says) < 600 and says.isprintable()

@@ -198,6 +198,7 @@ def test_an_update_never_makes_weights_that_are_not_finite(options):
         (lambda m: m.update(lr=0.1, betas=0.5), "betas"),
         (lambda m: setattr(m, "step", 2**63), "step"),
         (lambda m: setattr(m, "step", 1.5), "step"),
+        (lambda m: m.update(lr=10**400), "lr"),
         (lambda _: Config(norm_eps="small"), "norm_eps"),
         (lambda _: Config(rope_theta=None), "rope_theta"),
         (lambda _: Config(rope_scaling=5), "rope_scaling"),
@@ -231,8 +232,8 @@ BAD_FIELDS = [
     *(("act", value) for value in ("relu", None, "GELU_TANH")),
     *(("pos", value) for value in ("alibi", None, 1)),
     *((name, value) for name in ("bias", "tied") for value in (1, 0, None, "yes")),
-    *(("norm_eps", value) for value in (0, -1e-5, 1, np.nan, np.inf)),
-    *(("rope_theta", value) for value in (0, -1.0, np.nan, np.inf)),
+    *(("norm_eps", value) for value in (0, -1e-5, 1, np.nan, np.inf, 10**400)),
+    *(("rope_theta", value) for value in (0, -1.0, np.nan, np.inf, 10**400)),
     ("rope_scaling", {}),
     *(("rope_scaling", {k: v for k, v in SCALING.items() if k != missing}) for missing in SCALING),
     *(

@@ -506,6 +506,7 @@ def test_fields_that_cannot_be_are_named():
         (dict(rank=1 << 17), "rank: is 131072"),
         (dict(alpha=0), "alpha: is 0"),
         (dict(alpha=float("nan")), "alpha: is nan"),
+        (dict(alpha=10**400), "alpha: is 1000"),
         (dict(targets=()), r"targets: is \(\)"),
         (dict(targets=("",)), "targets"),
         (dict(rslora=1), "rslora: is 1"),

@@ -36,7 +36,7 @@ class Lora:
         if type(self.rank) is not int or not 1 <= self.rank <= 65536:
             raise ValueError(f"rank: is {self.rank!r}, must be a whole number in [1, 65536]")
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not number or not math.isfinite(self.alpha) or not 0 < abs(self.alpha) < 1e30:
+        if not number or not 0 < abs(self.alpha) < 1e30:
             raise ValueError(f"alpha: is {self.alpha!r}, must be a number that is not 0")
         if type(self.rslora) is not bool:
             raise ValueError(f"rslora: is {self.rslora!r}, must be True or False")

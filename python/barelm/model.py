@@ -458,5 +458,10 @@ def _is_int(x) -> bool:
 
 
 def _is_number(x, finite: bool = True) -> bool:
-    good = isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
-    return good and (not finite or bool(np.isfinite(x)))
+    """Whether x is a number that a double holds."""
+    if not isinstance(x, (int, float, np.integer, np.floating)) or isinstance(x, bool):
+        return False
+    try:
+        return math.isfinite(float(x)) or not finite
+    except OverflowError:  # an int of hundreds of digits
+        return False

@@ -475,7 +475,9 @@ def _read(path: str | os.PathLike) -> str:
 
 
 def legible(text: str) -> str:
-    """For messages that quote a file, which may hold anything: without characters that a terminal would obey."""
+    """For messages that quote a file, which may hold anything: without characters that a terminal would obey, and what
+    fills the screen without its middle, so that the place and what it must be remain."""
+    text = text if len(text) <= 500 else f"{text[:300]} ... {text[-190:]}"
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 

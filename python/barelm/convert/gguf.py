@@ -274,7 +274,7 @@ def _tokenizer(header: Header) -> Tokenizer | None:
     except CheckpointError:
         raise
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{header.path}: {str(error)[:300]}") from None
+        raise CheckpointError(f"{header.path}: {error}") from None
 
 
 def _array(values: _Values, name: str) -> Array:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 
 from ..model import Config
+from ..tokenizer import legible
 
 _ACTS = {"gelu_tanh": "gelu_new", "gelu_erf": "gelu"}
 _ACTS_IN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu_erf"}
@@ -92,7 +93,7 @@ def config_to_hf(c: Config) -> dict:
 def _no_dropout(h: Mapping):
     lost = {k: v for k, v in h.items() if (k.endswith("_pdrop") or k == "attention_dropout") and v}
     if lost:
-        warnings.warn(f"config.json: {', '.join(sorted(lost))} ignored: there is no dropout", stacklevel=2)
+        warnings.warn(legible(f"config.json: {', '.join(sorted(lost))} ignored: there is no dropout"), stacklevel=2)
 
 
 def _act(name: str) -> str:

@@ -139,7 +139,7 @@ def read_tokenizer(path: Path) -> SentencePiece:
         try:
             return SentencePiece(pieces, scores, kinds, begin=1)
         except ValueError as error:
-            raise file.error(str(error)[:300]) from None
+            raise file.error(str(error)) from None
 
 
 def _piece(id: int, text: str) -> tuple[str, int]:

@@ -40,7 +40,7 @@ PART = 1 << 20  # values that are read at a time
 class CheckpointError(ValueError):
     """A file of weights that cannot be used; the message names the file and what is wrong with it.
 
-    What it quotes of a file may be anything: characters that a terminal would obey are left out.
+    What it quotes of a file may be anything, and is made legible.
     """
 
     def __init__(self, message: str):
