@@ -57,12 +57,13 @@ ALL = tuple(
         "emulate_sm90",
         "cuda_sm90",
         "cuda_attention_sm90",
+        "ends",
     )
 )
 (OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD) = ALL[:9]
 (TRAIN, TRUST, NGRAM, LOOP, DRAWS, SESSION, PACKED, LOAD, ENGINE) = ALL[9:18]
 (FOLDERS, PIECES, FORMATS, FUZZ, IMPORT, HELD, LORA, INIT, CUDA, EMULATE, CUDA_ATTENTION, DEVICE) = ALL[18:30]
-(EMULATE_SM90, SM90, ATTENTION_SM90) = ALL[30:]
+(EMULATE_SM90, SM90, ATTENTION_SM90, ENDS) = ALL[30:]
 
 
 @dataclass
@@ -844,6 +845,41 @@ FAULTS = [
         "return float(str(np.float32(number)))",
         "return float(number)",
         FORMATS,
+    ),
+    Fault(
+        "config.json says where texts end, whatever generation_config.json says",
+        "python/barelm/convert/generation.py",
+        'for path in (folder / FILE, folder / "config.json"):',
+        'for path in (folder / "config.json", folder / FILE):',
+        ENDS,
+    ),
+    Fault(
+        "any token that a file names ends a text",
+        "python/barelm/tokenizer.py",
+        "frozenset(ids) & frozenset(self.special.values())",
+        "frozenset(ids)",
+        ENDS,
+    ),
+    Fault(
+        "only the first end is written beside a model",
+        "python/barelm/convert/generation.py",
+        "ends if len(ends) > 1 else ends[0]",
+        "ends[0]",
+        ENDS,
+    ),
+    Fault(
+        "the end of a message is written as that of a turn",
+        "python/barelm/convert/gguf.py",
+        'key=lambda id: (b"eom" in tok.token_bytes(id), id)',
+        "key=lambda id: id",
+        ENDS,
+    ),
+    Fault(
+        "a resumed run forgets where its texts end",
+        "python/barelm/train.py",
+        "dataset.tok.end_at(tok.ends)\n",
+        "\n",
+        ENDS,
     ),
     Fault(
         "gguf: GPT-2's linear layers not transposed",

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 from barelm import Config, Lora, Model, Tokenizer, checkpoint
-from barelm.convert import gguf, gguf_file, llmc, peft
+from barelm.convert import generation, gguf, gguf_file, llmc, peft
 from barelm.convert import safetensors_file as st
 from barelm.convert.recognise import open_source
 from barelm.convert.source import CheckpointError, Source
@@ -82,7 +82,7 @@ def write_gguf_vocabulary(tok, path):
 
 NAMES = ["gpt2.gguf", "llama.gguf", "llm.c.bin", "llama2.c.bin", "tokenizer.bin", "vocabulary.gguf"]
 NAMES += ["vocabulary.gguf: BPE", "tokenizer.json", "tokenizer.json: BPE", "model.safetensors", "index", "config.json"]
-NAMES += ["adapter", "adapter_config.json"]
+NAMES += ["adapter", "adapter_config.json", generation.FILE]
 
 
 def make_all(folder):
@@ -90,7 +90,8 @@ def make_all(folder):
     longer than all else."""
     gpt2, llama = Model(Config(**GPT2)), Model(Config(**LLAMA, rope_scaling=SCALING))
     untied = Model(Config(**LLAMA | dict(tied=False)))
-    bpe = Tokenizer.train(["abab ab " * 9], 260)
+    bpe = Tokenizer.train(["abab ab " * 9], 261, special=["<|endoftext|>", "<|eot_id|>"])
+    bpe.end_at([260])
     gguf.write(Source.of_model(gpt2), folder / "gpt2.gguf", "F32")
     gguf.write(Source.of_model(llama), folder / "llama.gguf", "BF16")
     write_gguf_vocabulary(small_pieces(), folder / "pieces" / "vocabulary.gguf")
@@ -99,7 +100,8 @@ def make_all(folder):
     write_llama2c(untied, folder / "llama2.c.bin")
     write_llama2c_tokenizer(small_pieces(), folder / "tokenizer.bin")
     small_pieces().save(folder / "pieces")
-    bpe.save(folder / "bpe")
+    for name, content in generation.files_of(bpe).items():
+        (folder / "bpe" / name).write_bytes(content)
     for name, size in (("single", 5000), ("sharded", 1000)):
         checkpoint.write(Source.of_model(llama), folder / name, "BF16", shard_size=size)
         (folder / name / "state.json").unlink()  # whose checksums would find every change
@@ -115,6 +117,7 @@ def make_all(folder):
         "config.json": folder / "single" / "config.json",
         "adapter": adapter / "adapter_model.safetensors",
         "adapter_config.json": adapter / "adapter_config.json",
+        generation.FILE: folder / "bpe" / generation.FILE,
     }
 
 
@@ -124,6 +127,7 @@ READERS = {  # of files that are read together with others
     "config.json": lambda path: checkpoint.Weights(path.parent),
     "adapter": lambda path: peft.read(path.parent, ADAPTED),
     "adapter_config.json": lambda path: (checkpoint.base_of(path.parent), peft.read(path.parent, ADAPTED)),
+    generation.FILE: lambda path: generation.read_ends(path.parent),
 }
 
 
@@ -134,6 +138,8 @@ def read(name, path, thorough=True):
         tok = Tokenizer.load(path)
         if thorough:
             tok.encode("ab é <s>")
+    elif thorough and name == generation.FILE:
+        Tokenizer.load(path.parent)
     elif thorough:
         read_all(open_source(path.parent if name in READERS else path))
     else:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_ends
 from barelm import Config, Model, Tokenizer, checkpoint, generate
-from barelm.convert import gguf, llama2c
+from barelm.convert import generation, gguf, llama2c
 from barelm.convert.numbers import from_float32, to_float32
 from barelm.convert.recognise import open_source
 from barelm.convert.source import Source
@@ -61,7 +62,7 @@ def stories(test_data, tmp_path):
     """(a folder with stories260K, its tokenizer)"""
     tok = Tokenizer.load(test_data / "ckpt" / "tok512.bin")
     source = llama2c.read(test_data / "ckpt" / "stories260K.bin")
-    checkpoint.write(source, tmp_path / "stories", files={"tokenizer.json": tok.to_json().encode()})
+    checkpoint.write(source, tmp_path / "stories", files=generation.files_of(tok))
     return tmp_path / "stories", tok
 
 
@@ -223,6 +224,19 @@ def test_transformers_opens_the_imported_folder_as_it_is(stories):
         ids = twin.generate(theirs(prompt, return_tensors="pt").input_ids, do_sample=False, max_new_tokens=40)
         text = "".join(generate(Model.load(folder), tok, prompt, temperature=0, max_tokens=40))
         assert theirs.decode(ids[0], skip_special_tokens=True) == prompt + text
+
+
+@pytest.mark.parametrize("end", [test_ends.EOT, test_ends.BEGIN, test_ends.TURN, test_ends.EOM])
+def test_transformers_ends_a_text_where_we_do(end, tmp_path):
+    tok = test_ends.vocabulary()
+    model = test_ends.writes_only(test_ends.a_model(tok), end)
+    checkpoint.write(Source.of_model(model), tmp_path, files=generation.files_of(tok))
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = twin.generate(torch.tensor([tok.encode_prompt("ab")]), do_sample=False, max_new_tokens=5)
+    assert ids.tolist() == [[*tok.encode_prompt("ab"), end]]
+    twin.save_pretrained(tmp_path / "b")
+    tok.save(tmp_path / "b")
+    assert Tokenizer.load(tmp_path / "b").ends == tok.ends
 
 
 def test_transformers_opens_shards_and_bf16(model, tmp_path):

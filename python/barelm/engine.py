@@ -28,7 +28,7 @@ def generate(model, tok, prompt: "str | bytes | Sequence[int]" = "", *, row: int
     row       samples of one seed with other rows are independent, and each is the same whatever runs beside it
     sampling  the fields of Sampling: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop ...
 
-    Ends after max_tokens, at the end-of-text token, bos or one of stop_ids, or before the first of the `stop` strings.
+    Ends after max_tokens, at one of the tokenizer's `ends` or of stop_ids, or before the first of the `stop` strings.
     Of a prompt longer than the context its last `context` tokens are read.  Where the context is full the text goes on
     from its last context // 2 tokens, read anew as a prompt: one reading every context / 2 tokens, instead of one a
     token.

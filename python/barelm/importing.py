@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from . import checkpoint
+from .convert import generation
 from .convert.recognise import open_source
 from .convert.source import Source
 from .report import Bar, console, count, duration, printable
@@ -94,7 +95,7 @@ class Written(Bar):
 
 def tokenizer_files(source: Source) -> dict[str, bytes]:
     """What a checkpoint's folder holds beside the model."""
-    return {} if source.tokenizer is None else {"tokenizer.json": source.tokenizer.to_json().encode()}
+    return {} if source.tokenizer is None else generation.files_of(source.tokenizer)
 
 
 # ---- what is told ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from . import checkpoint
+from .convert import generation
 from .convert.recognise import open_source
 from .convert.source import Source
 from .files import digest_of
@@ -93,7 +94,7 @@ def save(folder: Path, model: Model, tok: Tokenizer, step: int, state: dict, log
             model,
             path,
             state={"train": state | {"step": step, "log": log.mark()}},
-            files={"tokenizer.json": tok.to_json().encode()},
+            files=generation.files_of(tok),
         )
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error}); {last_good(folder)}") from error

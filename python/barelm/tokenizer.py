@@ -71,7 +71,7 @@ class Tokenizer:
     bos        the id that begins every document of training text: eot, or a token that the vocabulary has for it
     adds_bos   whether a text to be continued begins with it too: as the vocabulary's file says, for GPT-2 and for what
                is trained here not
-    ends       the ids at which a text ends, eot and bos
+    ends       the ids at which a text ends: eot, bos, and those that a model's files name besides
     special    {text: id} of the special tokens
     pattern    the regular expression that cuts text into pieces
     """
@@ -166,7 +166,7 @@ class Tokenizer:
         if lines and lines[0].startswith("#version"):
             lines = lines[1:]
         merges = [line.rstrip("\r") for line in lines if line.strip("\r\n ")]
-        vocab = _json(encoder_json)
+        vocab = read_json(encoder_json)
         try:
             special = {text: vocab.pop(text) for text in (EOT,) if text in vocab}
             return build(vocab, merges, special, GPT2_PATTERN)
@@ -187,22 +187,18 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
         """From a tokenizer.json, a GGUF file, a rank file of Llama-3 (its name ends in .model or .tiktoken), llama2.c's
-        tokenizer (.bin), or a folder that holds tokenizer.json, tokenizer.model, or vocab.bpe and encoder.json.
+        tokenizer (.bin), or a folder that holds tokenizer.json, tokenizer.model, or vocab.bpe and encoder.json.  Where
+        texts end, a model's folder says besides (generation_config.json, or config.json).
 
         A SentencePiece vocabulary comes as SentencePiece, which is used as any other.
         """
         path = Path(path)
         if path.is_dir():
-            if (path / "tokenizer.json").exists():
-                path = path / "tokenizer.json"
-            elif (path / "vocab.bpe").exists() and (path / "encoder.json").exists():
-                return cls.gpt2(path / "vocab.bpe", path / "encoder.json")
-            elif (path / "tokenizer.model").exists():
-                path = path / "tokenizer.model"
-            else:
-                raise FileNotFoundError(
-                    f"{path}: no tokenizer.json, nor vocab.bpe with encoder.json, nor tokenizer.model, in this folder"
-                )
+            from .convert import generation
+
+            tok = cls._of_folder(path)
+            tok.end_at(generation.read_ends(path))
+            return tok
         if path.suffix in RANK_FILES:
             return cls.llama3(path)
         if _begins_with(path, b"GGUF"):
@@ -214,10 +210,27 @@ class Tokenizer:
 
             return llama2c.read_tokenizer(path)
         try:
-            return _from_huggingface(_json(path))
+            return _from_huggingface(read_json(path))
         except ValueError as error:
             says = str(error)
             raise ValueError(legible(says if str(path) in says else f"{path}: {says}")) from None
+
+    @classmethod
+    def _of_folder(cls, folder: Path) -> "Tokenizer":
+        if (folder / "tokenizer.json").exists():
+            return cls.load(folder / "tokenizer.json")
+        if (folder / "vocab.bpe").exists() and (folder / "encoder.json").exists():
+            return cls.gpt2(folder / "vocab.bpe", folder / "encoder.json")
+        if (folder / "tokenizer.model").exists():
+            return cls.load(folder / "tokenizer.model")
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer.json, nor vocab.bpe with encoder.json, nor tokenizer.model, in this folder"
+        )
+
+    def end_at(self, ids: Iterable[int]) -> None:
+        """Have texts end at these tokens too.  Those that are not special are passed over: many a config.json says 2
+        because its writer's default is a Llama's, where that is </s>."""
+        self.ends |= frozenset(ids) & frozenset(self.special.values())
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `tokenizer.json` in the form that Hugging Face's `tokenizers` loads; returns its path."""
@@ -489,7 +502,8 @@ def _begins_with(path: Path, magic: "bytes") -> bool:
         return False  # whoever reads it says what is wrong
 
 
-def _json(path: str | os.PathLike) -> dict:
+def read_json(path: str | os.PathLike) -> dict:
+    """A file that holds a JSON object.  ValueError names it."""
     try:
         value = json.loads(_read(path))
     except json.JSONDecodeError as error:

@@ -157,6 +157,7 @@ def _start(config: TrainConfig, screen) -> Run:
         split = dict(val_fraction=config.val_fraction, seed=config.seed)
         with Reading(screen) as reading:
             dataset = write_dataset(documents, tok, folder / OWN_DATA, **split, progress=reading)
+    dataset.tok.end_at(tok.ends if tok else ())  # of which a dataset says nothing
     return _begin(config, folder, dataset, source)
 
 
@@ -224,8 +225,11 @@ def _resume(config: TrainConfig, screen) -> Run:
     found = runs.load_newest(folder, dataset.identity, say, **options)
     if found is None:
         say(f"resumed   {folder}: it has no checkpoint yet, it begins again")
-        return _begin(merged, folder, dataset, runs.open_model(merged.init) if merged.init else None, init)
-    model, _, state, path = found
+        source = runs.open_model(merged.init) if merged.init else None
+        dataset.tok.end_at(source.tokenizer.ends if source and source.tokenizer else ())
+        return _begin(merged, folder, dataset, source, init)
+    model, tok, state, path = found
+    dataset.tok.end_at(tok.ends)
     if model.adapter and init:
         initial.check_unchanged(initial.begun_with(model.source, model), init)
     run = _open(merged, folder, model, dataset, state, init)

@@ -57,6 +57,7 @@ TRANSPOSED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")  # of gpt2
 ROPE = "rope_freqs.weight"
 OWN_SCALING = "barelm.rope_scaling."  # the numbers that ROPE's follow from, in files that we write
 LLAMA3_SCALING = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of a text, of a turn, of a message
 REFUSED = (  # values of models that compute something else
     *("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attention.clamp_kqv"),
     *("rope.scale_linear", "rope.scaling.factor", "attention.sliding_window", "expert_count"),
@@ -265,12 +266,9 @@ def _tokenizer(header: Header) -> Tokenizer | None:
         raise CheckpointError(f"{header.path}: has {len(tokens):,} tokens, more than any vocabulary")
     kinds = _per_token(values, "token_type", len(tokens)).tolist()
     try:
-        if kind == "gpt2":
-            return _byte_level(values, tokens, kinds)
-        scores = _per_token(values, "scores", len(tokens))
-        begin = values.get("tokenizer.ggml.bos_token_id", int, 1)
-        prefix = values.get("tokenizer.ggml.add_space_prefix", bool, True)
-        return SentencePiece(tokens, scores, kinds, begin, prefix, _adds_bos(values, True))
+        tok = (_byte_level if kind == "gpt2" else _pieces)(values, tokens, kinds)
+        tok.end_at([id for name in ENDS if (id := values.get(f"tokenizer.ggml.{name}", int, -1)) >= 0])
+        return tok
     except CheckpointError:
         raise
     except (ValueError, TypeError) as error:
@@ -303,6 +301,13 @@ def _byte_level(values: _Values, tokens: list[str], kinds: list[int]) -> Tokeniz
     is_llama3 = PATTERNS[pre] == GPT4_PATTERN
     bos = values.get("tokenizer.ggml.bos_token_id", int) if _adds_bos(values, is_llama3) else None
     return build(normal, merges, special, PATTERNS[pre], ignore_merges=is_llama3, bos=bos)
+
+
+def _pieces(values: _Values, tokens: list[str], kinds: list[int]) -> SentencePiece:
+    scores = _per_token(values, "scores", len(tokens))
+    begin = values.get("tokenizer.ggml.bos_token_id", int, 1)
+    prefix = values.get("tokenizer.ggml.add_space_prefix", bool, True)
+    return SentencePiece(tokens, scores, kinds, begin, prefix, _adds_bos(values, True))
 
 
 def _adds_bos(values: _Values, unsaid: bool) -> bool:
@@ -424,7 +429,13 @@ def _vocabulary(tok: Tokenizer | None, config: Config) -> dict[str, object]:
     else:
         more = _byte_level_values(tok, tokens, kinds)
     ids = {"bos_token_id": tok.bos, "eos_token_id": tok.eot, "add_bos_token": tok.adds_bos}
+    ids |= dict(zip(ENDS[1:], _further_ends(tok), strict=False))
     return {f"tokenizer.ggml.{name}": v for name, v in ({"tokens": tokens, "token_type": kinds} | more | ids).items()}
+
+
+def _further_ends(tok: Tokenizer) -> list[int]:
+    """Of a turn, then of a message, which is the one that calls a tool.  llama.cpp has no words for more."""
+    return sorted(tok.ends - {tok.eot, tok.bos}, key=lambda id: (b"eom" in tok.token_bytes(id), id))
 
 
 def _byte_level_values(tok: Tokenizer, tokens: list[str], kinds: np.ndarray) -> dict[str, object]:
