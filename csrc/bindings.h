@@ -77,39 +77,63 @@ int signal_pending();
 
 [[noreturn]] void raise(Status s, const std::string &error);
 
-// One computation at a time.
+// One computation at a time: of a model, or of all models of a backend that wants it so.
 class Gate {
   public:
+    explicit Gate(const Ops &ops) : enter_(ops.enter), line_(ops.enter ? everybody() : own_) {}
+    Gate(const Gate &) = delete;
+
     // Run without the interpreter's lock, and turn a status into an exception; why() is then the sentence.  A signal
     // handler runs inside the call that it interrupts, on the same thread: it is refused, since it would wait for
     // itself.
     template <class F, class E>
     void run(F f, E why) {
         ready();
-        if (owner_ == std::this_thread::get_id())
+        if (line_.owner == std::this_thread::get_id())
             throw std::runtime_error("the model is computing: a signal handler cannot use it");
         Status s;
         std::string error;
         {
             py::gil_scoped_release nogil;
-            std::lock_guard<std::mutex> one(lock_);
-            Owner me(owner_);
+            Turn mine(*this);
             s = f();
             if (s) error = why();
         }
         if (s) raise(s, error);
     }
 
+    // For what is freed: it can be so in the midst of a computation, by a signal handler.
+    template <class F>
+    void end(F f) {
+        if (line_.owner == std::this_thread::get_id()) return f();
+        py::gil_scoped_release nogil;
+        Turn mine(*this);
+        f();
+    }
+
   private:
-    struct Owner {
-        explicit Owner(std::atomic<std::thread::id> &id) : id(id) { id = std::this_thread::get_id(); }
-        Owner(const Owner &) = delete;
-        ~Owner() { id = std::thread::id(); }
-        std::atomic<std::thread::id> &id;
+    struct Line {
+        std::mutex lock;
+        std::atomic<std::thread::id> owner;  // who computes
+    };
+    static Line &everybody() {
+        static Line line;
+        return line;
+    }
+
+    struct Turn {
+        explicit Turn(const Gate &gate) : one(gate.line_.lock), owner(gate.line_.owner) {
+            owner = std::this_thread::get_id();
+            if (gate.enter_) gate.enter_();
+        }
+        Turn(const Turn &) = delete;
+        ~Turn() { owner = std::thread::id(); }
+        std::lock_guard<std::mutex> one;
+        std::atomic<std::thread::id> &owner;
     };
 
-    std::mutex lock_;
-    std::atomic<std::thread::id> owner_;  // who computes
+    void (*const enter_)(void);
+    Line own_, &line_;
 };
 
 // What a Python object of type Model holds.

@@ -35,7 +35,8 @@ static void open(const std::string &path, int device) {
     void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) throw std::runtime_error(std::string("device: ") + dlerror());
     auto contract = symbol<const char *(*)()>(library, path, "barelm_cuda_contract");
-    if (std::string(contract()) != CONTRACT)
+    auto table_bytes = symbol<size_t (*)()>(library, path, "barelm_cuda_table_bytes");
+    if (std::string(contract()) != CONTRACT || table_bytes() != sizeof(Ops))
         throw std::runtime_error(path + ": was built for another version of barelm; build it again");
     auto ops = symbol<const Ops *(*)(int)>(library, path, "barelm_cuda_ops");
     auto begin = symbol<const char *(*)(int)>(library, path, "barelm_cuda_open");

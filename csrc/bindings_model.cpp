@@ -50,24 +50,24 @@ class PyModel {
   public:
     // No seed: the weights are zero, to be written.
     PyModel(const Config &config, const std::string &precision, const std::optional<uint64_t> &seed,
-            const std::string &weights, const std::string &device) {
+            const std::string &weights, const std::string &device)
+        : ops_(ops_of(device, precision)), gate_(ops_) {
         const int held = held_as(weights);
-        if (precision != "fp32" && precision != "bf16")
-            throw py::value_error("precision: is '" + precision + "', must be 'fp32' or 'bf16'");
-        const Ops &ops = ops_on(device, precision);
-        ready();
         char error[512];
-        {
-            py::gil_scoped_release nogil;  // a large model takes seconds to initialise
-            model_ = model_create(&config, &ops, precision == "bf16" ? PREC_BF16 : PREC_FP32, held,
-                                  seed ? &*seed : nullptr, error, sizeof error);
-        }
-        if (!model_) raise(NO_MEMORY, error);
+        gate_.run(
+            [&] {
+                model_ = model_create(&config, &ops_, precision == "bf16" ? PREC_BF16 : PREC_FP32, held,
+                                      seed ? &*seed : nullptr, error, sizeof error);
+                return model_ ? OK : NO_MEMORY;
+            },
+            [&] { return error; });
         model_set_poll(model_, signal_pending);
         tensors_ = tensors_of(*model_config(model_));
     }
     PyModel(const PyModel &) = delete;
-    ~PyModel() { model_free(model_); }
+    ~PyModel() {
+        gate_.end([this] { model_free(model_); });
+    }
 
     py::object forward(const py::array &tokens, const py::array &targets, bool hidden, bool entropy, double temperature,
                        const std::optional<py::array> &starts) {
@@ -352,6 +352,13 @@ class PyModel {
         gate_.run(f, [this] { return model_error(model_); });
     }
 
+    static const Ops &ops_of(const std::string &device, const std::string &precision) {
+        if (precision != "fp32" && precision != "bf16")
+            throw py::value_error("precision: is '" + precision + "', must be 'fp32' or 'bf16'");
+        return ops_on(device, precision);
+    }
+
+    const Ops &ops_;
     Model *model_ = nullptr;
     Gate gate_;
     std::vector<Tensor> tensors_, added_;  // the weights, those of the adapter

@@ -19,12 +19,18 @@ class PySession {
     }
     // Stands alone: its weights come in parts, see put.
     PySession(const Config &config, int64_t max_tokens, const std::string &weights, const std::string &device)
-        : m_(nullptr), gate_(own_gate_), config_(config), parts_(tensors_of(config)) {
-        int prec = precision(weights);
-        create(&ops_on(device, weights), max_tokens, prec);
+        : m_(nullptr),
+          own_gate_(std::in_place, ops_of(device, weights)),
+          gate_(*own_gate_),
+          config_(config),
+          parts_(tensors_of(config)) {
+        create(&ops_of(device, weights), max_tokens, precision(weights));
         std::sort(parts_.begin(), parts_.end(), [](auto &a, auto &b) { return a.offset < b.offset; });
     }
     PySession(const PySession &) = delete;
+    ~PySession() {
+        gate_.end([this] { held_.reset(); });
+    }
 
     // The tensors that put wants, in order: name, and whether its rows are columns in Hugging Face's shape.
     std::vector<std::tuple<std::string, bool>> order() const {
@@ -193,6 +199,11 @@ class PySession {
   private:
     static int precision(const std::string &weights) { return choice("weights", weights, {"fp32", "bf16", "int8"}); }
 
+    static const Ops &ops_of(const std::string &device, const std::string &weights) {
+        precision(weights);  // a word that is none is told first
+        return ops_on(device, weights);
+    }
+
     void create(const Ops *ops, int64_t max_tokens, int prec) {
         const int64_t most = (int64_t)1 << 30;
         if (max_tokens < 1 || max_tokens > most)
@@ -244,9 +255,10 @@ class PySession {
         return slots;
     }
 
-    py::object model_;  // kept alive: the session reads its weights
-    Model *m_;          // null: the session stands alone
-    Gate own_gate_, &gate_;
+    py::object model_;              // kept alive: the session reads its weights
+    Model *m_;                      // null: the session stands alone
+    std::optional<Gate> own_gate_;  // of one that stands alone
+    Gate &gate_;
     Config config_;
     const Ops *ops_ = nullptr;
     int prec_ = PREC_FP32;

@@ -40,10 +40,13 @@ enum { PACK_ROWS = 768 };
 
 typedef struct {
     const char *name;
-    size_t act_bytes;             /* bytes of one activation */
-    int on_host;                  /* whether its memory is that of the host */
-    int head_rows;                /* rows whose logits a training step holds at a time: a multiple of 2 K_BLOCK */
-    int rounds_weights;           /* whether its products in bf16 gain from weights that are bf16 already */
+    size_t act_bytes;   /* bytes of one activation */
+    int on_host;        /* whether its memory is that of the host */
+    int head_rows;      /* rows whose logits a training step holds at a time: a multiple of 2 K_BLOCK */
+    int rounds_weights; /* whether its products in bf16 gain from weights that are bf16 already */
+    /* Called by a thread before whatever it does with the backend, between which no other thread does anything with it.
+     * NULL: threads may work side by side. */
+    void (*enter)(void);
     int64_t (*memory_free)(void); /* bytes that alloc could still give */
     const char *(*error)(void);   /* the first failure of any operator, which stays; NULL: none.  Or NULL: none fails */
     void *(*alloc)(size_t bytes); /* zero-filled; NULL where there is not enough */

@@ -18,6 +18,9 @@ EXPORT int barelm_cuda_tiling(int tiling) {
     return linear_sm90_tiling_bf16 && is_sm90() ? linear_sm90_tiling_bf16(tiling) : 0;
 }
 
+/* Of a table: what else it has than operators. */
+EXPORT size_t barelm_cuda_table_bytes(void) { return sizeof(Ops); }
+
 EXPORT const char *barelm_cuda_contract(void) {
     return
 #define OP(name, args) #name #args

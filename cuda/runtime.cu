@@ -13,6 +13,7 @@ cudaStream_t the_stream;
 char *memory;
 size_t memory_bytes;
 bool recording;
+int opened = -1; /* the GPU that is ours */
 
 void fail(const char *op, const char *what) {
     if (!message[0]) snprintf(message, sizeof message, "%s: %s", op, what);
@@ -72,7 +73,6 @@ bool can_wait(void) {
 
 const char *barelm_cuda_open(int device) {
     static char why[256];
-    static int opened = -1;
     if (opened >= 0 && opened != device) {
         snprintf(why, sizeof why, "this process has opened GPU %d, it cannot use %d too", opened, device);
         return why;
@@ -139,6 +139,8 @@ const TensorMap &tensor_map(const bf16 *p, int rows, int cols, int64_t ld, int b
     }
     return map;
 }
+
+void cuda_enter(void) { worked(cudaSetDevice(opened), "cuda_enter"); }
 
 int64_t cuda_memory_free(void) {
     size_t there = 0, all = 0;

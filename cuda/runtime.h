@@ -41,6 +41,8 @@ void cuda_copy_out(void *dst, const void *src, size_t bytes);
 void cuda_copy(void *dst, const void *src, size_t bytes);
 void cuda_zero(void *p, size_t bytes);
 int64_t cuda_memory_free(void);
+/* Have the calling thread use our GPU: which one it is, is told to each thread. */
+void cuda_enter(void);
 /* Recordings, as `Ops` has them: launches, cuda_copy and cuda_zero; nothing that waits or allocates. */
 void cuda_record(void);
 void *cuda_recorded(void);

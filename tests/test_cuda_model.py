@@ -6,6 +6,7 @@ With BARELM_CUDA_LIBRARY=.../libbarelm_cuda.so the same runs on a GPU.
 
 import ctypes
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from barelm import __main__ as command
 from barelm.drawing import Sampling, draw
 from emulated import COMPILER
 from models import assert_all_same_bits, assert_same_bits, copies, random_batch, random_model
+from test_threads import at_once
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
 
@@ -358,6 +360,24 @@ def test_a_bad_weight_is_named_when_the_step_ends(device):
             gpu.update(1e-2)
     with pytest.raises(FloatingPointError, match=r"weights: h\.1\.ln_2\.bias"):
         gpu.forward_backward(tokens, targets, weights_of(targets))
+
+
+def test_models_of_two_threads_take_turns(device):
+    """Their kernels share a stream and its working memory; each is made, trained, asked and freed by its own thread."""
+
+    def work(config, seed):
+        model = Model(Config(**config), device="cuda", seed=seed)
+        for step in range(4):
+            tokens, targets = random_batch(config, 2, 9, seed=seed + step)
+            model.forward_backward(tokens, targets, weights_of(targets))
+            model.update(1e-2)
+        session = Session(model, 64)
+        logits = session.step([session.add()], [tokens[0]])
+        return copies(model.params) | {"logits": np.array(logits)}
+
+    calls = [partial(work, config, seed) for seed, config in enumerate(CONFIGS.values())]
+    for got, want in zip(at_once(*calls), [call() for call in calls], strict=True):
+        assert_all_same_bits(got, want)
 
 
 def test_values_are_copies_and_cannot_be_written(device):

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <functional>
 #include <map>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -684,9 +685,18 @@ void say_failure(const char *what) {
 
 }  // namespace
 
+/* Who entered last; nobody, where tests call operators by themselves. */
+static std::thread::id entered;
+void cuda_enter(void) { entered = std::this_thread::get_id(); }
+static void check_entered(void) {
+    if (entered != std::thread::id() && entered != std::this_thread::get_id())
+        say_failure("a thread works that was not the last to enter");
+}
+
 /* New each time, and full of NaN; in a recording it stays, and is full of NaN again each time. */
 void *scratch(size_t bytes) {
     static Guarded block;
+    check_entered();
     if (recording) {
         const Guarded g = guard(bytes, 0xff, 16);
         recording->working.push_back(g);
@@ -698,9 +708,13 @@ void *scratch(size_t bytes) {
     return block.begin;
 }
 
-void *cuda_alloc(size_t bytes) { return guard(bytes, 0, emulate::seed ? 256 : 1).begin; }
+void *cuda_alloc(size_t bytes) {
+    check_entered();
+    return guard(bytes, 0, emulate::seed ? 256 : 1).begin;
+}
 
 void cuda_free(void *p, size_t bytes) {
+    check_entered();
     const auto g = array_at(p);
     if (g == arrays.end() || g->bytes != bytes) abort();
     if (!emulate::failed && !untouched_around(*g)) {
@@ -712,6 +726,7 @@ void cuda_free(void *p, size_t bytes) {
 
 /* The host's part of a step, which is never recorded. */
 static void copy_at_once(void *dst, const void *src, size_t bytes, const char *op) {
+    check_entered();
     if (recording) say_failure(op);
     else if (bytes) memcpy(dst, src, bytes);
 }
