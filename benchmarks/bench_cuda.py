@@ -338,7 +338,7 @@ def main():
     device = Device()
     found = operators(device, sizes, seconds, options.only)
     if not options.skip_decode:
-        tokens, counts = (8, (1, 2)) if options.tiny else (1024, (1, 8, 64))
+        tokens, counts = (4, (1, 2)) if options.tiny else (1024, (1, 8, 64))
         found["decode"] = decode(sizes, found["copy"], tokens, counts, seconds)
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": about} | found, indent=1) + "\n")
