@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include "layout.h"
 
+enum { ALIGN_BYTES = 64 };
+
 Status failed(char *error, Status status, const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -12,6 +14,8 @@ Status failed(char *error, Status status, const char *format, ...) {
     va_end(args);
     return status;
 }
+
+int64_t aligned(int64_t bytes) { return (bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES; }
 
 Status allocate(const Ops *ops, char *error, void **p, int64_t bytes, const char *purpose) {
     int64_t there = ops->memory_free();

@@ -1,4 +1,4 @@
-/* status.h -- a backend's memory, and sentences about what failed, for model.c and session.c. */
+/* status.h -- a backend's memory, and sentences about what failed, for model.c, session.c and what they are made of. */
 #pragma once
 #include "barelm.h"
 
@@ -13,6 +13,9 @@ Status checked_device(const Ops *ops, char *error, Status s);
 /* Activations of the backend to floats of the host, (N, C) of (N, ld); and n of them back. */
 Status read_acts(const Ops *ops, char *error, float *out, const void *in, int N, int C, int ld);
 Status write_acts(const Ops *ops, char *error, void *out, const float *in, int64_t n);
+
+/* As many bytes, and so many more that what lies behind them begins on a cache line. */
+int64_t aligned(int64_t bytes);
 
 /* *p = that many bytes of the backend, zero; NULL and NO_MEMORY where they are not free.  `purpose` is for the
  * sentence. */
