@@ -1,8 +1,9 @@
 /* embedding.cu -- rows of tables looked up, and gradients added to them.
  *
  * Backward without atomics on floats: tokens are sorted (radix sort: stable, so equals stay in the order of (b, t)),
- * and the thread that stands where a run of equals begins adds up its rows, in double.  The sort works on tiles of TILE
- * keys; in each, thread d walks over all keys and counts, then places, those whose digit is d: no ranks to find. */
+ * and a run of equals is added up in double, in pieces: the commonest token of a text is some 4 % of it, thousands of
+ * rows.  The sort works on tiles of TILE keys; in each, thread d walks over all keys and counts, then places, those
+ * whose digit is d: no ranks to find. */
 #include "held.cuh"
 
 namespace {
@@ -120,36 +121,116 @@ const int32_t *sort(const Sorting &w, const int32_t *key, int N, int64_t keys, c
 
 /* ---- backward ---- */
 
-enum { RUNS = 8 }; /* places of the order a block looks at, a warp each */
+/* Rows of a run that one warp adds up.  A longer run is cut into such pieces, from where it begins, so that a token's
+ * sum knows nothing of other tokens; the sums of its pieces are added by another kernel. */
+enum { PIECE = 64, WARPS = 8 };
 
-/* Each place of the order, and each strip of columns, has a warp; it works where a run of equal keys begins. */
-__global__ void __launch_bounds__(RUNS *WARP)
-    add_rows(float *dtable, const act *dout, const int32_t *key, const int32_t *order, int N, int C, int strips) {
-    const int64_t task = (int64_t)blockIdx.x * RUNS + warp_index(), first = task / strips;
-    const int c = ((int)(task % strips) * WARP + lane_index()) * VEC;
+/* The runs of equal keys in an order: of each key that there is, where its run begins and ends. */
+struct Runs {
+    const int32_t *key, *order;
+    int32_t *begin, *end;
+    int N;
+    __device__ int32_t at(int64_t place) const { return key[order[place]]; }
+};
+
+__global__ void __launch_bounds__(MOST_THREADS) find_runs(Runs runs) {
+    const int64_t place = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     launch_next(), wait_earlier();
-    if (first >= N || c >= C) return;
-    const int32_t row = key[order[first]];
-    if (first > 0 && key[order[first - 1]] == row) return;
-    double sum[VEC] = {};
-#pragma unroll 4
-    for (int64_t at = first; at < N && key[order[at]] == row; at++) {
-        const Pack<act, VEC> x = load<VEC>(dout + (int64_t)order[at] * C + c, C - c);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) sum[i] += (double)x[i];
-    }
-    float *d = dtable + (int64_t)row * C + c;
-    Pack<float, VEC> old = load<VEC>(d, C - c);
+    if (place >= runs.N) return;
+    const int32_t key = runs.at(place);
+    if (place == 0 || runs.at(place - 1) != key) runs.begin[key] = (int32_t)place;
+    if (place == runs.N - 1 || runs.at(place + 1) != key) runs.end[key] = (int32_t)place + 1;
+}
+
+/* Where the sum of a piece lies that begins at this place: of PIECE places in a row only two can be the first of a
+ * longer run's piece, one of them of its first piece. */
+__device__ int64_t place_of_sum(int64_t place, bool begins_run) { return place / PIECE * 2 + begins_run; }
+int64_t sums_of_pieces(int N) { return divide_up(N, PIECE) * 2; }
+
+__device__ void add_to(float *d, const double (&sum)[VEC], int count) {
+    const Pack<float, VEC> old = load<VEC>(d, count);
     float x[VEC];
 #pragma unroll
     for (int i = 0; i < VEC; i++) x[i] = old[i] + (float)sum[i];
-    store(d, x, C - c);
+    store(d, x, count);
 }
 
-void add_runs(float *dtable, const act *dout, const int32_t *key, const int32_t *order, int N, int C, const char *op) {
+/* Each place of the order, and each strip of columns, has a warp, which works where a piece begins. */
+__global__ void __launch_bounds__(WARPS *WARP)
+    add_rows(float *dtable, double *sums, const act *dout, Runs runs, int C, int strips) {
+    const int64_t task = (int64_t)blockIdx.x * WARPS + warp_index(), first = task / strips;
+    const int c = ((int)(task % strips) * WARP + lane_index()) * VEC;
+    launch_next(), wait_earlier();
+    if (first >= runs.N || c >= C) return;
+    const int32_t key = runs.at(first), begin = runs.begin[key], end = runs.end[key];
+    if ((first - begin) % PIECE) return;
+    const int rows = end - first < PIECE ? (int)(end - first) : PIECE;
+    Pack<double, VEC> sum = {};
+#pragma unroll 4
+    for (int i = 0; i < rows; i++) {
+        const Pack<act, VEC> x = load<VEC>(dout + (int64_t)runs.order[first + i] * C + c, C - c);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) sum.x[j] += (double)x[j];
+    }
+    if (end - begin <= PIECE) add_to(dtable + (int64_t)key * C + c, sum.x, C - c);
+    else store(sums + place_of_sum(first, first == begin) * C + c, sum, C - c);
+}
+
+/* Of PIECE places of the order at most one begins a longer run: a warp for each strip of its columns adds its pieces.
+ */
+__global__ void __launch_bounds__(WARPS *WARP)
+    add_pieces(float *dtable, const double *sums, Runs runs, int C, int strips) {
+    const int64_t task = (int64_t)blockIdx.x * WARPS + warp_index(), window = task / strips * PIECE;
+    const int c = ((int)(task % strips) * WARP + lane_index()) * VEC;
+    launch_next(), wait_earlier();
+    if (window >= runs.N) return;
+    int found = 0;
+    for (int64_t place = window + lane_index(); place < window + PIECE && place < runs.N; place += WARP) {
+        const int32_t key = runs.at(place);
+        if (runs.begin[key] == place && runs.end[key] - place > PIECE) found = (int)place + 1;
+    }
+    const int begin = warp_sum(found) - 1;
+    if (begin < 0 || c >= C) return;
+    const int32_t key = runs.at(begin), end = runs.end[key];
+    double sum[VEC] = {};
+#pragma unroll 4
+    for (int64_t place = begin; place < end; place += PIECE) {
+        const Pack<double, VEC> x = load<VEC>(sums + place_of_sum(place, place == begin) * C + c, C - c);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) sum[j] += x.x[j]; /* [] gives a float */
+    }
+    add_to(dtable + (int64_t)key * C + c, sum, C - c);
+}
+
+/* Working memory of both tables' gradients: keys are ids of tokens or positions, whichever are more. */
+struct Adding {
+    double *sums;
+    Sorting sorting;
+    int32_t *begin, *end, *positions;
+};
+
+Adding working_memory(int N, int C, int64_t keys) {
+    const int64_t counts = divide_up(N, TILE) * DIGITS, sums = sums_of_pieces(N) * C;
+    Adding w;
+    w.sums = (double *)scratch((size_t)sums * sizeof(double) +
+                               (size_t)(3 * (int64_t)N + counts + 2 * keys) * sizeof(int32_t));
+    int32_t *at = (int32_t *)(w.sums + sums);
+    w.sorting.order[0] = at, w.sorting.order[1] = at += N, w.positions = at += N, w.sorting.counts = at += N;
+    w.begin = at += counts, w.end = at + keys;
+    return w;
+}
+
+/* dtable[key] += the rows of dout that have it */
+void add_by_key(float *dtable, const act *dout, const Adding &w, const int32_t *key, int N, int C, int64_t keys,
+                const char *op) {
     const int64_t strips = divide_up(C, WARP * VEC);
-    launch_early(Grid(divide_up(N * strips, RUNS), RUNS * WARP, 0, op), add_rows, dtable, dout, key, order, N, C,
+    const Runs runs = {key, sort(w.sorting, key, N, keys, op), w.begin, w.end, N};
+    launch_early(Grid(divide_up(N, MOST_THREADS), MOST_THREADS, 0, op), find_runs, runs);
+    launch_early(Grid(divide_up(N * strips, WARPS), WARPS * WARP, 0, op), add_rows, dtable, w.sums, dout, runs, C,
                  (int)strips);
+    if (N > PIECE)
+        launch_early(Grid(divide_up(divide_up(N, PIECE) * strips, WARPS), WARPS * WARP, 0, op), add_pieces, dtable,
+                     w.sums, runs, C, (int)strips);
 }
 
 }  // namespace
@@ -165,12 +246,9 @@ void OPERATOR(embedding_backward)(float *dwte, float *dwpe, const act *dout, con
     const char *op = "embedding_backward";
     const int N = B * T;
     if (N == 0) return;
-    const int64_t counts = divide_up(N, TILE) * DIGITS;
-    int32_t *w = (int32_t *)scratch(sizeof *w * ((size_t)N * 3 + (size_t)counts));
-    const Sorting sorting = {{w, w + N}, w + 2 * (int64_t)N};
-    int32_t *key = w + 2 * (int64_t)N + counts;
-    add_runs(dwte, dout, tokens, sort(sorting, tokens, N, V, op), N, C, op);
+    const Adding w = working_memory(N, C, V > T ? V : T);
+    add_by_key(dwte, dout, w, tokens, N, C, V, op);
     if (!dwpe) return;
-    launch_early(Grid(divide_up(N, MOST_THREADS), MOST_THREADS), positions, key, starts, N, T);
-    add_runs(dwpe, dout, key, sort(sorting, key, N, T, op), N, C, op);
+    launch_early(Grid(divide_up(N, MOST_THREADS), MOST_THREADS), positions, w.positions, starts, N, T);
+    add_by_key(dwpe, dout, w, w.positions, N, C, T, op);
 }

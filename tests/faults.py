@@ -1668,10 +1668,31 @@ FAULTS = [
         CUDA,
     ),
     Fault(
-        "cuda embedding: a run is added by each of its rows",
+        "cuda embedding: a piece is added by each of its rows",
         "cuda/embedding.cu",
-        "    if (first > 0 && key[order[first - 1]] == row) return;\n",
+        "    if ((first - begin) % PIECE) return;\n",
         "",
+        CUDA,
+    ),
+    Fault(
+        "cuda embedding: a longer run's pieces go to the table as they come",
+        "cuda/embedding.cu",
+        "if (end - begin <= PIECE) add_to",
+        "if (end - first <= PIECE) add_to",
+        CUDA,
+    ),
+    Fault(
+        "cuda embedding: the sum of a run's first piece lies where another run's last one does",
+        "cuda/embedding.cu",
+        "return place / PIECE * 2 + begins_run;",
+        "return place / PIECE * 2;",
+        CUDA,
+    ),
+    Fault(
+        "cuda embedding: a run's last piece is left out",
+        "cuda/embedding.cu",
+        "place < end; place += PIECE",
+        "place + PIECE < end; place += PIECE",
         CUDA,
     ),
     Fault(
