@@ -14,7 +14,6 @@ namespace {
 enum { CHUNK = 8 }; /* values of 16 bytes */
 enum { MOST_ON_TENSOR_CORES = 128 };
 
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 inline float score_scale(int HS) { return 1.0f / sqrtf((float)HS); }
 
 inline bool on_tensor_cores(int prec, int HS) { return prec == PREC_BF16 && HS <= MOST_ON_TENSOR_CORES; }

@@ -2,15 +2,25 @@
  *
  * Forward reads the row once: each thread keeps the greatest value it met and two sums relative to it, which it scales
  * down when it meets a greater one; the threads' are then put together the same way.  Bound by memory: bf16 2 bytes a
- * value forward, 4 backward; and 4 for both at once, whose second reading comes from L2. */
+ * value forward, 4 backward; and 4 for both at once, whose second reading comes from L2.
+ *
+ * So it is as long as a value takes few instructions: those 4 bytes are the time of 27.  exp(x / temperature) is
+ * 2^(x * factor), a multiply-add and an exp2 where expf has ten; and what the end of a row or the entropy needs is not
+ * done for every value. */
 #include "ops.cuh"
 
 namespace {
 
-/* 1024: two blocks on an SM, so that L2 keeps their rows from the first reading to the second. */
+/* 1024: two blocks on an SM, so that L2 keeps their rows from the first reading to the second.  They have 32 registers
+ * a thread; SMs of 1,536 threads take one block. */
 enum { FORWARD_THREADS = 1024, BACKWARD_THREADS = 256 };
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+enum { TOGETHER = 1 };
+#else
+enum { TOGETHER = 2 };
+#endif
 
-/* Over some values y: the greatest, the sum of exp(y - max), and that of exp(y - max) * (y - max). */
+/* Over some values x: the greatest, and of below = (x - max) * factor the sum of 2^below, and of 2^below * below. */
 struct Tally {
     float max, sum, weighted;
 };
@@ -19,53 +29,59 @@ struct Tally {
 __device__ float origin(float max) { return max == -INFINITY ? 0.0f : max; }
 
 /* The tally, seen from another maximum that is no smaller. */
-__device__ Tally seen_from(Tally t, float max) {
+__device__ Tally seen_from(Tally t, float max, float factor) {
     if (t.max == -INFINITY) return {max, t.sum, t.weighted}; /* nothing, or what is not a number */
-    const float below = t.max - origin(max), scale = expf(below);
+    const float below = (t.max - origin(max)) * factor, scale = exp2_fast(below);
     return {max, t.sum * scale, scale > 0.0f ? scale * (t.weighted + t.sum * below) : 0.0f};
 }
 
 /* The same bits whichever is first. */
-__device__ Tally together(Tally a, Tally b) {
+__device__ Tally together(Tally a, Tally b, float factor) {
     const float max = fmaxf(a.max, b.max);
-    a = seen_from(a, max), b = seen_from(b, max);
+    a = seen_from(a, max, factor), b = seen_from(b, max, factor);
     return {max, a.sum + b.sum, a.weighted + b.weighted};
 }
 
-__device__ Tally warp_tally(Tally t) {
+__device__ Tally warp_tally(Tally t, float factor) {
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
         const Tally other = {shuffle_xor(t.max, lanes), shuffle_xor(t.sum, lanes), shuffle_xor(t.weighted, lanes)};
-        t = together(t, other);
+        t = together(t, other, factor);
     }
     return t;
 }
 
-__device__ Tally thread_tally(const act *x, float invtemp, int V) {
+template <bool entropy>
+__device__ Tally thread_tally(const act *row, float factor, int V) {
     Tally t = {-INFINITY, 0.0f, 0.0f};
     for (int v = (int)threadIdx.x * VEC; v < V; v += FORWARD_THREADS * VEC) {
-        const Pack<act, VEC> pack = load<VEC>(x + v, V - v);
-        float y[VEC], max = t.max;
+        const Pack<act, VEC> pack = load<VEC>(row + v, V - v);
+        float x[VEC], max = t.max;
 #pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            y[i] = v + i < V ? pack[i] * invtemp : -INFINITY;
-            max = fmaxf(max, y[i]);
+        for (int i = 0; i < VEC; i++) x[i] = pack[i];
+        if (V - v < VEC) {
+#pragma unroll
+            for (int i = 0; i < VEC; i++)
+                if (v + i >= V) x[i] = -INFINITY;
         }
-        if (max > t.max) t = seen_from(t, max);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) max = fmaxf(max, x[i]);
+        if (max > t.max) t = seen_from(t, max, factor);
+        const float from = origin(max) * factor;
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-            const float below = y[i] - origin(max), e = expf(below);
+            const float below = fmaf(x[i], factor, -from), e = exp2_fast(below);
             t.sum += e;
-            if (e > 0.0f) t.weighted += e * below; /* a logit of -infinity would make 0 * infinity */
+            if (entropy && e > 0.0f) t.weighted += e * below; /* a logit of -infinity would make 0 * infinity */
         }
     }
     return t;
 }
 
 /* Over the block, in its first thread. */
-__device__ Tally block_tally(Tally t) {
+__device__ Tally block_tally(Tally t, float factor) {
     enum { WARPS = FORWARD_THREADS / WARP };
     SHARED(float, parts, 3 * WARPS);
-    t = warp_tally(t);
+    t = warp_tally(t, factor);
     if (lane_index() == 0) {
         parts[warp_index()] = t.max;
         parts[WARPS + warp_index()] = t.sum;
@@ -76,41 +92,52 @@ __device__ Tally block_tally(Tally t) {
     const int part = lane_index();
     t = {-INFINITY, 0.0f, 0.0f};
     if (part < WARPS) t = {parts[part], parts[WARPS + part], parts[2 * WARPS + part]};
-    return warp_tally(t);
+    return warp_tally(t, factor);
 }
 
 /* A row of V values, x. */
+template <bool with_entropy>
 __device__ void forward_row(float *logprob, float *lse, float *entropy, const act *x, int32_t target, float invtemp,
                             int V) {
-    const Tally t = block_tally(thread_tally(x, invtemp, V));
+    const float factor = invtemp * LOG2_E;
+    const Tally t = block_tally(thread_tally<with_entropy>(x, factor, V), factor);
     if (threadIdx.x > 0) return;
-    const float log_sum = logf(t.sum), log_all = t.max + log_sum;
+    const float log_sum = logf(t.sum), log_all = t.max * invtemp + log_sum;
     *lse = log_all;
     *logprob = target < 0 ? 0.0f : to_float(x[target]) * invtemp - log_all;
-    if (entropy) *entropy = log_sum - t.weighted / t.sum; /* log p = y - max - log sum */
+    if (with_entropy) *entropy = log_sum - LN_2 * (t.weighted / t.sum); /* log p = y - max - log sum */
 }
 
 template <int THREADS>
 __device__ void backward_row(act *dx, float dlogprob, const act *x, int32_t target, float lse, float invtemp, int V,
                              int Vp) {
-    const float d = invtemp * dlogprob;
+    const float d = target < 0 ? 0.0f : invtemp * dlogprob, factor = invtemp * LOG2_E, from = lse * LOG2_E;
     for (int v = (int)threadIdx.x * VEC; v < Vp; v += THREADS * VEC) {
         float dy[VEC];
         const Pack<act, VEC> pack = load<VEC>(x + v, V - v);
 #pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            const float p = expf(pack[i] * invtemp - lse);
-            dy[i] = target < 0 || v + i >= V ? 0.0f : d * ((v + i == target ? 1.0f : 0.0f) - p);
+        for (int i = 0; i < VEC; i++) dy[i] = -d * exp2_fast(fmaf(pack[i], factor, -from));
+        if (v <= target && target < v + VEC) {
+#pragma unroll
+            for (int i = 0; i < VEC; i++)
+                if (v + i == target) dy[i] += d;
+        }
+        if (target < 0 || V - v < VEC) { /* 0 whatever is in the row */
+#pragma unroll
+            for (int i = 0; i < VEC; i++)
+                if (target < 0 || v + i >= V) dy[i] = 0.0f;
         }
         store(dx + v, dy, Vp - v);
     }
 }
 
-__global__ void __launch_bounds__(FORWARD_THREADS)
+template <bool with_entropy>
+__global__ void __launch_bounds__(FORWARD_THREADS, TOGETHER)
     forward(float *logprobs, float *lse, float *entropy, const act *logits, const int32_t *targets, float invtemp,
             int V, int Vp) {
     const int64_t n = blockIdx.x;
-    forward_row(logprobs + n, lse + n, entropy ? entropy + n : nullptr, logits + n * Vp, targets[n], invtemp, V);
+    forward_row<with_entropy>(logprobs + n, lse + n, with_entropy ? entropy + n : nullptr, logits + n * Vp, targets[n],
+                              invtemp, V);
 }
 
 __global__ void __launch_bounds__(BACKWARD_THREADS)
@@ -120,13 +147,13 @@ __global__ void __launch_bounds__(BACKWARD_THREADS)
     backward_row<BACKWARD_THREADS>(dlogits + n * Vp, dlogprobs[n], logits + n * Vp, targets[n], lse[n], invtemp, V, Vp);
 }
 
-__global__ void __launch_bounds__(FORWARD_THREADS)
+__global__ void __launch_bounds__(FORWARD_THREADS, TOGETHER)
     both(act *dlogits, float *logprobs, float *lse, const float *dlogprobs, const act *logits, const int32_t *targets,
          float invtemp, int V, int Vp) {
     const int64_t n = blockIdx.x;
     const act *x = logits + n * Vp;
     const int32_t target = targets[n];
-    forward_row(logprobs + n, lse + n, nullptr, x, target, invtemp, V);
+    forward_row<false>(logprobs + n, lse + n, nullptr, x, target, invtemp, V);
     __syncthreads(); /* lse is there, and nobody reads the row any more for forward's sake */
     backward_row<FORWARD_THREADS>(dlogits + n * Vp, dlogprobs[n], x, target, lse[n], invtemp, V, Vp);
 }
@@ -135,7 +162,8 @@ __global__ void __launch_bounds__(FORWARD_THREADS)
 
 void OPERATOR(logprob_forward)(float *logprobs, float *lse, float *entropy, const act *logits, const int32_t *targets,
                                float invtemp, int N, int V, int Vp) {
-    launch(Grid(N, FORWARD_THREADS), forward, logprobs, lse, entropy, logits, targets, invtemp, V, Vp);
+    launch(Grid(N, FORWARD_THREADS), entropy ? forward<true> : forward<false>, logprobs, lse, entropy, logits, targets,
+           invtemp, V, Vp);
 }
 
 void OPERATOR(logprob_backward)(act *dlogits, const float *dlogprobs, const act *logits, const int32_t *targets,

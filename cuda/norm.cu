@@ -71,8 +71,7 @@ __device__ Two block_sums(Two x, int turn) {
     return sum;
 }
 
-/* With norm = (in - mean) * rstd and dnorm = dout * weight, and averages over the row,
- * din = dres + rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)).  `sums`: (SUMS, C). */
+/* Where the sum of column VEC k + i lies. */
 __device__ int64_t place(const Backward &p, int sum, int i, int k) { return ((int64_t)sum * VEC + i) * p.vectors + k; }
 
 /* With norm = (in - mean) * rstd and dnorm = dout * weight, and averages over the row,

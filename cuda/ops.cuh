@@ -25,4 +25,7 @@ extern "C" {
 namespace {
 /* Activations that one access moves; a thread works on as many. */
 enum { VEC = 16 / sizeof(act) };
+
+/* exp(x) is exp2_fast(x * LOG2_E). */
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 }  // namespace
