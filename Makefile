@@ -34,8 +34,8 @@ asan: $(VENV)/.test ## quick tests under the address and undefined-behaviour san
 tsan: $(VENV)/.test ## tests with several threads under the thread sanitizer
 	sh tests/sanitize.sh tsan $(BIN)/python $(HALVES)
 
-fuzz: $(VENV)/.fuzz ## changed files for every reader, guided by what they reach, under the sanitizers; RUNS=100000 of each
-	sh tests/fuzz.sh $(BIN)/python -runs=$(RUNS)
+fuzz: $(VENV)/.fuzz ## changed files for every reader, guided by what they reach, under the sanitizers; RUNS=100000 SEED=1
+	sh tests/fuzz.sh $(BIN)/python -runs=$(RUNS) $(SEED:%=-seed=%)
 
 faults: $(VENV)/.test ## plant faults in a copy of the source and see the tests catch each
 	$(BIN)/python tests/faults.py
