@@ -14,8 +14,6 @@
 #include "repeat.h"
 #include "status.h"
 
-enum { ALIGN_BYTES = 64 };
-
 /* ---- the arena ----------------------------------------------------------------------------------------------------
  */
 
@@ -49,7 +47,7 @@ static Buffers buffer_layout(const Config *c, const Ops *ops, const Adapter *ada
     };
     Buffers b = {.bytes = 0};
     for (int i = 0; i < N_BUFFERS; i++) {
-        int64_t bytes = (N * list[i].bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+        int64_t bytes = aligned(N * list[i].bytes);
         if (i == A_logits) bytes = b.head_bytes = (N < ops->head_rows ? N : ops->head_rows) * Vp * A;
         b.offset[i] = b.bytes;
         b.stride[i] = list[i].layered && training ? bytes : 0;

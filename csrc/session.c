@@ -2,7 +2,6 @@
  * last ones.  As model.c it does no arithmetic on numbers of the model: it walks the layers through the operator table.
  * Its weights are weights.c's, its rows and pages cache.c's. */
 #include "session.h"
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

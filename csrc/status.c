@@ -5,8 +5,6 @@
 #include <stdlib.h>
 #include "layout.h"
 
-enum { ALIGN_BYTES = 64 };
-
 Status failed(char *error, Status status, const char *format, ...) {
     va_list args;
     va_start(args, format);

@@ -2,7 +2,7 @@
 #pragma once
 #include "barelm.h"
 
-enum { ERROR_ROOM = 512 };
+enum { ERROR_ROOM = 512, ALIGN_BYTES = 64 };
 
 /* Writes the sentence to `error` (ERROR_ROOM bytes), returns the status. */
 __attribute__((format(printf, 3, 4))) Status failed(char *error, Status status, const char *format, ...);

@@ -4,7 +4,7 @@
  * down when it meets a greater one; the threads' are then put together the same way.  Bound by memory: bf16 2 bytes a
  * value forward, 4 backward; and 4 for both at once, whose second reading comes from L2.
  *
- * So it is as long as a value takes few instructions: those 4 bytes are the time of 27.  exp(x / temperature) is
+ * That takes few instructions a value: those 4 bytes are the time of 27.  exp(x / temperature) is
  * 2^(x * factor), a multiply-add and an exp2 where expf has ten; and what the end of a row or the entropy needs is not
  * done for every value. */
 #include "ops.cuh"
