@@ -86,6 +86,16 @@ __device__ inline void sync_group(int threads) {
     asm volatile("bar.sync %0, %1;" ::"n"(id), "r"(threads) : "memory");
 }
 
+/* ---- sums to which threads add while others do: of whole numbers, whose order nobody sees ---- */
+
+/* What was there before. */
+__device__ inline uint32_t add_shared(Shared<uint32_t> to, uint32_t x) { return atomicAdd(to, x); }
+__device__ inline void add_global(uint32_t *to, uint32_t x) { atomicAdd(to, x); }
+__device__ inline void add_global(uint64_t *to, uint64_t x) {
+    static_assert(sizeof(unsigned long long) == sizeof x, "CUDA's name for 64 bits");
+    atomicAdd((unsigned long long *)to, (unsigned long long)x);
+}
+
 /* ---- asynchronous copies, global to shared ---- */
 
 /* 16 bytes, both ends on 16 bytes; bytes from `valid` on come as zeros and are not read. */

@@ -248,6 +248,7 @@ SAMPLE = [
     case("one past a vector of 8", N=30, V=9, Vp=64, options="many"),
     case("one past two vectors of 16", N=30, V=33, Vp=40, options="many"),
     case("several blocks of sums", N=30, V=3001, Vp=3003, options="many"),
+    case("three slices of a row", N=15, V=8200, Vp=8200, options="many"),
     case("many rows", N=131, V=100, Vp=128, options="many"),
     *(case("GPT-2", big=True, N=1, V=50257, Vp=50304, options=kind) for kind in SAMPLE_OPTIONS if kind != "many"),
 ]

@@ -37,7 +37,11 @@ enum Fault {
     NOT_EARLY,
     PREFETCH_OFF,
     PREFETCH_SHORT,
-    PREFETCH_BEHIND
+    PREFETCH_BEHIND,
+    SUM_BEFORE_WRITE,
+    SUM_IN_PLAIN,
+    SUM_READ_EARLY,
+    SUM_OF_NOTHING
 };
 
 /* to[i] = from[THREADS - 1 - i] */
@@ -91,6 +95,24 @@ __global__ void hand_over(int *to, const int *from, int fault) {
     if (warp_index() == 0) all[WARP - 1 - lane] = from[lane];
     if (fault != NO_BARRIER) sync_group<3>(fault == TOO_FEW ? THREADS + WARP : THREADS);
     if (warp_index() == 1) to[lane] = all[lane] + 1;
+}
+
+/* to[c] += how many of all blocks' numbers leave c when divided by WARP; behind them the same, counted in 64 bits, and
+ * how often a sum was seen on its way, which is once for each number but the first of a class */
+__global__ void classes(int *to, const int *from, int fault) {
+    SHARED(uint32_t, counts, WARP);
+    SHARED(uint32_t, seen, 1);
+    const int t = (int)threadIdx.x, c = from[t] % WARP;
+    if (t < WARP && (fault != SUM_OF_NOTHING || t != 5)) counts[t] = 0;
+    if (t == 0) seen[0] = 0;
+    if (fault != SUM_BEFORE_WRITE) __syncthreads();
+    if (fault == SUM_IN_PLAIN && t == THREADS - 2) counts[c] += 1;
+    else if (add_shared(counts + c, 1) > 0) add_shared(seen, 1);
+    if (fault != SUM_READ_EARLY) __syncthreads();
+    if (t == 0) add_global((uint32_t *)to + 2 * WARP, seen[0]);
+    if (t >= WARP || (fault == SUM_OF_NOTHING && t == 5)) return;
+    add_global((uint32_t *)to + t, counts[t]);
+    add_global((uint64_t *)to + (WARP + t) / 2, (uint64_t)counts[t] << t % 2 * 32);
 }
 
 /* d (16, 8) = a (16, 16) b, where b is (16, 8), or (8, 16) and `flat` */
@@ -207,6 +229,7 @@ void emulation_reverse_async(int *to, const int *from, int rounds, int fault) {
     launch(Grid(1, THREADS, 2 * THREADS * sizeof(int)), reverse_async, to, from, rounds, fault);
 }
 void emulation_hand_over(int *to, const int *from, int fault) { launch(Grid(1, THREADS), hand_over, to, from, fault); }
+void emulation_classes(int *to, const int *from, int fault) { launch(Grid(3, THREADS), classes, to, from, fault); }
 void emulation_product(float *d, const bf16 *a, const bf16 *b, int flat) {
     launch(Grid(1, WARP), product, d, a, b, flat);
 }

@@ -7,6 +7,7 @@ where activations are bf16.
 
 import ctypes
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -321,6 +322,15 @@ def test_draws_with_a_story(cuda):
         np.testing.assert_allclose(logprobs, -math.log(k), rtol=1e-6)
     assert draw(cuda, zeros, BELOW_ONE, top_p=0.6)[0] == [math.ceil(1200 * float(np.float32(0.6))) - 1]
     assert draw(cuda, zeros, BELOW_ONE, 0.0)[0] == [0]
+    zeros = np.zeros(5000)
+    assert draw(cuda, zeros, [0.0, BELOW_ONE], top_k=4999)[0] == [0, 4998]
+    assert draw(cuda, zeros, BELOW_ONE, top_p=0.9)[0] == [math.ceil(5000 * float(np.float32(0.9))) - 1]
+    assert draw(cuda, [*zeros, 1.0], 0.0, top_k=1)[0] == [5000]
+    assert draw(cuda, [*np.ones(10), *zeros], BELOW_ONE, top_k=4000)[0] == [3999]
+    assert draw(cuda, zeros[:4], BELOW_ONE, top_k=2, top_p=0.9)[0] == [1]
+    small, top_p = math.exp(-13), float(np.float32(0.995))  # of 5001 weights the small ones are 1 %
+    last = math.ceil((top_p * (1 + 5000 * small) - 1) / small)
+    assert draw(cuda, [0.0, *(zeros - 13)], BELOW_ONE, top_p=top_p)[0] == [last]
     logits = np.full(1500, -np.inf)
     logits[[700, 800, 1100]] = 1.0
     for options in dict(), dict(top_k=4), dict(top_k=1000), dict(top_p=0.99), dict(min_p=0.5):
@@ -331,6 +341,15 @@ def test_draws_with_a_story(cuda):
             assert tokens == [0, 0] and np.isfinite(logprobs).all()
 
 
+@as_float
+@pytest.mark.skipif(not os.environ.get("BARELM_CUDA_LIBRARY"), reason="takes 12 s thread by thread")
+def test_draws_from_a_row_of_more_slices_than_threads(cuda):
+    logits = np.full(4096 * 1024 + 5000, -200.0)
+    logits[[0, 4096 * 3 + 7, -1]] = 1.0
+    assert draw(cuda, logits, [0.0, 0.5, BELOW_ONE])[0] == [0, 4096 * 3 + 7, len(logits) - 1]
+    assert draw(cuda, logits, BELOW_ONE, top_k=3)[0] == [len(logits) - 1]
+
+
 # ---- planted faults
 
 
@@ -339,7 +358,8 @@ def check_all(cuda, file):
     rng = np.random.default_rng(0)
     if file == "sample.cu":
         test_draws_with_a_story(cuda)
-        check_values(cuda, test_ops.sample(rng, DRAWS[3]))
+        for c in DRAWS[3], DRAWS[5]:
+            check_values(cuda, test_ops.sample(rng, c))
     elif file == "attention_paged.cu":
         for P in 3, 33:
             check_pages(cuda, rng, "bf16", (2, 1, 64), P)

@@ -62,6 +62,12 @@ def test_right_kernels_come_out_right(emulation, seed):
     assert run(emulation, seed, "reverse", THREADS).tolist() == list(range(THREADS))[::-1]
     assert run(emulation, seed, "reverse_warp", THREADS).tolist() == [*range(31, -1, -1), *range(63, 31, -1)]
     assert run(emulation, seed, "hand_over", THREADS)[:WARP].tolist() == list(range(WARP, 0, -1))
+    blocks, each = 3, THREADS // WARP
+    sums = run(emulation, seed, "classes", 2 * WARP + 1)
+    assert (sums[:WARP] == blocks * each - 1).all()  # -1 was there
+    # of pairs the lower begins at 2^32 - 1, and carries
+    assert sums[WARP:-1].tolist() == [blocks * each - 1, blocks * each] * (WARP // 2)
+    assert sums[-1] == blocks * (THREADS - WARP) - 1
     rounds = run(emulation, seed, "reverse_async", 3 * THREADS, "none", 3).reshape(3, THREADS)
     want = np.arange(3 * THREADS).reshape(3, THREADS)
     want[:, -1] = 0
@@ -147,6 +153,10 @@ def test_packs(emulation, rng, seed, skip, n):
         ("reverse_async", "no_wait", "is under way"),
         ("reverse_async", "no_commit", "is under way"),
         ("reverse_async", "no_barrier", "a race with the|is under way|nobody wrote"),
+        ("classes", "sum_before_write", "a race with the|nobody wrote"),
+        ("classes", "sum_in_plain", "a race with the (sum|write)"),
+        ("classes", "sum_read_early", "a race with the (sum|read)"),
+        ("classes", "sum_of_nothing", "nobody wrote"),
         ("reverse_async", "not_aligned", "not aligned"),
         ("reverse_async", "overwritten", "a race with the|is under way"),
         ("reverse_async", "under_way", "returns with cp.async under way"),
@@ -163,9 +173,11 @@ def test_packs(emulation, rng, seed, skip, n):
     ],
 )
 def test_each_fault_is_found(emulation, seed, name, fault, said):
-    n, sizes = {"reverse_async": (3 * THREADS, (3,)), "pass_on": (3 * THREADS, (3 * THREADS, 1))}.get(
-        name, (THREADS, ())
-    )
+    n, sizes = {
+        "classes": (2 * WARP + 1, ()),
+        "reverse_async": (3 * THREADS, (3,)),
+        "pass_on": (3 * THREADS, (3 * THREADS, 1)),
+    }.get(name, (THREADS, ()))
     with pytest.raises(RuntimeError, match=rf"^emulation_{name}: block \d.*({said})"):
         run(emulation, seed, name, n, fault, *sizes)
     assert run(emulation, seed, "reverse", THREADS)[0] == THREADS - 1  # and the next kernel runs

@@ -134,7 +134,8 @@ void begin_read(const Region &region, const void *p, size_t bytes, const char *w
         if (u.unfenced)
             fail("byte %lld of shared memory: thread %d wrote it, without fence_async before %s", at, u.unfenced - 1,
                  what);
-        if (u.read != epoch) u.reads.clear(), u.read = epoch;
+        begin_epoch(u);
+        check_order(u.sums, "sum", at);
         u.readers++, u.reader = current;
     }
 }
@@ -144,10 +145,8 @@ void end_read(const Region &region, const void *p, size_t bytes) {
     for (Units i(p, bytes, region.element); i.at < i.end; i.at += i.step) {
         Unit &u = units[i.at];
         u.readers--;
-        if (u.read != epoch) u.reads.clear(), u.read = epoch;
-        if (u.reads.empty() || u.reads.back().thread != current) u.reads.push_back(now);
-        else u.reads.back() = now;
-        if (u.reads.size() >= MOST_READS) keep_last_reads(u.reads);
+        begin_epoch(u);
+        note(u.reads, now);
     }
 }
 

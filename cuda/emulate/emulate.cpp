@@ -72,13 +72,14 @@ struct Access {
 
 /* What was done to one element of shared memory; it stands where the element's first byte does. */
 struct Unit {
-    uint64_t written = 0, read = 0; /* in which epoch: see below */
+    uint64_t written = 0, used = 0; /* in which epoch: see below; used: read or added to */
     Access write{-1, 0};
     int pending = -1;             /* the thread whose cp.async is still to write here */
     bool loading = false;         /* TMA is still to write here */
     int readers = 0, reader = -1; /* what reads here beside the threads, and the thread that asked for the last */
     int unfenced = 0;             /* the thread that wrote here without fence_async since, and 1 */
     std::vector<Access> reads;
+    std::vector<Access> sums; /* who added to it since it was written */
 };
 
 struct Array {
@@ -491,44 +492,66 @@ Region shared_dynamic(size_t element) {
     return {my_memory(), block.dynamic, element};
 }
 
-/* Of each thread its last read: the others come before it. */
-static void keep_last_reads(std::vector<Access> &reads) {
-    std::stable_sort(reads.begin(), reads.end(), [](const Access &a, const Access &b) { return a.thread < b.thread; });
+/* Of each thread the last: its others come before it. */
+static void keep_last(std::vector<Access> &list) {
+    std::stable_sort(list.begin(), list.end(), [](const Access &a, const Access &b) { return a.thread < b.thread; });
     auto same = [](const Access &a, const Access &b) { return a.thread == b.thread; };
-    std::reverse(reads.begin(), reads.end()); /* unique keeps the first of equals */
-    reads.erase(std::unique(reads.begin(), reads.end(), same), reads.end());
+    std::reverse(list.begin(), list.end()); /* unique keeps the first of equals */
+    list.erase(std::unique(list.begin(), list.end(), same), list.end());
+}
+
+static void note(std::vector<Access> &list, Access now) {
+    if (list.empty() || list.back().thread != now.thread) list.push_back(now);
+    else list.back() = now;
+    if (list.size() >= MOST_READS) keep_last(list);
+}
+
+static void begin_epoch(Unit &u) {
+    if (u.used == epoch) return;
+    u.reads.clear(), u.sums.clear();
+    u.used = epoch;
 }
 
 static void unfenced_write(size_t at);
 
-void check_access(const Region &region, const void *p, size_t bytes, bool write) {
+/* That all of these come before what this thread does; `at` is for the message. */
+static void check_order(const std::vector<Access> &before, const char *what, long long at) {
+    for (const Access &a : before)
+        if (!ordered(a)) fail("byte %lld of a shared array: a race with the %s of thread %d", at, what, a.thread);
+}
+
+/* A read, a write, or a sum, which only others of its kind may overlap. */
+enum Use { READ, WRITE, SUM };
+
+static void check_use(const Region &region, const void *p, size_t bytes, Use use) {
     const Access now = {current, block.threads[(size_t)current].clock};
     const long long at = (const char *)p - region.begin;
     for (Units i(p, bytes, region.element); i.at < i.end; i.at += i.step) {
         Unit &u = units[i.at];
         if (u.pending >= 0) fail("byte %lld of a shared array: cp.async of thread %d is under way", at, u.pending);
         if (u.loading) fail("byte %lld of a shared array: a tile is being loaded there", at);
-        if (write && u.readers)
+        if (use != READ && u.readers)
             fail("byte %lld of a shared array: what thread %d asked for still reads it", at, u.reader);
+        if (use != WRITE && u.written < block.first_epoch) fail("byte %lld of a shared array: nobody wrote it", at);
         if (u.written == epoch && !ordered(u.write))
             fail("byte %lld of a shared array: a race with the write of thread %d", at, u.write.thread);
-        if (u.read != epoch) u.reads.clear();
-        if (write) {
-            for (const Access &read : u.reads)
-                if (!ordered(read))
-                    fail("byte %lld of a shared array: a race with the read of thread %d", at, read.thread);
-            u.reads.clear();
+        begin_epoch(u);
+        if (use != SUM) check_order(u.sums, "sum", at);
+        if (use != READ) check_order(u.reads, "read", at);
+        if (use == READ) note(u.reads, now);
+        if (use == SUM) note(u.sums, now);
+        if (use == WRITE) {
+            u.reads.clear(), u.sums.clear();
             u.write = now, u.written = epoch;
-            if (block.sm90 && u.unfenced != current + 1) unfenced_write(i.at);
-        } else {
-            if (u.written < block.first_epoch) fail("byte %lld of a shared array: nobody wrote it", at);
-            u.read = epoch;
-            if (u.reads.empty() || u.reads.back().thread != current) u.reads.push_back(now);
-            else u.reads.back() = now;
-            if (u.reads.size() >= MOST_READS) keep_last_reads(u.reads);
         }
+        if (use != READ && block.sm90 && u.unfenced != current + 1) unfenced_write(i.at);
     }
 }
+
+void check_access(const Region &region, const void *p, size_t bytes, bool write) {
+    check_use(region, p, bytes, write ? WRITE : READ);
+}
+void check_sum(const Region &region, const void *p, size_t bytes) { check_use(region, p, bytes, SUM); }
 
 void copy_async(const Region &region, void *to, const void *from, int valid) {
     if (valid < 0 || valid > 16) fail("cp.async of %d bytes", valid);

@@ -67,6 +67,7 @@ struct Region {
 Region shared_array(const void *declaration, size_t count, size_t element);
 Region shared_dynamic(size_t element);
 void check_access(const Region &region, const void *p, size_t bytes, bool write);
+void check_sum(const Region &region, const void *p, size_t bytes);
 
 void copy_async(const Region &region, void *to, const void *from, int valid);
 void copy_async_commit();
@@ -166,6 +167,19 @@ void sync_group(int threads) {
     static_assert(id >= 1 && id <= 15, "barrier 0 is __syncthreads");
     emulate::sync_group(id, threads);
 }
+
+/* ---- sums to which threads add while others do ---- */
+
+inline uint32_t add_shared(Shared<uint32_t> to, uint32_t x) {
+    uint32_t *sum = to.at(0, sizeof x);
+    emulate::check_sum(to.region, sum, sizeof x);
+    const uint32_t before = *sum;
+    *sum += x;
+    return before;
+}
+/* One thread runs at a time. */
+inline void add_global(uint32_t *to, uint32_t x) { *to += x; }
+inline void add_global(uint64_t *to, uint64_t x) { *to += x; }
 
 /* ---- asynchronous copies ---- */
 
