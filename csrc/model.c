@@ -3,387 +3,19 @@
  * It does no arithmetic on numbers of the model: it walks the layers through the operator table, so one text serves
  * GPT-2 and Llama on every backend.  Parameters and activations are listed in model.def.  Either all parameters are
  * trained, or those of an adapter (adapter.h) alone; then nothing else has gradients. */
+#include "model.h"
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include "adapter.h"
-#include "block.h"
-#include "philox.h"
-#include "repeat.h"
-#include "status.h"
-
-/* ---- the arena ----------------------------------------------------------------------------------------------------
- */
-
-enum {
-#define ACT_(field, ...) A_##field,
-#include "model.def"
-    N_ACTS,
-    BEFORE_GRADS = N_ACTS - 1,
-#define GRAD_(field, ...) A_##field,
-#include "model.def"
-    A_logits,
-    N_BUFFERS
-};
-
-typedef struct {
-    int64_t offset[N_BUFFERS], stride[N_BUFFERS], bytes, head_bytes; /* stride: from one layer to the next */
-} Buffers;
-
-/* Where each activation lies in the arena for N tokens.  Inference keeps one layer. */
-static Buffers buffer_layout(const Config *c, const Ops *ops, const Adapter *adapter, int64_t N, int training) {
-    LIST_SIZES;
-    const int64_t A = (int64_t)ops->act_bytes, LOW = adapter_total(adapter), LOW_MOST = adapter_most(adapter);
-    const struct {
-        int layered;
-        int64_t bytes;
-    } list[N_BUFFERS] = {
-#define ACT_(field, layered_, bytes_, ...) [A_##field] = {layered_, bytes_},
-#include "model.def"
-#define GRAD_(field, bytes_) [A_##field] = {0, training ? bytes_ : 0},
-#include "model.def"
-    };
-    Buffers b = {.bytes = 0};
-    for (int i = 0; i < N_BUFFERS; i++) {
-        int64_t bytes = aligned(N * list[i].bytes);
-        if (i == A_logits) bytes = b.head_bytes = (N < ops->head_rows ? N : ops->head_rows) * Vp * A;
-        b.offset[i] = b.bytes;
-        b.stride[i] = list[i].layered && training ? bytes : 0;
-        b.bytes += bytes + (L - 1) * b.stride[i];
-    }
-    return b;
-}
-
-/* The base's weights in bf16, at the same places, where the backend's products want them so and an update changes them;
- * as a matrix of rows that every tensor has a whole number of. */
-enum { LOW_ROW = ALIGN_BYTES / sizeof(float), LOW_VALUE = sizeof(uint16_t) };
-static int low_rows(const Layout *y) { return (int)(y->floats / LOW_ROW); }
-static int64_t low_bytes(const Ops *ops, const Layout *y, int held) {
-    return ops->rounds_weights && held == PREC_FP32 ? ops->held_bytes(PREC_BF16, LOW_ROW, low_rows(y)) : 0;
-}
-
-Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training, int held, const Lora *lora) {
-    Layout y = held_layout(c, ops, held);
-    Adapter a = lora ? adapter_of(c, lora->rank, lora->scale, lora->chosen) : (Adapter){0};
-    Buffers b = buffer_layout(c, ops, &a, (int64_t)B * T, training);
-    int64_t base = y.floats * (int64_t)sizeof(float), added = a.layout.floats * (int64_t)sizeof(float);
-    int64_t trained = !training ? 0 : lora ? added : base;
-    return (Memory){
-        .weights = base + low_bytes(ops, &y, held) + added,
-        .gradients = trained,
-        .moments = 2 * trained,
-        .activations = b.bytes - b.head_bytes + 2 * adapter_dense(&a, &y) * (int64_t)sizeof(float),
-        .head = b.head_bytes,
-        .tables = rope_bytes(c),
-    };
-}
-
-/* ---- the model --------------------------------------------------------------------------------------------------- */
-
-struct Model {
-    Config c;
-    const Ops *ops;
-    int prec, held; /* of products; how the base's matrices lie in memory */
-    Block base, added;
-    Adapter adapter; /* of rank 0: none; its values are `added` */
-    float *dense, *ddense;
-    int32_t *groups[LINEARS]; /* the adapter's rows, in the backend's memory */
-    Block *trained;           /* base, added, or NULL */
-    void *low;                /* see low_bytes; NULL where there is none */
-    int low_stale;            /* weights were written since it was */
-    int64_t step, version;
-    double loss; /* of the last update */
-    Repeats repeats;
-    float *cos, *sin;
-
-    char *arena;
-    int64_t arena_bytes;
-    Buffers b;
-    int B, T, kept, has_starts; /* of the last forward; kept: backward may follow */
-    float invtemp;
-
-    int (*poll)(void);
-    char error[ERROR_ROOM];
-};
-
-const char *model_error(const Model *m) { return m->error; }
-const Config *model_config(const Model *m) { return &m->c; }
-void model_set_poll(Model *m, int (*poll)(void)) { m->poll = poll; }
-float *model_weights(Model *m) { return m->base.weights; }
-int model_held(const Model *m) { return m->held; }
-const Adapter *model_adapter(const Model *m) { return m->adapter.rank ? &m->adapter : NULL; }
-float *model_added(Model *m) { return m->added.weights; }
-const int32_t *model_groups(const Model *m, int slot) { return m->groups[slot]; }
-int model_has_moments(const Model *m) { return m->trained && m->trained->m; }
-int64_t model_version(const Model *m) { return m->version; }
-const Ops *model_ops(const Model *m) { return m->ops; }
-int model_precision(const Model *m) { return m->prec; }
-int64_t model_step(const Model *m) { return m->step; }
-double model_loss(const Model *m) { return m->loss; }
-void model_set_step(Model *m, int64_t step) { m->step = step; }
 
 /* A device is only told what to do, which takes no time; and what is recorded is recorded whole. */
 static int interrupted(const Model *m) { return m->ops->on_host && m->poll && m->poll(); }
-
-static void *buffer(const Model *m, int i, int l) { return m->arena + m->b.offset[i] + l * m->b.stride[i]; }
 
 /* Tensors of layer l; NULL where one does not exist or is not trained, which turns the operator's option off. */
 #define WEIGHT(field) layout_at(&m->base.layout, m->base.weights, P_##field, l)
 #define GRAD(field) layout_at(&m->base.layout, m->base.grads, P_##field, l)
 #define AT(field) buffer(m, A_##field, l)
-
-/* ---- creation ---------------------------------------------------------------------------------------------------- */
-
-enum { PART = 1 << 20 }; /* values of a tensor that are on their way at a time */
-
-/* GPT-2's initial values (Radford et al. 2019): normal with 0.02; what feeds the residual stream less by sqrt(2 L).
- * `host`: room for PART values, or a row. */
-static void draw_tensor(Model *m, float *host, int i, int l, uint64_t seed) {
-    const Param *p = &m->base.layout.p[i];
-    const float residual = 0.02f / sqrtf(2.0f * (float)m->c.n_layer);
-    int64_t columns = p->columns ? p->columns : 1, at_once = PART / columns < 1 ? 1 : PART / columns;
-    int64_t rows = is_vocabulary(i) ? m->c.vocab_size : p->rows; /* the padding of the vocabulary stays zero */
-    for (int64_t row = 0; row < rows; row += at_once) {
-        int64_t n = (rows - row < at_once ? rows - row : at_once) * columns;
-        if (p->init == ONE)
-            for (int64_t j = 0; j < n; j++) host[j] = 1;
-        else
-            philox_normal(host, row * columns, n, p->init == RESIDUAL ? residual : 0.02f, seed, STREAM_INIT,
-                          (uint64_t)l << 32 | (uint64_t)i);
-        Tensor t = {.param = i, .layer = l, .row = 0, .columns = p->columns};
-        if (model_put(m, WEIGHTS, &t, row, host, n / columns)) return;
-    }
-}
-
-static int64_t widest(const Layout *y) {
-    int64_t most = PART;
-    for (int i = 0; i < y->n; i++)
-        if (y->p[i].columns > most) most = y->p[i].columns;
-    return most;
-}
-
-static Status initial_weights(Model *m, uint64_t seed) {
-    float *host = malloc((size_t)widest(&m->base.layout) * sizeof *host);
-    if (!host) return failed(m->error, NO_MEMORY, "initial weights: no memory");
-    for (int i = 0; i < N_PARAMS; i++) {
-        const Param *p = &m->base.layout.p[i];
-        for (int l = 0; p->init != ZERO && p->floats && l < (p->where == LAYERED ? m->c.n_layer : 1); l++)
-            draw_tensor(m, host, i, l, seed);
-    }
-    free(host);
-    return OK;
-}
-
-Model *model_create(const Config *c, const Ops *ops, int prec, int held, const uint64_t *seed, char *error, int size) {
-    Model *m = calloc(1, sizeof *m);
-    if (!m) {
-        snprintf(error, (size_t)size, "no memory");
-        return NULL;
-    }
-    *m = (Model){.c = *c, .ops = ops, .prec = prec, .held = held, .low_stale = 1, .repeats = {.ops = ops}};
-    const Layout layout = held_layout(c, ops, held);
-    Status s = block_create(&m->base, ops, &layout, c->n_layer, m->error);
-    const int64_t low = low_bytes(ops, &layout, held);
-    if (!s && low) s = allocate(ops, m->error, &m->low, low, "weights in bf16");
-    m->base.rounded = m->low;
-    if (!s && c->pos == POS_ROPE) s = rope_tables(c, ops, m->error, &m->cos, &m->sin);
-    if (!s && seed) s = initial_weights(m, *seed);
-    if (held == PREC_FP32) m->trained = &m->base;
-    if (!s) return m;
-    snprintf(error, (size_t)size, "%s", m->error);
-    model_free(m);
-    return NULL;
-}
-
-static size_t dense_bytes(const Model *m) {
-    return (size_t)adapter_dense(&m->adapter, &m->base.layout) * sizeof(float);
-}
-
-static size_t groups_bytes(const Model *m, int slot) {
-    return (size_t)m->adapter.J[slot] * sizeof m->adapter.rows[slot][0];
-}
-
-static void free_adapter(Model *m) {
-    if (m->dense) m->ops->free(m->dense, dense_bytes(m));
-    if (m->ddense) m->ops->free(m->ddense, dense_bytes(m));
-    for (int slot = 0; slot < LINEARS; slot++)
-        if (m->groups[slot]) m->ops->free(m->groups[slot], groups_bytes(m, slot)), m->groups[slot] = NULL;
-    m->dense = m->ddense = NULL;
-    block_free(&m->added);
-    m->adapter = (Adapter){0};
-}
-
-void model_free(Model *m) {
-    if (!m) return;
-    repeats_forget(&m->repeats);
-    free_adapter(m);
-    if (m->low) m->ops->free(m->low, (size_t)low_bytes(m->ops, &m->base.layout, m->held));
-    block_free(&m->base);
-    if (m->cos) m->ops->free(m->cos, (size_t)rope_bytes(&m->c));
-    if (m->arena) m->ops->free(m->arena, (size_t)m->arena_bytes);
-    free(m);
-}
-
-/* ---- an adapter -------------------------------------------------------------------------------------------------- */
-
-/* As in PEFT: A uniform within 1 / sqrt(C) (He et al. 2015 with a = sqrt(5)), B zero, so that it begins without effect.
- */
-static Status initial_adapter(Model *m, uint64_t seed) {
-    int n = adapter_tensors(&m->c, &m->adapter, NULL);
-    Tensor *all = malloc((size_t)n * sizeof *all);
-    float *host = malloc((size_t)(m->adapter.rank * widest(&m->base.layout)) * sizeof *host);
-    Status s = all && host ? OK : failed(m->error, NO_MEMORY, "initial adapter: no memory");
-    if (!s) adapter_tensors(&m->c, &m->adapter, all);
-    for (int i = 0; i < n && !s; i += 2) { /* the A's */
-        const int64_t values = all[i].rows * all[i].columns;
-        const double bound = 1 / sqrt((double)all[i].columns);
-        for (int64_t j = 0; j < values; j++)
-            host[j] = (float)(bound * (2 * philox_uniform(seed, STREAM_ADAPTER, (uint64_t)i, (uint64_t)j) - 1));
-        m->ops->copy_in(m->added.weights + all[i].offset, host, (size_t)values * sizeof *host);
-    }
-    free(all);
-    free(host);
-    return s;
-}
-
-static Status allocate_adapter(Model *m) {
-    Status s = block_create(&m->added, m->ops, &m->adapter.layout, m->c.n_layer, m->error);
-    for (int slot = 0; slot < LINEARS && !s; slot++) {
-        if (!m->adapter.J[slot]) continue;
-        s = allocate(m->ops, m->error, (void **)&m->groups[slot], (int64_t)groups_bytes(m, slot), "adapter");
-        if (!s) m->ops->copy_in(m->groups[slot], m->adapter.rows[slot], groups_bytes(m, slot));
-    }
-    if (!s) s = allocate(m->ops, m->error, (void **)&m->dense, (int64_t)dense_bytes(m), "adapter");
-    if (!s) s = allocate(m->ops, m->error, (void **)&m->ddense, (int64_t)dense_bytes(m), "adapter");
-    return s;
-}
-
-Status model_adapt(Model *m, const Lora *lora, uint64_t seed) {
-    m->adapter = adapter_of(&m->c, lora->rank, lora->scale, lora->chosen);
-    Status s = allocate_adapter(m);
-    if (!s) s = initial_adapter(m, seed);
-    if (s) {
-        free_adapter(m);
-        return s;
-    }
-    repeats_forget(&m->repeats);
-    Block base = m->base; /* its gradients and moments are not needed any more */
-    m->base.grads = m->base.m = m->base.v = NULL, m->base.live = 0;
-    if (base.grads) m->ops->free(base.grads, (size_t)base.layout.floats * sizeof(float));
-    if (base.m) m->ops->free(base.m, 2 * (size_t)base.layout.floats * sizeof(float));
-    m->trained = &m->added;
-    m->step = 0, m->kept = 0, m->version++;
-    return OK;
-}
-
-/* ---- reading and writing weights --------------------------------------------------------------------------------- */
-
-/* A tensor's row in a block, and how it is held there; the block is made where it does not exist yet. */
-static Status row_of(Model *m, int block, const Tensor *t, int64_t row, char **p, int *held) {
-    const int C = t->columns ? (int)t->columns : 1;
-    float *floats = m->added.weights, *moments[2];
-    *held = block == WEIGHTS ? m->base.layout.p[t->param].held : PREC_FP32;
-    if (block == WEIGHTS) {
-        *p = (char *)layout_at(&m->base.layout, m->base.weights, t->param, t->layer) +
-             m->ops->held_bytes(*held, C, (int)(t->row + row));
-        return OK;
-    }
-    Status s = OK;
-    if (block == GRADIENTS) s = model_grads(m, &floats);
-    if (block == FIRST_MOMENT || block == SECOND_MOMENT) {
-        s = model_moments(m, moments);
-        if (!s) floats = moments[block - FIRST_MOMENT];
-    }
-    if (!s) *p = (char *)(floats + t->offset + row * C);
-    return s;
-}
-
-Status model_put(Model *m, int block, const Tensor *t, int64_t row, const float *values, int64_t rows) {
-    const int C = t->columns ? (int)t->columns : 1;
-    const int64_t bytes = rows * C * (int64_t)sizeof(float);
-    char *p;
-    int held;
-    Status s = row_of(m, block, t, row, &p, &held);
-    if (s) return s;
-    if (block == WEIGHTS) m->low_stale = 1;
-    if (held == PREC_FP32) {
-        m->ops->copy_in(p, values, (size_t)bytes);
-        return checked_device(m->ops, m->error, OK);
-    }
-    float *part;
-    if ((s = allocate(m->ops, m->error, (void **)&part, bytes, "part of a weight"))) return s;
-    m->ops->copy_in(part, values, (size_t)bytes);
-    m->ops->held_write(p, part, held, C, (int)rows);
-    m->ops->free(part, (size_t)bytes);
-    return checked_device(m->ops, m->error, OK);
-}
-
-Status model_get(Model *m, int block, const Tensor *t, int64_t row, float *values, int64_t rows) {
-    const int C = t->columns ? (int)t->columns : 1;
-    const int64_t bytes = rows * C * (int64_t)sizeof(float);
-    char *p;
-    int held;
-    Status s = row_of(m, block, t, row, &p, &held);
-    if (s) return s;
-    if (held == PREC_FP32) {
-        m->ops->copy_out(values, p, (size_t)bytes);
-        return checked_device(m->ops, m->error, OK);
-    }
-    float *part;
-    if ((s = allocate(m->ops, m->error, (void **)&part, bytes, "part of a weight"))) return s;
-    m->ops->held_read(part, p, held, C, (int)rows);
-    m->ops->copy_out(values, part, (size_t)bytes);
-    m->ops->free(part, (size_t)bytes);
-    return checked_device(m->ops, m->error, OK);
-}
-
-/* ---- what is not finite ------------------------------------------------------------------------------------------ */
-
-/* The name of the tensor that holds the float at this offset of a block of floats. */
-static void name_of(const Model *m, const Block *b, int64_t at, char name[64]) {
-    const int added = b == &m->added;
-    int n = added ? adapter_tensors(&m->c, &m->adapter, NULL) : model_tensors(&m->c, NULL);
-    Tensor *all = malloc((size_t)n * sizeof *all);
-    snprintf(name, 64, "value %" PRId64, at);
-    if (all && added) adapter_tensors(&m->c, &m->adapter, all);
-    else if (all) model_tensors(&m->c, all);
-    for (int i = 0; all && i < n; i++)
-        if (at >= all[i].offset && at < all[i].offset + all[i].rows * (all[i].columns ? all[i].columns : 1))
-            snprintf(name, 64, "%s", all[i].name);
-    free(all);
-}
-
-/* Name the first tensor of the block that holds a value which is not finite; 0 where there is none. */
-static int find_not_finite(Model *m, Block *b, const float *values, char name[64]) {
-    int64_t at = block_not_finite(b, values);
-    if (at >= 0) name_of(m, b, at, name);
-    return at >= 0;
-}
-
-/* The same for weights that are held otherwise than as floats: row by row. */
-static int find_in_held(Model *m, char name[64]) {
-    int n = model_tensors(&m->c, NULL), found = 0;
-    Tensor *all = malloc((size_t)n * sizeof *all);
-    float *row = malloc((size_t)widest(&m->base.layout) * sizeof *row);
-    if (all && row) model_tensors(&m->c, all);
-    for (int i = 0; all && row && i < n && !found; i++)
-        for (int64_t r = 0; r < all[i].rows && !found; r++) {
-            int64_t columns = all[i].columns ? all[i].columns : 1;
-            if (model_get(m, WEIGHTS, &all[i], r, row, 1)) break;
-            for (int64_t c = 0; c < columns && !found; c++) found = !isfinite(row[c]);
-            if (found) snprintf(name, 64, "%s", all[i].name);
-        }
-    free(all);
-    free(row);
-    return found;
-}
-
-static int find_bad_weight(Model *m, char name[64]) {
-    if (m->adapter.rank && find_not_finite(m, &m->added, m->added.weights, name)) return 1;
-    return m->held == PREC_FP32 ? find_not_finite(m, &m->base, m->base.weights, name) : find_in_held(m, name);
-}
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
@@ -394,7 +26,7 @@ static void round_weights(Model *m) {
 
 static Status prepare(Model *m, int B, int T, int training) {
     m->kept = 0;
-    m->b = buffer_layout(&m->c, m->ops, &m->adapter, (int64_t)B * T, training);
+    m->b = model_buffers(&m->c, m->ops, &m->adapter, (int64_t)B * T, training);
     m->B = B, m->T = T;
     if (m->low_stale) round_weights(m);
     if (m->b.bytes <= m->arena_bytes) return OK;
@@ -577,7 +209,7 @@ static void copy_floats_out(const Model *m, float *out, int buffer_) {
 
 static Status check_weights(Model *m) {
     char name[64];
-    if (!find_bad_weight(m, name)) return OK;
+    if (!model_bad_weight(m, name)) return OK;
     return failed(m->error, NOT_FINITE, "weights: %s holds a value that is not finite", name);
 }
 
@@ -881,7 +513,7 @@ static Status not_finite(Model *m) {
     char name[64];
     if (!isfinite(m->loss))
         return failed(m->error, NOT_FINITE, "update: the loss is not finite; weights and moments are unchanged");
-    if (!find_not_finite(m, m->trained, m->trained->grads, name)) snprintf(name, sizeof name, "the whole");
+    if (!model_not_finite(m, m->trained, m->trained->grads, name)) snprintf(name, sizeof name, "the whole");
     return failed(m->error, NOT_FINITE, "update: the gradient of %s is not finite; weights and moments are unchanged",
                   name);
 }

@@ -601,14 +601,14 @@ FAULTS = [
     ),
     Fault(
         "bf16 weights: what is written is not rounded",
-        "csrc/model.c",
+        "csrc/model_values.c",
         "if (block == WEIGHTS) m->low_stale = 1;",
         "",
         DEVICE,
     ),
     Fault(
         "bf16 weights: not rounded by the update",
-        "csrc/model.c",
+        "csrc/model_create.c",
         "    m->base.rounded = m->low;\n",
         "",
         DEVICE,
@@ -1402,14 +1402,14 @@ FAULTS = [
     ),
     Fault(
         "adapter: what was trained before goes on being trained",
-        "csrc/model.c",
+        "csrc/model_create.c",
         "m->base.grads = m->base.m = m->base.v = NULL, m->base.live = 0;\n    if (base.grads)",
         "if (!m)",
         first=LORA,
     ),
     Fault(
         "adapter: drawn alike in every layer",
-        "csrc/model.c",
+        "csrc/model_create.c",
         "philox_uniform(seed, STREAM_ADAPTER, (uint64_t)i, (uint64_t)j)",
         "philox_uniform(0, STREAM_ADAPTER, 0, (uint64_t)j)",
         first=LORA,
@@ -1430,7 +1430,7 @@ FAULTS = [
     ),
     Fault(
         "model: initial weights begin anew in every part of a tensor",
-        "csrc/model.c",
+        "csrc/model_create.c",
         "philox_normal(host, row * columns, n,",
         "philox_normal(host, 0, n,",
         first=MODEL,
