@@ -39,6 +39,7 @@ WORDS = (
     b"1.5",
     b'"' + b"\x7f" * 400 + b'"',
     b"9" * 4000,
+    b"9" * 5000,  # Python makes no number of more than 4300 digits
 )
 MEMORY = 1 << 30  # bytes that the process may take on top of what it has at the beginning
 

@@ -39,9 +39,10 @@ def test_a_line_cut_by_a_crash_is_dropped_and_another_bad_line_is_named(tmp_path
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     Log(path, resume=5).close()
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"log\.jsonl: line 2"):
-        Log(path, resume=5)
+    for bad in "nonsense", "[" * 100_000, '{"step": ' + "9" * 5000 + "}":
+        path.write_text(f'{{"step": 1}}\n{bad}\n{{"step": 2}}\n')
+        with pytest.raises(ValueError, match=r"log\.jsonl: line 2"):
+            Log(path, resume=5)
 
 
 def test_a_log_holds_no_nan(tmp_path):

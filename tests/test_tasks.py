@@ -183,6 +183,7 @@ HOSTILE = {
     "not UTF-8": (SWAG_TEXT.replace(b"man 3", b"m\xe4n 3"), "line 19: is not UTF-8"),
     "no JSON": (QUIZ_TEXT[:-30], "line 20: is not JSON"),
     "deep JSON": (b'{"a":' * 100_000, "line 1: is not JSON"),
+    "a number of 5000 digits": (b'{"a":' + b"9" * 5000 + b"}", "line 1: is not JSON"),
     "a list": (QUIZ_TEXT + b"[]\n", "line 21: is no request"),
     "one choice": (olmo([("a", 0, ["b"])]), "line 1: document 0: has 1 choices, must have 2"),
     "gold out of range": (olmo([("a", 2, ["b", "c"])]), "document 0: the right choice is 2, there are 2"),

@@ -480,6 +480,7 @@ HOSTILE = {
     "not JSON": ("{", "not JSON"),
     "no object": ("[]", "JSON object"),
     "nested": ("[" * 200_000, "nested too deeply"),
+    "a number of 5000 digits": ("9" * 5000, r"not JSON \(Exceeds"),
     "empty": ("{}", "only a BPE|vocab"),
     "other model": (broken(lambda f: f["model"].update(type="Unigram")), "only a BPE model"),
     "no byte": (broken(lambda f: f["model"]["vocab"].pop("a")), "byte 0x61 has no token"),

@@ -116,7 +116,7 @@ def read_log(path: Path) -> list[dict]:
             record = json.loads(line)
             if not isinstance(record["step"], int):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path}: line {i + 1} is not a record of a run") from None
         records.append(record)
     return records

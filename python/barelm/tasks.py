@@ -215,9 +215,10 @@ def _olmo(data: bytes) -> tuple[str, list[Item]]:
 
 
 def _olmo_line(data: bytes, where: str) -> _Line:
+    text = _text(data, where)
     try:
-        value = json.loads(_text(data, where))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is not JSON ({error})") from None
     if not isinstance(value, dict) or not isinstance(value.get("request"), dict):
         raise ValueError(f"{where}: is no request: an object with a request in it")

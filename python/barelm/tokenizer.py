@@ -504,9 +504,10 @@ def _begins_with(path: Path, magic: "bytes") -> bool:
 
 def read_json(path: str | os.PathLike) -> dict:
     """A file that holds a JSON object.  ValueError names it."""
+    text = _read(path)
     try:
-        value = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except ValueError as error:  # not only JSONDecodeError: Python makes no number of more than 4300 digits
         raise ValueError(f"{path}: not JSON ({error})") from None
     except RecursionError:
         raise ValueError(f"{path}: JSON nested too deeply") from None
