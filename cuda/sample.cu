@@ -5,8 +5,9 @@
  * an interval of numbers is cut into pieces, tokens and their weights are added up piece by piece, and the piece in
  * which the target is reached is the next interval, until it has few tokens, which are then compared with each other.
  *
- * Three kernels read a row with a block for each slice of it: for the greatest logit, for the pieces of the first
- * interval, for the weight of what is kept.  Between them one block a row finds the borders, and one draws at the end.
+ * Three kernels.  Two have a block for each slice of a row: they find its greatest logit, and add up the pieces of the
+ * first interval, or, where neither top_k nor top_p cuts, the weight of each slice.  In the third a block for each row
+ * finds the borders and draws.
  *
  * Weights are whole numbers, exp((x - max) / temperature) in steps of at most 2^-30.  So sums are exact, and it does
  * not show in which order threads add to them, nor how a row is cut.
@@ -31,9 +32,9 @@ struct Rows {
     int V, Vp, slices, pieces;
     float one; /* the weight of the greatest */
 
-    /* of working memory: for each slice its greatest number and the weight that it keeps; for each row its border, and
-     * what each piece has, from the top */
-    uint64_t *tops, *kept, *borders, *weights;
+    /* of working memory: for each slice its greatest number and the weight that it keeps; for each row what each piece
+     * has, from the top */
+    uint64_t *tops, *kept, *weights;
     uint32_t *counts;
 };
 
@@ -86,6 +87,8 @@ struct Row {
 
     __device__ uint64_t number(float logit, int v) const { return number_of(logit, v, V); }
     __device__ uint64_t weight(float logit) const { return (uint64_t)(exp2_fast((logit - max) * inverse) * one); }
+    /* Where what min_p keeps begins. */
+    __device__ uint64_t least() const { return min_p > 0.0f ? number_at(log((double)min_p)) : 0; }
     /* The first number of the logit that lies y temperatures above the greatest, or of the next one above that. */
     __device__ uint64_t number_at(double y) const {
         const double exact = fmax((double)max + y * (double)temperature, -(double)FLT_MAX);
@@ -288,44 +291,27 @@ __global__ void __launch_bounds__(MOST_THREADS) find_greatest(Rows rows) {
     rows.tops[blockIdx.x] = top;
 }
 
-__global__ void __launch_bounds__(MOST_THREADS) add_pieces(Rows rows) {
-    launch_next(), wait_earlier();
-    const Slice slice(rows, blockIdx.x);
-    const Row row(rows, slice.n);
-    if (!row.is_drawn() || !row.is_cut()) return;
-    const Sum mine = sum_of_piece(row, whole(row), slice.begin, slice.end);
-    if (mine.count == 0) return;
-    const int64_t piece = slice.n * rows.pieces + threadIdx.x;
-    add_global(rows.counts + piece, (uint32_t)mine.count);
-    add_global(rows.weights + piece, mine.weight);
-}
-
-__global__ void __launch_bounds__(MOST_THREADS) find_borders(Rows rows) {
-    launch_next(), wait_earlier();
-    const int64_t n = blockIdx.x, piece = n * rows.pieces + threadIdx.x;
-    const Row row(rows, n);
-    if (!row.is_drawn()) return;
-    uint64_t border = row.is_cut() ? cut(row, {rows.counts[piece], rows.weights[piece]}) : 0;
-    if (threadIdx.x > 0) return;
-    if (row.min_p > 0.0f) {
-        const uint64_t least = row.number_at(log((double)row.min_p));
-        border = least > border ? least : border;
-    }
-    rows.borders[n] = border;
-}
-
-__global__ void __launch_bounds__(MOST_THREADS) weigh_kept(Rows rows) {
-    launch_next(), wait_earlier();
-    const Slice slice(rows, blockIdx.x);
-    const Row row(rows, slice.n);
-    if (!row.is_drawn()) return;
-    const uint64_t border = rows.borders[slice.n];
+/* Of the slice's tokens from the border on. */
+__device__ void weigh(const Row &row, const Slice &slice, uint64_t border, uint64_t *kept) {
     uint64_t sum = 0, all;
     for_each(row.x, slice.begin, slice.end, [&](int v, float logit) {
         if (row.number(logit, v) >= border) sum += row.weight(logit);
     });
     sum_before(sum, &all);
-    if (threadIdx.x == 0) rows.kept[blockIdx.x] = all;
+    if (threadIdx.x == 0) *kept = all;
+}
+
+__global__ void __launch_bounds__(MOST_THREADS) add_up(Rows rows) {
+    launch_next(), wait_earlier();
+    const Slice slice(rows, blockIdx.x);
+    const Row row(rows, slice.n);
+    if (!row.is_drawn()) return;
+    if (!row.is_cut()) return weigh(row, slice, row.least(), rows.kept + blockIdx.x);
+    const Sum mine = sum_of_piece(row, whole(row), slice.begin, slice.end);
+    if (mine.count == 0) return;
+    const int64_t piece = slice.n * rows.pieces + threadIdx.x;
+    add_global(rows.counts + piece, (uint32_t)mine.count);
+    add_global(rows.weights + piece, mine.weight);
 }
 
 /* Of all threads, to the one whose share goal falls into. */
@@ -353,6 +339,18 @@ __device__ Slice find_slice(const Rows &rows, int64_t n, double u, uint64_t *bef
     return {rows, n * rows.slices + (int64_t)found[0]};
 }
 
+/* Where what is kept begins; rows.kept then has what each slice has of it. */
+__device__ uint64_t find_kept(const Rows &rows, const Row &row, int64_t n) {
+    const uint64_t least = row.least();
+    if (!row.is_cut()) return least;
+    const int64_t piece = n * rows.pieces + threadIdx.x;
+    uint64_t border = cut(row, {rows.counts[piece], rows.weights[piece]});
+    border = least > border ? least : border;
+    for (int64_t i = n * rows.slices; i < (n + 1) * rows.slices; i++) weigh(row, Slice(rows, i), border, rows.kept + i);
+    __syncthreads();
+    return border;
+}
+
 __global__ void __launch_bounds__(MOST_THREADS) draw(int32_t *tokens, float *logprobs, const double *u, Rows rows) {
     launch_next(), wait_earlier();
     const int64_t n = blockIdx.x;
@@ -363,9 +361,9 @@ __global__ void __launch_bounds__(MOST_THREADS) draw(int32_t *tokens, float *log
         logprobs[n] = row.has_logits() ? 0.0f : NAN;
         return;
     }
+    const uint64_t border = find_kept(rows, row, n);
     uint64_t before, goal, all, in_slice;
     const Slice slice = find_slice(rows, n, u[n], &before, &goal, &all);
-    const uint64_t border = rows.borders[n];
     /* each thread has STEP tokens that lie side by side */
     const int first = slice.begin + (int)threadIdx.x * STEP;
     const Pack<float, STEP> logits = load<STEP>(row.x + first, slice.end - first);
@@ -395,27 +393,15 @@ void OPERATOR(sample)(int32_t *tokens, float *logprobs, const float *logits, con
                       int N, int V, int Vp) {
     const int slices = (int)divide_up(V, SLICE), threads = threads_for(divide_up(V, STEP), MOST_THREADS);
     const size_t of_slices = (size_t)N * slices, of_pieces = (size_t)N * threads;
-    uint64_t *words =
-        (uint64_t *)scratch((2 * of_slices + N + of_pieces) * sizeof *words + of_pieces * sizeof(uint32_t));
-    if (!words) return;
+    uint64_t *tops = (uint64_t *)scratch((2 * of_slices + of_pieces) * sizeof *tops + of_pieces * sizeof(uint32_t));
+    if (!tops) return;
     int bits = 0;
     while ((int64_t)1 << bits < V) bits++;
-    uint64_t *borders = words + 2 * of_slices, *weights = borders + N;
-    const Rows rows = {logits,
-                       options,
-                       V,
-                       Vp,
-                       slices,
-                       threads,
-                       ldexpf(1.0f, SUM_BITS - bits),
-                       words,
-                       words + of_slices,
-                       borders,
-                       weights,
-                       (uint32_t *)(weights + of_pieces)};
+    const float one = ldexpf(1.0f, SUM_BITS - bits);
+    uint64_t *kept = tops + of_slices, *weights = kept + of_slices;
+    const Rows rows = {
+        logits, options, V, Vp, slices, threads, one, tops, kept, weights, (uint32_t *)(weights + of_pieces)};
     launch_early(Grid((int64_t)N * slices, threads), find_greatest, rows);
-    launch_early(Grid((int64_t)N * slices, threads), add_pieces, rows);
-    launch_early(Grid(N, threads), find_borders, rows);
-    launch_early(Grid((int64_t)N * slices, threads), weigh_kept, rows);
+    launch_early(Grid((int64_t)N * slices, threads), add_up, rows);
     launch_early(Grid(N, threads), draw, tokens, logprobs, u, rows);
 }
