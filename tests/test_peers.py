@@ -225,7 +225,7 @@ def one_thread_each():
     torch.set_num_threads(before)
 
 
-SIDE_BY_SIDE = 600  # steps that PyTorch takes too; of 2,000 it would take most of the time of all these tests
+SIDE_BY_SIDE = 300  # steps that PyTorch takes too; of 2,000 it would take most of the time of all these tests
 
 
 def train_torch(twin, text):
