@@ -1,6 +1,7 @@
 """Where a text ends: what a model's files say of it, and that it goes with the model wherever that goes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -70,6 +71,20 @@ def test_commands_keep_them(tmp_path, capsys):
     assert main(["export", str(out / "step_2"), str(tmp_path / "c")]) == 0
     for folder in (tmp_path / "b", out / "step_1", out / "step_2", tmp_path / "c"):
         assert Tokenizer.load(folder).ends == tok.ends
+
+
+@pytest.mark.parametrize("named", [["--init"], ["--depth", "1", "--tokenizer"]], ids=["init", "tokenizer"])
+def test_a_run_that_begins_again_keeps_them(named, tmp_path):
+    """It died before its first checkpoint, and the shards that it wrote say nothing of them."""
+    start, out = checkpoint_of(vocabulary(), tmp_path / "a"), tmp_path / "run"
+    (tmp_path / "text.txt").write_text("some text to learn from " * 20)
+    train = ["train", *named, str(start), "--data", str(tmp_path / "text.txt"), "--out", str(out)]
+    assert main([*train, "--steps", "1", "--context", "8", "--batch", "2"]) == 0
+    shutil.rmtree(out / "step_1")
+    if named != ["--init"]:
+        shutil.rmtree(start)
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert Tokenizer.load(out / "step_1").ends == vocabulary().ends
 
 
 @pytest.mark.parametrize("end", [TURN, [TURN], [7, 10**20, TURN]], ids=str)

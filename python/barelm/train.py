@@ -214,7 +214,7 @@ def _open(
 
 def _resume(config: TrainConfig, screen) -> Run:
     folder = Path(config.out)
-    old, init = _read_description(folder)
+    old, init, ends = _read_description(folder)
     may_move = {"data"} if not (folder / OWN_DATA).is_dir() else set()  # the user's shards, an adapter's model
     merged = merge(old, config, may_move | ({"init"} if old.lora_rank else set()))
     check(merged)
@@ -226,7 +226,7 @@ def _resume(config: TrainConfig, screen) -> Run:
     if found is None:
         say(f"resumed   {folder}: it has no checkpoint yet, it begins again")
         source = runs.open_model(merged.init) if merged.init else None
-        dataset.tok.end_at(source.tokenizer.ends if source and source.tokenizer else ())
+        dataset.tok.end_at(ends)
         return _begin(merged, folder, dataset, source, init)
     model, tok, state, path = found
     dataset.tok.end_at(tok.ends)
@@ -238,13 +238,14 @@ def _resume(config: TrainConfig, screen) -> Run:
     return run
 
 
-def _read_description(folder: Path) -> tuple[TrainConfig, dict[str, str] | None]:
-    """What a run was asked, and what it was begun with where it fine-tunes."""
+def _read_description(folder: Path) -> tuple[TrainConfig, dict[str, str] | None, list[int]]:
+    """What a run was asked, what it was begun with where it fine-tunes, and where its texts end."""
     description = runs.read_description(folder)
     try:
         init = description.get("init")
         init = {name: str(init[name]) for name in ("folder", "sha256")} if init else None
-        return TrainConfig(**description["config"]), init
+        ends = list(description.get("ends", ()))  # what an earlier barelm began says nothing of them
+        return TrainConfig(**description["config"]), init, ends
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'run.json'}: not the description of a run ({error})") from None
 
@@ -272,6 +273,7 @@ def _describe(run: Run) -> None:
             "n_params": run.model.n_params,
             "identity": run.dataset.identity,
             "data": run.dataset.summary,
+            "ends": sorted(run.tok.ends),
         }
         | ({"init": run.init} if run.init else {}),
     )
