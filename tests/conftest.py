@@ -44,16 +44,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def cuda_objects(tmp_path_factory):
-    """The kernels of cuda/, compiled for their emulation: see emulated.py.  Processes of one run share them."""
-    from emulated import compile_objects  # which wants `guarded` of this file
+def cuda_objects():
+    """The kernels of cuda/, compiled for their emulation: see emulated.py.  Processes share them, and later runs do."""
+    from emulated import KEPT, compile_objects, objects_folder  # which want `guarded` of this file
 
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cuda"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with open(KEPT / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return compile_objects(folder)
+        return compile_objects(objects_folder())
 
 
 @pytest.fixture(scope="session")

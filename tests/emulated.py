@@ -6,6 +6,7 @@ calls them with arrays.  Arrays of activations are float32 on this side; for bf1
 
 import _ctypes
 import ctypes
+import hashlib
 import os
 import re
 import shutil
@@ -45,6 +46,26 @@ def link(objects, output):
     return output
 
 
+KEPT = ROOT / "build" / "emulated"  # objects of earlier runs, a folder for each state of the sources
+
+
+def objects_folder():
+    """Where the objects of the sources as they are belong; those of the state before stay, of older ones none."""
+    kinds = ("*.cu", "*.cuh", "*.h", "*.cpp", "*.def")
+    files = [path for kind in kinds for top in ("cuda", "csrc") for path in (ROOT / top).rglob(kind)]
+    compiler = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
+    state = hashlib.sha256(repr(FLAGS).encode() + compiler)
+    for path in sorted(files):
+        state.update(hashlib.sha256(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes()).digest())
+    folder = KEPT / state.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.touch()
+    states = [path for path in KEPT.iterdir() if path.is_dir()]
+    for old in sorted(states, key=lambda path: path.stat().st_mtime)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
 def compile_objects(folder):
     """{(name of the file, act): object}; the emulation itself is ("emulate", None).  What is there is kept."""
     jobs = {
@@ -52,9 +73,14 @@ def compile_objects(folder):
     }
     jobs["library", None] = (ROOT / "cuda" / "library.cpp", folder / "library.o")
     jobs["emulate", None] = (EMULATION, folder / "emulate.o", "-O2", "-U_GLIBCXX_INCLUDE_NEXT_C_HEADERS")
+
+    def compiled(source, output, *flags):
+        if not output.exists():  # it appears whole
+            os.replace(compile_object(source, output.with_suffix(".part"), *flags), output)
+        return output
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = pool.map(lambda job: job[1] if job[1].exists() else compile_object(*job), jobs.values())
-        return dict(zip(jobs, objects, strict=True))
+        return dict(zip(jobs, pool.map(lambda job: compiled(*job), jobs.values()), strict=True))
 
 
 def library_for_gpu(source, output, *arch):
