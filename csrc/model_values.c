@@ -7,14 +7,22 @@
 
 /* ---- reading and writing weights --------------------------------------------------------------------------------- */
 
-/* A tensor's row in a block, and how it is held there; the block is made where it does not exist yet. */
-static Status row_of(Model *m, int block, const Tensor *t, int64_t row, char **p, int *held) {
+/* Some rows of a tensor in a block. */
+typedef struct {
+    char *p;
+    int held, C, rows;
+    int64_t bytes; /* as floats */
+} Rows;
+
+/* The block is made where it does not exist yet. */
+static Status rows_of(Model *m, int block, const Tensor *t, int64_t row, int64_t rows, Rows *r) {
     const int C = t->columns ? (int)t->columns : 1;
     float *floats = m->added.weights, *moments[2];
-    *held = block == WEIGHTS ? m->base.layout.p[t->param].held : PREC_FP32;
+    *r = (Rows){.held = PREC_FP32, .C = C, .rows = (int)rows, .bytes = rows * C * (int64_t)sizeof(float)};
     if (block == WEIGHTS) {
-        *p = (char *)layout_at(&m->base.layout, m->base.weights, t->param, t->layer) +
-             m->ops->held_bytes(*held, C, (int)(t->row + row));
+        r->held = m->base.layout.p[t->param].held;
+        r->p = (char *)layout_at(&m->base.layout, m->base.weights, t->param, t->layer) +
+               m->ops->held_bytes(r->held, C, (int)(t->row + row));
         return OK;
     }
     Status s = OK;
@@ -23,46 +31,40 @@ static Status row_of(Model *m, int block, const Tensor *t, int64_t row, char **p
         s = model_moments(m, moments);
         if (!s) floats = moments[block - FIRST_MOMENT];
     }
-    if (!s) *p = (char *)(floats + t->offset + row * C);
+    if (!s) r->p = (char *)(floats + t->offset + row * C);
     return s;
 }
 
 Status model_put(Model *m, int block, const Tensor *t, int64_t row, const float *values, int64_t rows) {
-    const int C = t->columns ? (int)t->columns : 1;
-    const int64_t bytes = rows * C * (int64_t)sizeof(float);
-    char *p;
-    int held;
-    Status s = row_of(m, block, t, row, &p, &held);
+    Rows r;
+    Status s = rows_of(m, block, t, row, rows, &r);
     if (s) return s;
     if (block == WEIGHTS) m->low_stale = 1;
-    if (held == PREC_FP32) {
-        m->ops->copy_in(p, values, (size_t)bytes);
+    if (r.held == PREC_FP32) {
+        m->ops->copy_in(r.p, values, (size_t)r.bytes);
         return checked_device(m->ops, m->error, OK);
     }
     float *part;
-    if ((s = allocate(m->ops, m->error, (void **)&part, bytes, "part of a weight"))) return s;
-    m->ops->copy_in(part, values, (size_t)bytes);
-    m->ops->held_write(p, part, held, C, (int)rows);
-    m->ops->free(part, (size_t)bytes);
+    if ((s = allocate(m->ops, m->error, (void **)&part, r.bytes, "part of a weight"))) return s;
+    m->ops->copy_in(part, values, (size_t)r.bytes);
+    m->ops->held_write(r.p, part, r.held, r.C, r.rows);
+    m->ops->free(part, (size_t)r.bytes);
     return checked_device(m->ops, m->error, OK);
 }
 
 Status model_get(Model *m, int block, const Tensor *t, int64_t row, float *values, int64_t rows) {
-    const int C = t->columns ? (int)t->columns : 1;
-    const int64_t bytes = rows * C * (int64_t)sizeof(float);
-    char *p;
-    int held;
-    Status s = row_of(m, block, t, row, &p, &held);
+    Rows r;
+    Status s = rows_of(m, block, t, row, rows, &r);
     if (s) return s;
-    if (held == PREC_FP32) {
-        m->ops->copy_out(values, p, (size_t)bytes);
+    if (r.held == PREC_FP32) {
+        m->ops->copy_out(values, r.p, (size_t)r.bytes);
         return checked_device(m->ops, m->error, OK);
     }
     float *part;
-    if ((s = allocate(m->ops, m->error, (void **)&part, bytes, "part of a weight"))) return s;
-    m->ops->held_read(part, p, held, C, (int)rows);
-    m->ops->copy_out(values, part, (size_t)bytes);
-    m->ops->free(part, (size_t)bytes);
+    if ((s = allocate(m->ops, m->error, (void **)&part, r.bytes, "part of a weight"))) return s;
+    m->ops->held_read(part, r.p, r.held, r.C, r.rows);
+    m->ops->copy_out(values, part, (size_t)r.bytes);
+    m->ops->free(part, (size_t)r.bytes);
     return checked_device(m->ops, m->error, OK);
 }
 

@@ -29,7 +29,7 @@ enum {
 /* What the kernels of a draw have in common.  An interval has as many pieces as a block has threads. */
 struct Rows {
     const float *logits, *options;
-    int V, Vp, slices, pieces;
+    int V, Vp, slices;
     float one; /* the weight of the greatest */
 
     /* of working memory: for each slice its greatest number and the weight that it keeps; for each row what each piece
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(MOST_THREADS) find_greatest(Rows rows) {
     if (lane_index() == 0) parts[warp_index()] = top;
     __syncthreads();
     if (slice.begin == 0) {
-        const int64_t piece = slice.n * rows.pieces + threadIdx.x;
+        const int64_t piece = slice.n * blockDim.x + threadIdx.x;
         rows.weights[piece] = 0, rows.counts[piece] = 0;
     }
     if (threadIdx.x > 0) return;
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(MOST_THREADS) add_up(Rows rows) {
     if (!row.is_cut()) return weigh(row, slice, row.least(), rows.kept + blockIdx.x);
     const Sum mine = sum_of_piece(row, whole(row), slice.begin, slice.end);
     if (mine.count == 0) return;
-    const int64_t piece = slice.n * rows.pieces + threadIdx.x;
+    const int64_t piece = slice.n * blockDim.x + threadIdx.x;
     add_global(rows.counts + piece, (uint32_t)mine.count);
     add_global(rows.weights + piece, mine.weight);
 }
@@ -343,7 +343,7 @@ __device__ Slice find_slice(const Rows &rows, int64_t n, double u, uint64_t *bef
 __device__ uint64_t find_kept(const Rows &rows, const Row &row, int64_t n) {
     const uint64_t least = row.least();
     if (!row.is_cut()) return least;
-    const int64_t piece = n * rows.pieces + threadIdx.x;
+    const int64_t piece = n * blockDim.x + threadIdx.x;
     uint64_t border = cut(row, {rows.counts[piece], rows.weights[piece]});
     border = least > border ? least : border;
     for (int64_t i = n * rows.slices; i < (n + 1) * rows.slices; i++) weigh(row, Slice(rows, i), border, rows.kept + i);
@@ -399,8 +399,7 @@ void OPERATOR(sample)(int32_t *tokens, float *logprobs, const float *logits, con
     while ((int64_t)1 << bits < V) bits++;
     const float one = ldexpf(1.0f, SUM_BITS - bits);
     uint64_t *kept = tops + of_slices, *weights = kept + of_slices;
-    const Rows rows = {
-        logits, options, V, Vp, slices, threads, one, tops, kept, weights, (uint32_t *)(weights + of_pieces)};
+    const Rows rows = {logits, options, V, Vp, slices, one, tops, kept, weights, (uint32_t *)(weights + of_pieces)};
     launch_early(Grid((int64_t)N * slices, threads), find_greatest, rows);
     launch_early(Grid((int64_t)N * slices, threads), add_up, rows);
     launch_early(Grid(N, threads), draw, tokens, logprobs, u, rows);

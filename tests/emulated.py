@@ -51,10 +51,9 @@ KEPT = ROOT / "build" / "emulated"  # objects of earlier runs, a folder for each
 
 def objects_folder():
     """Where the objects of the sources as they are belong; those of the state before stay, of older ones none."""
-    kinds = ("*.cu", "*.cuh", "*.h", "*.cpp", "*.def")
-    files = [path for kind in kinds for top in ("cuda", "csrc") for path in (ROOT / top).rglob(kind)]
-    compiler = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
-    state = hashlib.sha256(repr(FLAGS).encode() + compiler)
+    kinds = ("cuda/**/*.cu", "cuda/**/*.cuh", "cuda/**/*.h", "cuda/**/*.cpp", "csrc/*.h", "csrc/*.def")
+    files = [Path(__file__), *(path for kind in kinds for path in ROOT.glob(kind))]  # this one has the flags
+    state = hashlib.sha256(subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout)
     for path in sorted(files):
         state.update(hashlib.sha256(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes()).digest())
     folder = KEPT / state.hexdigest()[:16]

@@ -259,8 +259,9 @@ def test_without_a_good_checkpoint_there_is_nothing_to_resume(text, tmp_path, ca
     assert run(text, out, steps=2) == 0
     (out / "step_2" / "model.safetensors").write_bytes(b"")
     assert "no checkpoint that can be resumed" in refused(capsys, ["train", "--resume", "--out", out])
-    (out / "run.json").write_text("{}")
-    assert "run.json: not the description of a run" in refused(capsys, ["train", "--resume", "--out", out])
+    for text_of_it in "{}", "[" * 100_000:
+        (out / "run.json").write_text(text_of_it)
+        assert "run.json: not the description of a run" in refused(capsys, ["train", "--resume", "--out", out])
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(text, tmp_path, capsys):

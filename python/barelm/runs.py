@@ -72,7 +72,7 @@ def read_description(folder: Path) -> dict:
         description = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder}: holds no run to resume (no run.json)") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not the description of a run ({error})") from None
     if not isinstance(description, dict) or "config" not in description:
         raise ValueError(f"{path}: not the description of a run")
