@@ -240,15 +240,13 @@ static __attribute__((noinline)) void sums_pairs(int rows, int units, const floa
     sums_of_rows(HAVE_PAIRS, rows, units, A, B, S, add);
 }
 
-/* Over rows: the sum x of block n of one vector of the tile is added to the others, as if in double, and behind the
- * last block S takes the rounded total.  The first waits in S; of two floats, a float addition is the rounded double
- * one (Figueroa 1995, "When is double rounding innocuous?"); only from then on D is needed. */
+/* Over rows: blocks are added in double, in D, and behind the last S takes the rounded total.  The first waits in S; of
+ * two floats, a float addition is the rounded double one (Figueroa 1995, "When is double rounding innocuous?"); only
+ * from then on D is needed, and the sum of a block is added late. */
+static int is_late(int n, int last) { return n > 1 || (n == 1 && !last); }
+
+/* One vector x of the sum of block n. */
 INLINE void add_block(vf x, float *S, double *D, int n, int last) {
-    if (n < 2 && (last || !n)) {
-        if (n) x = vload_all(S) + x;
-        vstore_all(S, x);
-        return;
-    }
     vd low = vdlow(x), high = vdhigh(x);
     if (n == 1) low = vdlow(vload_all(S)) + low, high = vdhigh(vload_all(S)) + high;
     else low = vdload(D) + low, high = vdload(D + W / 2) + high;
@@ -256,29 +254,82 @@ INLINE void add_block(vf x, float *S, double *D, int n, int last) {
     else vdstore(D, low), vdstore(D + W / 2, high);
 }
 
-INLINE void sums_over_rows(const int pairs, const int chain, int units, const float *A, const float *B, float *S,
-                           double *D, int n, int last) {
-    for (int i0 = 0; i0 < MR; i0 += ROWS_OF_CHAINS) {
-        vf sums[8][4];
-        tile_of_chains(ROWS_OF_CHAINS, NV, pairs, chain, units, A + i0, 1, MR, B, NR, sums);
+/* Half a tile, for the sums of chains share the registers with the chain, and half a tile that is multiplied but not
+ * yet added to what waits in S and D.  It is added piece by piece between the chains of the next one: all at once it
+ * would keep the multipliers waiting for 60 cycles of 800, more than a core looks ahead. */
+enum { HALF_TILE = ROWS_OF_CHAINS * NV, LATE_A_CHAIN = 2 };
+typedef struct {
+    float x[HALF_TILE * W];
+    float *S;
+    double *D;
+    int n, last, added; /* `added` vectors of HALF_TILE */
+} Late;
+
+INLINE void add_late(Late *late, int vectors) {
+    for (int v = 0; v < vectors && late->added < HALF_TILE; v++) {
+        int at = late->added++ * W;
+        add_block(vload_all(late->x + at), late->S + at, late->D + at, late->n, late->last);
+    }
+}
+
+INLINE void add_half_tile(vf sums[8][4], const float *x) {
 #pragma GCC unroll 8
-        for (int i = 0; i < ROWS_OF_CHAINS; i++)
+    for (int i = 0; i < ROWS_OF_CHAINS; i++)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; j++) {
-                int64_t at = (i0 + i) * NR + j * W;
-                add_block(sums[i][j], S + at, D + at, n, last);
-            }
+        for (int j = 0; j < NV; j++) sums[i][j] = vload_all(x + i * NR + j * W) + sums[i][j];
+}
+INLINE void store_half_tile(float *x, vf sums[8][4]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS_OF_CHAINS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) vstore_all(x + i * NR + j * W, sums[i][j]);
+}
+
+/* sums += the sums of one more chain; or = them. */
+INLINE void one_chain(const int pairs, const int first, int units, const float *A, const float *B, vf sums[8][4]) {
+    vf c[8][4];
+    tile_chain(ROWS_OF_CHAINS, NV, pairs, units, A, 1, MR, B, NR, c);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS_OF_CHAINS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) {
+            if (!first) c[i][j] = sums[i][j] + c[i][j];
+            sums[i][j] = c[i][j];
+        }
+}
+
+/* The finished chains are added in order.  `chain` must be a literal: a loop of unknown length would cost a tenth. */
+INLINE void sums_over_rows(const int pairs, const int chain, int units, const float *A, const float *B, Late *late,
+                           float *S, double *D, int n, int last) {
+    for (int i0 = 0; i0 < MR; i0 += ROWS_OF_CHAINS, A += ROWS_OF_CHAINS) {
+        vf sums[8][4];
+        int k = chain;
+        if (units >= chain) one_chain(pairs, 1, chain, A, B, sums);
+        else one_chain(pairs, 1, units, A, B, sums);
+        for (; k + chain <= units; k += chain) {
+            add_late(late, LATE_A_CHAIN);
+            one_chain(pairs, 0, chain, A + k * MR, B + k * NR, sums);
+        }
+        if (k < units) one_chain(pairs, 0, units - k, A + k * MR, B + k * NR, sums);
+        add_late(late, HALF_TILE);
+        if (!is_late(n, last)) {
+            if (n) add_half_tile(sums, S + i0 * NR);
+            store_half_tile(S + i0 * NR, sums);
+            continue;
+        }
+        store_half_tile(late->x, sums);
+        late->S = S + i0 * NR, late->D = D + i0 * NR, late->n = n, late->last = last, late->added = 0;
     }
 }
 
 /* A chain is ROW_CHAIN units of the contract: where a pair of bf16 is held as two fp32, twice as many steps. */
-static __attribute__((noinline)) void sums_over_rows_fp32(int units, const float *A, const float *B, float *S,
-                                                          double *D, int n, int last) {
-    sums_over_rows(0, ROW_CHAIN, units, A, B, S, D, n, last);
+static __attribute__((noinline)) void sums_over_rows_fp32(int units, const float *A, const float *B, Late *late,
+                                                          float *S, double *D, int n, int last) {
+    sums_over_rows(0, ROW_CHAIN, units, A, B, late, S, D, n, last);
 }
-static __attribute__((noinline)) void sums_over_rows_bf16(int units, const float *A, const float *B, float *S,
-                                                          double *D, int n, int last) {
-    sums_over_rows(HAVE_PAIRS, HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN, units, A, B, S, D, n, last);
+static __attribute__((noinline)) void sums_over_rows_bf16(int units, const float *A, const float *B, Late *late,
+                                                          float *S, double *D, int n, int last) {
+    sums_over_rows(HAVE_PAIRS, HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN, units, A, B, late, S, D, n, last);
 }
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
@@ -288,7 +339,8 @@ typedef struct {
     int i0, i1, k0, k1;
     float *S, *b, *unfolded, *a; /* [panels][rows][NR], a block of B, the same before packing, packed rows of A */
     double *D;                   /* [MC][NR]: sums of finished blocks, over rows, from the second on */
-    int64_t panel;               /* from one packed panel of A to the next */
+    Late *late;
+    int64_t panel; /* from one packed panel of A to the next */
 } Work;
 
 static Work work_of_task(void) {
@@ -296,7 +348,9 @@ static Work work_of_task(void) {
     w.unfolded = w.b + BLOCK_OF_B; /* where bf16 is held as fp32, a K block has 512 units */
     w.D = (double *)(w.unfolded + BLOCK_OF_B);
     w.S = (float *)(w.D + MC * NR);
-    w.a = w.S + SUMS;
+    w.late = (Late *)(w.S + SUMS);
+    w.late->added = HALF_TILE;
+    w.a = (float *)(w.late + 1);
     return w;
 }
 
@@ -337,8 +391,8 @@ static void tile_sums(const Gemm *g, const Work *w, float *S, const float *B, in
         const float *A = w->a + (i - w->i0) / MR * w->panel + (int64_t)(k - w->k0) / per_unit * MR;
         double *D = w->D + (i - w->i0) * NR;
         int last = k + values == g->K, rows = min_int(MR, w->i1 - i);
-        if (g->over_rows && g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, S, D, n, last);
-        else if (g->over_rows) sums_over_rows_fp32(units, A, B, S, D, n, last);
+        if (g->over_rows && g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, w->late, S, D, n, last);
+        else if (g->over_rows) sums_over_rows_fp32(units, A, B, w->late, S, D, n, last);
         else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, n > 0);
         else sums_packed(rows, units, A, B, S, n > 0);
     } else if (i + MR <= g->M) {
@@ -361,21 +415,27 @@ INLINE void fetch_b(const Gemm *g, int j, int k, int piece, int pieces) {
     }
 }
 
+static void finish_tile(const Gemm *g, const Work *w, const float *S, int i, int j, int columns) {
+    for (int r = i; r < min_int(i + MR, w->i1); r++) finish_row(&g->end, g->N, S + (r - i) * NR, r, j, columns);
+}
+
 /* The block of B at j, k, whatever comes after it, and the rows at hand.  A tile is finished when its last block is, so
- * that stores and functions overlap with the next tile's products. */
+ * that stores and functions overlap with the next tile's products; over rows a tile later, for so late is its sum. */
 static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k, int columns, int next_j, int next_k) {
-    const int values = min_int(values_a_block(g), g->K - k), last = k + values == g->K;
+    const int values = min_int(values_a_block(g), g->K - k), last = k + values == g->K, lag = g->over_rows && is_late(k / values_a_block(g), last) ? MR : 0;
     const int tiles = (w->i1 - w->i0 + MR - 1) / MR, fetch = next_j >= 0 && !g->packed;
     const float *B = w->b;
     if (g->packed) B = packed_block(g, j, k, values, w->b);
     else pack_b(w->b, w->unfolded, g, j, k, values);
     for (int i = w->i0, t = 0; i < w->i1; i += MR, t++, S += MR * NR) {
-        int end = min_int(i + MR, w->i1);
         if (fetch) fetch_b(g, next_j, next_k, t, tiles);
-        if (last) fetch_rows(&g->end, g->N, i, end, j, columns);
+        if (last) fetch_rows(&g->end, g->N, i, min_int(i + MR, w->i1), j, columns);
         if (values) tile_sums(g, w, S, B, i, k, values);
-        for (int r = i; last && r < end; r++) finish_row(&g->end, g->N, S + (r - i) * NR, r, j, columns);
+        if (last && i - lag >= w->i0) finish_tile(g, w, S - lag * NR, i - lag, j, columns);
     }
+    if (!lag) return;
+    add_late(w->late, HALF_TILE);
+    if (last) finish_tile(g, w, S - MR * NR, w->i0 + (tiles - 1) * MR, j, columns);
 }
 
 /* Columns j0 .. j1 - 1 of what is at hand.  Sums wait from one piece of K to the next, each panel's in its place. */

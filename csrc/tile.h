@@ -71,29 +71,3 @@ INLINE void tile(const int MR, const int NV, const int pairs, int kc, const floa
             vstore_all(p, c[i][j]);
         }
 }
-
-/* sums += the sums of one more chain; or = them. */
-INLINE void one_chain(const int MR, const int NV, const int pairs, const int first, int kc, const float *A, int64_t rs,
-                      int64_t ks, const float *B, int64_t ldb, vf sums[8][4]) {
-    vf c[8][4];
-    tile_chain(MR, NV, pairs, kc, A, rs, ks, B, ldb, c);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) {
-            if (!first) c[i][j] = sums[i][j] + c[i][j];
-            sums[i][j] = c[i][j];
-        }
-}
-
-/* sums[i][j] = the same sum made of chains of `chain` steps, the finished chains added in order.  Sums and chains share
- * the registers, so a tile has half the rows.  `chain` must be a literal: a loop of unknown length would cost a tenth.
- */
-INLINE void tile_of_chains(const int MR, const int NV, const int pairs, const int chain, int kc, const float *A,
-                           int64_t rs, int64_t ks, const float *B, int64_t ldb, vf sums[8][4]) {
-    int k = chain;
-    if (kc >= chain) one_chain(MR, NV, pairs, 1, chain, A, rs, ks, B, ldb, sums);
-    else one_chain(MR, NV, pairs, 1, kc, A, rs, ks, B, ldb, sums);
-    for (; k + chain <= kc; k += chain) one_chain(MR, NV, pairs, 0, chain, A + k * ks, rs, ks, B + k * ldb, ldb, sums);
-    if (k < kc) one_chain(MR, NV, pairs, 0, kc - k, A + k * ks, rs, ks, B + k * ldb, ldb, sums);
-}
