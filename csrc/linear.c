@@ -55,7 +55,8 @@ static int64_t panel_units(const Gemm *g, int values) {
 
 /* ---- packing: [k][width], zero beyond `valid` columns ------------------------------------------------------------ */
 
-/* W units that follow each other in k: from here on a vector of pairs is moved like a vector of floats. */
+/* W units that follow each other in k, of which `values` values count: from here on a vector of pairs is moved like a
+ * vector of floats. */
 INLINE vf load_units_along_k(const float *p, int values, int prec) {
     vf x = load_left(p, values);
     if (prec == PREC_FP32) return x;
@@ -77,19 +78,31 @@ INLINE void put_units(float *out, const int width, int64_t panel, int64_t k, int
     else vstore_all(at, x);
 }
 
-/* Columns lie `stride` apart, k is contiguous: W x W blocks are transposed in registers. */
+/* W units along k of W columns, `stride` apart, of which `columns` and `values` count: transposed in registers. */
+INLINE void pack_square(float *out, const int width, int64_t panel, int k, int j, const float *p, int64_t stride,
+                        int columns, int values, const int per_unit, int prec) {
+    vf r[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        r[i] = i < columns ? load_units_along_k(p + i * stride, values, prec) : vset(0.0f);
+    vtranspose(r);
+    int rows = min_int(W, (values + per_unit - 1) / per_unit);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        if (i < rows) put_units(out, width, panel, k + i, j, r[i]);
+}
+
+/* Columns lie `stride` apart, k is contiguous.  Whole squares need no masks, which would cost more than the moving. */
 INLINE void pack_transposed(float *out, const int width, int64_t panel, const float *p, int64_t stride, int valid,
                             int values, const int per_unit, int prec) {
+    const int square = W * per_unit;
     for (int j = 0; j < width; j += W)
-        for (int k = 0; k * per_unit < values; k += W) {
-            vf r[W];
-            for (int i = 0; i < W; i++)
-                r[i] = j + i < valid
-                           ? load_units_along_k(p + (j + i) * stride + k * per_unit, values - k * per_unit, prec)
-                           : vset(0.0f);
-            vtranspose(r);
-            int rows = min_int(W, (values + per_unit - 1) / per_unit - k);
-            for (int i = 0; i < rows; i++) put_units(out, width, panel, k + i, j, r[i]);
+        for (int k = 0; k < values; k += square) {
+            const float *at = p + j * stride + k;
+            int columns = valid - j, left = values - k;
+            if (columns >= W && left >= square)
+                pack_square(out, width, panel, k / per_unit, j, at, stride, W, square, per_unit, prec);
+            else pack_square(out, width, panel, k / per_unit, j, at, stride, columns, left, per_unit, prec);
         }
 }
 
