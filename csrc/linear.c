@@ -48,9 +48,8 @@ static int values_a_unit(const Gemm *g) { return pairs_of(g) ? 2 : 1; }
 static int values_of_units(const Gemm *g, int units) { return units * (g->prec == PREC_BF16 ? 2 : 1); }
 static int values_a_block(const Gemm *g) { return values_of_units(g, g->over_rows ? ROW_BLOCK : K_BLOCK); }
 static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->over_rows || g->rows; }
-/* A panel of A: MR rows of so many values. */
-static int64_t panel_units(const Gemm *g, int values) {
-    return ((int64_t)values + values_a_unit(g) - 1) / values_a_unit(g) * MR;
+static int units_of_values(const Gemm *g, int values) {
+    return (values + values_a_unit(g) - 1) / values_a_unit(g);
 }
 
 /* ---- packing: [k][width], zero beyond `valid` columns ------------------------------------------------------------ */
@@ -352,15 +351,16 @@ typedef struct {
     int i0, i1, k0, k1;
     float *S, *b, *unfolded, *a; /* [panels][rows][NR], a block of B, the same before packing, packed rows of A */
     double *D;                   /* [MC][NR]: sums of finished blocks, over rows, from the second on */
+    double *row_sums;            /* [rows]: of A over k */
     Late *late;
-    int64_t panel; /* from one packed panel of A to the next */
 } Work;
 
 static Work work_of_task(void) {
     Work w = {.b = scratch(SCRATCH_TASK)};
     w.unfolded = w.b + BLOCK_OF_B; /* where bf16 is held as fp32, a K block has 512 units */
     w.D = (double *)(w.unfolded + BLOCK_OF_B);
-    w.S = (float *)(w.D + MC * NR);
+    w.row_sums = w.D + MC * NR;
+    w.S = (float *)(w.row_sums + MC + W); /* packing adds nothing to as many behind them as fill a vector */
     w.late = (Late *)(w.S + SUMS);
     w.late->added = HALF_TILE;
     w.a = (float *)(w.late + 1);
@@ -383,25 +383,35 @@ static int block_rows(const Gemm *g) {
     return fit < MR ? MR : fit > MC ? MC : (int)fit;
 }
 
-/* Pack what the task has at hand: panel after panel, in each the K blocks one behind the other. */
-static void pack_rows(const Gemm *g, Work *w, int want_sums) {
-    int block = values_a_block(g), per_unit = values_a_unit(g);
-    w->panel = panel_units(g, w->k1 - w->k0);
-    for (int i = w->i0; i < w->i1; i += ROWS_PACKED) {
-        float *out = w->a + (i - w->i0) / MR * w->panel;
-        double total[W] = {0};
-        for (int k = w->k0; k < w->k1; k += block)
-            pack_a(out + (int64_t)(k - w->k0) / per_unit * MR, w->panel, g, i, k, min_int(block, w->k1 - k),
-                   want_sums ? total : NULL);
-        for (int j = 0; want_sums && j < ROWS_PACKED && i + j < w->i1; j++) g->row_sums[i + j] += (float)total[j];
-    }
+/* The packed panel of the rows from i on in the K block at k.  The blocks lie one behind the other, in each its panels,
+ * so that the tiles of a column read one stream. */
+static float *panel_of_a(const Gemm *g, const Work *w, int i, int k) {
+    int rows = (w->i1 - w->i0 + ROWS_PACKED - 1) / ROWS_PACKED * ROWS_PACKED;
+    int units = units_of_values(g, min_int(values_a_block(g), w->k1 - k));
+    return w->a + (int64_t)units_of_values(g, k - w->k0) * rows + (int64_t)(i - w->i0) * units;
+}
+
+/* Pack what the task has at hand.  The sums of its rows over k go to row_sums, if they are wanted. */
+static void pack_rows(const Gemm *g, const Work *w, double *row_sums) {
+    for (int k = w->k0; k < w->k1; k += values_a_block(g))
+        for (int i = w->i0; i < w->i1; i += ROWS_PACKED) {
+            int values = min_int(values_a_block(g), w->k1 - k);
+            pack_a(panel_of_a(g, w, i, k), (int64_t)units_of_values(g, values) * MR, g, i, k, values,
+                   row_sums ? row_sums + (i - w->i0) : NULL);
+        }
+}
+
+static void pack_rows_and_sums(const Gemm *g, const Work *w) {
+    memset(w->row_sums, 0, (MC + W) * sizeof *w->row_sums);
+    pack_rows(g, w, w->row_sums);
+    for (int i = w->i0; i < w->i1; i++) g->row_sums[i] += (float)w->row_sums[i - w->i0];
 }
 
 /* The sums of the tile of rows from i on over one K block, against one packed panel B, added to S. */
 static void tile_sums(const Gemm *g, const Work *w, float *S, const float *B, int i, int k, int values) {
-    int per_unit = values_a_unit(g), units = (values + per_unit - 1) / per_unit, n = k / values_a_block(g);
+    int units = units_of_values(g, values), n = k / values_a_block(g);
     if (packs_a(g)) {
-        const float *A = w->a + (i - w->i0) / MR * w->panel + (int64_t)(k - w->k0) / per_unit * MR;
+        const float *A = panel_of_a(g, w, i, k);
         double *D = w->D + (i - w->i0) * NR;
         int last = k + values == g->K, rows = min_int(MR, w->i1 - i);
         if (g->over_rows && g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, w->late, S, D, n, last);
@@ -473,7 +483,8 @@ static void multiply_rows(const Gemm *g, Work *w, int j0, int j1) {
     w->k1 = 0;
     do {
         w->k0 = w->k1, w->k1 = min_int(w->k0 + piece, g->K);
-        if (packs_a(g) && !g->rows) pack_rows(g, w, g->row_sums && j0 == 0);
+        if (g->row_sums && j0 == 0) pack_rows_and_sums(g, w);
+        else if (packs_a(g) && !g->rows) pack_rows(g, w, NULL);
         multiply_columns(g, w, j0, j1);
     } while (w->k1 < g->K);
 }
@@ -496,7 +507,7 @@ static void gemm_task(void *context, int task) {
     Work w = work_of_task();
     for (int i = m0; i < m1; i += rows) {
         w.i0 = i, w.i1 = min_int(i + rows, m1);
-        if (g->rows) w.panel = panel_units(g, g->K), w.a = (float *)g->rows + (i - m0) / MR * w.panel;
+        if (g->rows) w.a = (float *)g->rows; /* there is one block of so few */
         multiply_rows(g, &w, j0, j1);
     }
 }
@@ -561,7 +572,7 @@ static void gemm_of_few_rows(Gemm *g, int threads) {
     int single = g->M == 1 && g->K;
     g->rows = rows;
     if (single) pack_one_row(rows, g);
-    else pack_rows(g, &(Work){.a = rows, .i1 = g->M, .k1 = g->K}, 0);
+    else pack_rows(g, &(Work){.a = rows, .i1 = g->M, .k1 = g->K}, NULL);
     g->grid_m = 1;
     g->grid_n = min_int((g->N + NR - 1) / NR, threads * TASKS_A_THREAD);
     parallel_for(single ? row_task : gemm_task, g, g->grid_n);
