@@ -105,41 +105,46 @@ INLINE void pack_transposed(float *out, const int width, int64_t panel, const fl
         }
 }
 
-/* A chain of the column sums goes to the double ones. */
-INLINE vf flush_sum(vf sum, vd *low, vd *high) {
-    *low = *low + vdlow(sum), *high = *high + vdhigh(sum);
-    return vset(0.0f);
-}
-
-/* Columns are contiguous, k steps lie `stride` apart.  sums[j], if given, takes the sum over k of the values as they
- * are, before any rounding, in chains of `chain`. */
-INLINE void pack_straight(float *out, const int width, int64_t panel, const float *p, int64_t stride, int valid,
-                          int values, const int per_unit, int prec, int chain, double *sums) {
-    for (int j = 0; j < width; j += W) {
-        int columns = valid > j ? min_int(W, valid - j) : 0;
-        vf sum = vset(0.0f);
-        vd low = sums ? vdload(sums + j) : vdset(0), high = sums ? vdload(sums + j + W / 2) : vdset(0);
-        for (int k = 0; k < values; k += per_unit) {
-            const float *row = p + k * stride + j, *next = per_unit == 2 && k + 1 < values ? row + stride : NULL;
-            put_units(out, width, panel, k / per_unit, j, load_units_across_k(row, next, columns, prec));
-            if (!sums) continue;
-            sum = sum + vload(row, columns);
-            if (next) sum = sum + vload(next, columns);
-            if ((k + per_unit) % chain == 0) sum = flush_sum(sum, &low, &high);
+/* Columns are contiguous, k steps lie `stride` apart; of each so many vectors, `apart` in `out`, or half vectors. */
+INLINE void pack_straight(float *out, const int width, int64_t panel, const int vectors, int64_t apart, const float *p,
+                          int64_t stride, int valid, int values, const int per_unit, int prec) {
+    for (int k = 0; k < values; k += per_unit, p += per_unit * stride) {
+        const float *next = per_unit == 2 && k + 1 < values ? p + stride : NULL;
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            int columns = min_int(W, valid - v * W);
+            if (columns < 0) columns = 0;
+            vf x = load_units_across_k(p + v * W, next ? next + v * W : NULL, columns, prec);
+            put_units(out + v * apart, width, panel, k / per_unit, 0, x);
         }
-        if (!sums) continue;
-        flush_sum(sum, &low, &high);
-        vdstore(sums + j, low), vdstore(sums + j + W / 2, high);
     }
 }
 
-INLINE void pack(float *out, const int width, int64_t panel, const float *p, int64_t along, int64_t along_k, int valid,
-                 int values, int per_unit, int prec, int chain, double *sums) {
-    int transposed = along_k == 1 && !sums; /* a single column is contiguous both ways */
-    if (transposed && per_unit == 2) pack_transposed(out, width, panel, p, along, valid, values, 2, prec);
-    else if (transposed) pack_transposed(out, width, panel, p, along, valid, values, 1, prec);
-    else if (per_unit == 2) pack_straight(out, width, panel, p, along_k, valid, values, 2, prec, chain, sums);
-    else pack_straight(out, width, panel, p, along_k, valid, values, 1, prec, chain, sums);
+/* The same for any number of vectors, without masks where all columns are there. */
+INLINE void pack_vectors(float *out, const int width, int64_t panel, const int vectors, int64_t apart, const float *p,
+                         int64_t stride, int valid, int values, const int per_unit, int prec) {
+    if (valid >= vectors * W && values % per_unit == 0)
+        pack_straight(out, width, panel, vectors, apart, p, stride, vectors * W, values, per_unit, prec);
+    else pack_straight(out, width, panel, vectors, apart, p, stride, valid, values, per_unit, prec);
+}
+
+INLINE void pack(float *out, const int width, int64_t panel, const int vectors, int64_t apart, const float *p,
+                 int64_t along, int64_t along_k, int valid, int values, int per_unit, int prec) {
+    if (along_k == 1 && per_unit == 2) pack_transposed(out, width, panel, p, along, valid, values, 2, prec);
+    else if (along_k == 1) pack_transposed(out, width, panel, p, along, valid, values, 1, prec);
+    else if (per_unit == 2) pack_vectors(out, width, panel, vectors, apart, p, along_k, valid, values, 2, prec);
+    else pack_vectors(out, width, panel, vectors, apart, p, along_k, valid, values, 1, prec);
+}
+
+/* sums[i] += the sum over k of W columns, of the values as they are, in chains of `chain`. */
+INLINE void add_columns(double *sums, const float *p, int64_t stride, int columns, int values, int chain) {
+    vd low = vdload(sums), high = vdload(sums + W / 2);
+    for (int k = 0; k < values; k += chain) {
+        vf sum = vset(0.0f);
+        for (int c = k; c < min_int(k + chain, values); c++) sum = sum + vload(p + c * stride, columns);
+        low = low + vdlow(sum), high = high + vdhigh(sum);
+    }
+    vdstore(sums, low), vdstore(sums + W / 2, high);
 }
 
 enum { BLOCK_OF_B = 2 * K_BLOCK * NR };
@@ -156,15 +161,16 @@ static __attribute__((noinline)) void pack_b(float *out, float *space, const Gem
                                 g->k_along ? values : columns);
         p = space;
     }
-    pack(out, NR, 0, p, g->k_along ? row : 1, g->k_along ? 1 : row, columns, values, values_a_unit(g), g->prec, 0,
-         NULL);
+    pack(out, NR, 0, NV, W, p, g->k_along ? row : 1, g->k_along ? 1 : row, columns, values, values_a_unit(g), g->prec);
 }
 
 /* ROWS_PACKED rows of A: as many panels as fill a vector, `panel` apart. */
 static __attribute__((noinline)) void pack_a(float *out, int64_t panel, const Gemm *g, int i, int k, int values,
                                              double *sums) {
-    pack(out, MR, panel, g->a + i * g->a_i + k * g->a_k, g->a_i, g->a_k, min_int(ROWS_PACKED, g->M - i), values,
-         values_a_unit(g), g->prec, values_of_units(g, ROW_CHAIN), sums);
+    const float *p = g->a + i * g->a_i + k * g->a_k;
+    int rows = min_int(ROWS_PACKED, g->M - i);
+    pack(out, MR, panel, 1, 0, p, g->a_i, g->a_k, rows, values, values_a_unit(g), g->prec);
+    if (sums) add_columns(sums, p, g->a_k, rows, values, values_of_units(g, ROW_CHAIN));
 }
 
 /* ---- all of B, packed once ----------------------------------------------------------------------------------------
