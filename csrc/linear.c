@@ -27,6 +27,9 @@ enum { MR = 6, ROWS_OF_CHAINS = 3 };
 enum { MC = 64 * MR, ROWS_PACKED = W / MR * MR, PACKED_A_UNITS = 16 << 20 };
 /* From so many units of A on K is cut; units of A in a piece, half of an L2 cache; and floats of the sums that wait. */
 enum { LONG_A = 1 << 20, PIECE_OF_A = 128 << 10, SUMS = 2 << 20 };
+/* From so many floats of a gradient on, the size of two L2 caches, it is written past them: it is not read before all
+ * others are there. */
+enum { STREAMED = 1 << 19 };
 
 typedef struct {
     int M, N, K;
@@ -48,9 +51,7 @@ static int values_a_unit(const Gemm *g) { return pairs_of(g) ? 2 : 1; }
 static int values_of_units(const Gemm *g, int units) { return units * (g->prec == PREC_BF16 ? 2 : 1); }
 static int values_a_block(const Gemm *g) { return values_of_units(g, g->over_rows ? ROW_BLOCK : K_BLOCK); }
 static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->over_rows || g->rows; }
-static int units_of_values(const Gemm *g, int values) {
-    return (values + values_a_unit(g) - 1) / values_a_unit(g);
-}
+static int units_of_values(const Gemm *g, int values) { return (values + values_a_unit(g) - 1) / values_a_unit(g); }
 
 /* ---- packing: [k][width], zero beyond `valid` columns ------------------------------------------------------------ */
 
@@ -82,8 +83,7 @@ INLINE void pack_square(float *out, const int width, int64_t panel, int k, int j
                         int columns, int values, const int per_unit, int prec) {
     vf r[W];
 #pragma GCC unroll 16
-    for (int i = 0; i < W; i++)
-        r[i] = i < columns ? load_units_along_k(p + i * stride, values, prec) : vset(0.0f);
+    for (int i = 0; i < W; i++) r[i] = i < columns ? load_units_along_k(p + i * stride, values, prec) : vset(0.0f);
     vtranspose(r);
     int rows = min_int(W, (values + per_unit - 1) / per_unit);
 #pragma GCC unroll 16
@@ -451,7 +451,8 @@ static void finish_tile(const Gemm *g, const Work *w, const float *S, int i, int
 /* The block of B at j, k, whatever comes after it, and the rows at hand.  A tile is finished when its last block is, so
  * that stores and functions overlap with the next tile's products; over rows a tile later, for so late is its sum. */
 static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k, int columns, int next_j, int next_k) {
-    const int values = min_int(values_a_block(g), g->K - k), last = k + values == g->K, lag = g->over_rows && is_late(k / values_a_block(g), last) ? MR : 0;
+    const int values = min_int(values_a_block(g), g->K - k), last = k + values == g->K,
+              lag = g->over_rows && is_late(k / values_a_block(g), last) ? MR : 0;
     const int tiles = (w->i1 - w->i0 + MR - 1) / MR, fetch = next_j >= 0 && !g->packed;
     const float *B = w->b;
     if (g->packed) B = packed_block(g, j, k, values, w->b);
@@ -516,6 +517,7 @@ static void gemm_task(void *context, int task) {
         if (g->rows) w.a = (float *)g->rows; /* there is one block of so few */
         multiply_rows(g, &w, j0, j1);
     }
+    if (g->end.streams) stream_end();
 }
 
 /* Time of the slowest task for a grid, in multiply-adds a lane: the tiles, and packing, which is done again by every
@@ -659,6 +661,7 @@ void CAT(linear_backward_input, ISA)(float *din, const float *dout, const float 
 
 void CAT(linear_backward_weight, ISA)(float *dweight, float *dbias, const float *dout, const float *in, int accumulate,
                                       int prec, int N, int C, int OC) {
+    const int aligned = (uintptr_t)dweight % 64 == 0 && C % 16 == 0, large = (int64_t)OC * C >= STREAMED;
     Gemm g = {.M = OC,
               .N = C,
               .K = N,
@@ -669,7 +672,7 @@ void CAT(linear_backward_weight, ISA)(float *dweight, float *dbias, const float 
               .b_row = C,
               .prec = prec,
               .over_rows = 1,
-              .end = {.c = dweight, .accumulate = accumulate},
+              .end = {.c = dweight, .accumulate = accumulate, .streams = !accumulate && aligned && large},
               .row_sums = dbias};
     gemm(&g);
 }

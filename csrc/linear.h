@@ -20,6 +20,7 @@ typedef struct {
     const float *residual; /* (M, N) */
     const float *dpre;     /* (M, N): multiply by fn'(dpre) instead */
     int accumulate;        /* add to what C holds */
+    int streams;           /* past the caches: C is too large for them, and nothing is added to it */
 } Epilogue;
 
 /* Few rows: what finish_row reads of a panel is fetched while the panel is multiplied.  It comes from memory as the
@@ -34,7 +35,7 @@ INLINE void fetch_rows(const Epilogue *e, int N, int i0, int i1, int j0, int col
     for (int i = i0; i < i1; i++)
         for (int j = 0; j < columns; j += 16) {
             int64_t at = (int64_t)i * N + j0 + j;
-            __builtin_prefetch(e->c + at, 1);
+            if (!e->streams) __builtin_prefetch(e->c + at, 1);
             if (e->pre) __builtin_prefetch(e->pre + at, 1);
             if (e->dpre) __builtin_prefetch(e->dpre + at);
             if (e->residual && e->residual != e->c) __builtin_prefetch(e->residual + at);
@@ -49,7 +50,8 @@ INLINE void finish(const Epilogue *e, vf x, int64_t at, int j, int k) {
     else x = vfn(e->fn, x);
     if (e->residual) x = x + vload(e->residual + at, k);
     if (e->accumulate) x = vload(e->c + at, k) + x;
-    vstore(e->c + at, x, k);
+    if (e->streams && k == W) vstream(e->c + at, x);
+    else vstore(e->c + at, x, k);
 }
 
 /* The sums S of row i, columns j0 and on, go to C. */

@@ -2,7 +2,9 @@
  *
  * Included by files that CMake compiles once per instruction set; the -m flags decide which block is used.  A vector
  * `vf` holds W floats.  vload/vstore take a count k <= W: lanes from k on are read as 0 and not written, so kernels
- * need no tail loop.  vload_all/vstore_all move a whole vector.  A new instruction set (NEON) is one more block. */
+ * need no tail loop.  vload_all/vstore_all move a whole vector; vstream moves it past the caches, to an address that is
+ * a multiple of its size, and whoever streams ends with stream_end, so that other threads see it.  A new instruction
+ * set (NEON) is one more block. */
 #pragma once
 #define ACT float
 #include <immintrin.h>
@@ -27,6 +29,7 @@ typedef __m512 vf;
 INLINE __mmask16 vmask(int k) { return (__mmask16)((1u << k) - 1); }
 INLINE vf vload_all(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void vstore_all(float *p, vf x) { _mm512_storeu_ps(p, x); }
+INLINE void vstream(float *p, vf x) { _mm512_stream_ps(p, x); }
 INLINE vf vload(const float *p, int k) { return k == W ? vload_all(p) : _mm512_maskz_loadu_ps(vmask(k), p); }
 INLINE void vstore(float *p, vf x, int k) {
     if (k == W) vstore_all(p, x);
@@ -149,6 +152,7 @@ INLINE __m256i vmask(int k) {
 }
 INLINE vf vload_all(const float *p) { return _mm256_loadu_ps(p); }
 INLINE void vstore_all(float *p, vf x) { _mm256_storeu_ps(p, x); }
+INLINE void vstream(float *p, vf x) { _mm256_stream_ps(p, x); }
 /* a masked store is slow microcode on many a CPU: only for the last, partial vector of a row */
 INLINE vf vload(const float *p, int k) { return k == W ? vload_all(p) : _mm256_maskload_ps(p, vmask(k)); }
 INLINE void vstore(float *p, vf x, int k) {
@@ -264,6 +268,8 @@ INLINE void vtranspose(vf r[8]) {
 #define OP(name, args) void CAT(name, ISA) args;
 #include "ops.def"
 #undef OP
+
+INLINE void stream_end(void) { _mm_sfence(); }
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 

@@ -1358,6 +1358,19 @@ def test_products_of_small_integers_are_exact(backend, rng):
         np.testing.assert_array_equal(dweight, dout.T @ x)
 
 
+@pytest.mark.parametrize(("C", "skew"), [(720, 0), (720, 4), (730, 0)])
+def test_a_gradient_beyond_the_caches_lies_anywhere(backend, rng, C, skew):
+    """So large a one is written past them where its rows begin on cache lines, and as others are where they do not."""
+    N, OC = 3, 740
+    x, dout = (rng.integers(-8, 9, s).astype(np.float32) for s in ((N, C), (N, OC)))
+    room = np.full(OC * C * 4 + 128, 255, np.uint8)
+    first = -room.ctypes.data % 64 + skew
+    dweight = room[first : first + OC * C * 4].view(np.float32).reshape(OC, C)
+    ops.linear_backward_weight(backend, dweight, None, dout, x, 0, PREC["fp32"], N, C, OC)
+    np.testing.assert_array_equal(dweight, dout.T @ x)
+    assert (room[:first] == 255).all() and (room[first + OC * C * 4 :] == 255).all()
+
+
 def test_logprob_of_a_sure_and_of_an_even_distribution(backend):
     V, Vp = 50, 64
     logits = guarded(np.full((2, Vp), np.inf, np.float32))
