@@ -451,8 +451,8 @@ static void finish_tile(const Gemm *g, const Work *w, const float *S, int i, int
 /* The block of B at j, k, whatever comes after it, and the rows at hand.  A tile is finished when its last block is, so
  * that stores and functions overlap with the next tile's products; over rows a tile later, for so late is its sum. */
 static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k, int columns, int next_j, int next_k) {
-    const int values = min_int(values_a_block(g), g->K - k), last = k + values == g->K,
-              lag = g->over_rows && is_late(k / values_a_block(g), last) ? MR : 0;
+    const int values = min_int(values_a_block(g), g->K - k), last = k + values == g->K;
+    const int lag = g->over_rows && is_late(k / values_a_block(g), last) ? MR : 0;
     const int tiles = (w->i1 - w->i0 + MR - 1) / MR, fetch = next_j >= 0 && !g->packed;
     const float *B = w->b;
     if (g->packed) B = packed_block(g, j, k, values, w->b);
