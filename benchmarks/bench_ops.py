@@ -22,29 +22,28 @@ MIB = 2**20
 HEADER = ("op", "backend", "precision", "shape", "ms", "rate", "% of ceiling", "spread %", "runs")
 
 
-def large_cases():
-    """{op: [case]} whose arrays hold 256 MB and more, of operators that memory bounds."""
-    c = cases.case
-    embedding = c("large", big=True, B=32, T=1024, C=768, V=50304, P=1024, wpe=True, starts=None)
-    norm = c("large", big=True, N=45_000, C=768, options=True, offset=0)
-    rope = c("large", big=True, B=22, T=1024, NH=12, NKV=12, HS=64, starts=None)
-    return {
-        "embedding_forward": [embedding],
-        "embedding_backward": [embedding],
-        "layernorm_forward": [norm],
-        "layernorm_backward": [norm],
-        "rmsnorm_forward": [norm],
-        "rmsnorm_backward": [norm],
-        "swiglu_forward": [c("large", big=True, N=11_000, F=2048)],
-        "swiglu_backward": [c("large", big=True, N=7_000, F=2048)],
-        "rope_forward": [rope],
-        "rope_backward": [rope],
-        "logprob_forward": [c("large", big=True, N=1_400, V=50257, Vp=50304, invtemp=1.0, entropy=True)],
-        "logprob_backward": [c("large", big=True, N=700, V=50257, Vp=50304, invtemp=1.0, entropy=True)],
-        "logprob_forward_backward": [c("large", big=True, N=700, V=50257, Vp=50304, invtemp=1.0, entropy=True)],
-        "square_sums": [c("large", big=True, lengths=(68_000_000,))],
-        "adamw": [c("large", big=True, lengths=(10_000_000,), step=7, weight_decay=0.1, made=True)],
-    }
+LARGE = {  # of operators that memory bounds: by what the case that tests mark `big` holds 256 MB and more
+    "embedding_forward": dict(B=32),
+    "embedding_backward": dict(B=32),
+    "layernorm_forward": dict(N=45_000),
+    "layernorm_backward": dict(N=45_000),
+    "rmsnorm_forward": dict(N=45_000),
+    "rmsnorm_backward": dict(N=45_000),
+    "swiglu_forward": dict(N=11_000),
+    "swiglu_backward": dict(N=7_000),
+    "rope_forward": dict(B=22),
+    "rope_backward": dict(B=22),
+    "logprob_forward": dict(N=1_400),
+    "logprob_backward": dict(N=700),
+    "logprob_forward_backward": dict(N=700),
+    "square_sums": dict(lengths=(68_000_000,)),
+    "adamw": dict(lengths=(10_000_000,)),
+}
+
+
+def large_case(op):
+    big = next(c for c in cases.CASES[op] if c.big)
+    return cases.case("large", big=True, **(big.sizes | LARGE[op]))
 
 
 def shown(c):
@@ -143,10 +142,10 @@ def row(r):
 
 def selected(options):
     """(op, case) of what is asked for."""
-    large = {} if options.quick else large_cases()
-    for op in cases.CASES:
-        if options.only in op:
-            yield from ((op, c) for c in [*cases.CASES[op], *large.get(op, [])] if c.big)
+    for op in (op for op in cases.CASES if options.only in op):
+        yield from ((op, c) for c in cases.CASES[op] if c.big)
+        if op in LARGE and not options.quick:
+            yield op, large_case(op)
 
 
 def run(options):

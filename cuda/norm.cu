@@ -1,11 +1,12 @@
 /* norm.cu -- LayerNorm and RMSNorm: one text, `with_mean` tells them apart.  What is computed: csrc/ops_ref.c.
  *
- * Forward: a warp for each row.  The row is read from memory once and then twice more from the first cache (mean,
- * variance, result).  Backward: a block for each chunk of rows, one row after the other; a thread owns the same columns
- * of each, so the sums over the chunk's rows need no barrier.  They lie in shared memory, or, where rows are too long
- * for that, at once in their place in working memory; a second kernel adds the chunks in order, in double.  Column
- * VEC k + i lies at (i, k): lanes, which differ in k, touch neighbours and so different banks.  Chunks follow from N
- * alone, so the bits do not know the device.  Bound by memory: bf16 4 bytes a value forward, 8 backward.
+ * Forward: a warp for each row, which stays in registers, or, where it is long or begins anywhere, is read twice more
+ * from the first cache (mean, variance, result).  Backward: a block for each chunk of rows, one row after the other; a
+ * thread owns the same columns of each, so the sums over the chunk's rows need no barrier.  They lie in shared memory,
+ * or, where rows are too long for that, at once in their place in working memory; a second kernel adds the chunks in
+ * order, in double.  Column VEC k + i lies at (i, k): lanes, which differ in k, touch neighbours and so different
+ * banks.  Chunks follow from N alone, so the bits do not know the device.  Bound by memory: bf16 4 bytes a value
+ * forward, 8 backward.
  */
 #include "norm.cuh"
 
@@ -39,6 +40,67 @@ __global__ void __launch_bounds__(ROWS *WARP)
     rstd[n] = m.rstd;
 }
 
+/* Sum over the row of x - shift, or of its square, in the order of row_sum. */
+template <bool square, int V>
+__device__ float sum_of_vectors(const Pack<act, VEC> (&x)[V], float shift, int first, int C) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int v = 0; v < V; v++)
+        if (first + v * WARP * VEC < C)
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                const float d = x[v][i] - shift;
+                sum += square ? d * d : d;
+            }
+    return warp_sum(sum);
+}
+
+/* The same, to the same bits, of rows of at most V whole vectors a lane, all on 16 bytes. */
+template <bool with_mean, int V>
+__global__ void __launch_bounds__(ROWS *WARP)
+    norm_forward_short(act *out, float *mean, float *rstd, const act *in, const float *weight, const float *bias,
+                       float eps, int N, int C) {
+    const int64_t n = (int64_t)blockIdx.x * ROWS + warp_index();
+    launch_next();
+    if (blockIdx.x == 0 && threadIdx.x == 0) prefetch_row(weight, C), prefetch_row(bias, C);
+    wait_earlier();
+    if (n >= N) return;
+    const int first = lane_index() * VEC;
+    Pack<act, VEC> x[V];
+#pragma unroll
+    for (int v = 0; v < V; v++)
+        if (first + v * WARP * VEC < C) x[v] = load_all<VEC>(in + n * C + first + v * WARP * VEC);
+    Moments m = {0.0f, 0.0f};
+    if (with_mean) m.mean = sum_of_vectors<false>(x, 0.0f, first, C) / (float)C;
+    m.rstd = 1.0f / sqrtf(sum_of_vectors<true>(x, m.mean, first, C) / (float)C + eps);
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+        const int c = first + v * WARP * VEC;
+        if (c >= C) continue;
+        const Pack<float, VEC> w = load_all<VEC>(weight + c);
+        Pack<float, VEC> b = {};
+        if (bias) b = load_all<VEC>(bias + c);
+        float y[VEC];
+#pragma unroll
+        for (int i = 0; i < VEC; i++) y[i] = normalised(x[v][i], m, w[i], b[i]);
+        store_all(out + n * C + c, pack_of(act{}, y));
+    }
+    if (lane_index() > 0) return;
+    if (with_mean) mean[n] = m.mean;
+    rstd[n] = m.rstd;
+}
+
+template <bool with_mean>
+void forward(act *out, float *mean, float *rstd, const act *in, const float *weight, const float *bias, float eps,
+             int N, int C, const char *op) {
+    const bool whole = C % VEC == 0 && on_16_bytes(out) && on_16_bytes(in) && on_16_bytes(weight) && on_16_bytes(bias);
+    const Grid grid(divide_up(N, ROWS), ROWS * WARP, 0, op);
+    auto kernel = norm_forward<with_mean>;
+    if (whole && C <= 4 * WARP * VEC) kernel = norm_forward_short<with_mean, 4>;
+    else if (whole && C <= 8 * WARP * VEC) kernel = norm_forward_short<with_mean, 8>;
+    launch_early(grid, kernel, out, mean, rstd, in, weight, bias, eps, N, C);
+}
+
 /* ---- backward ---- */
 
 enum { MOST_THREADS = 256, MOST_WARPS = MOST_THREADS / WARP };
@@ -58,26 +120,41 @@ struct Two {
     float a, b;
 };
 
-/* Sums of a and b over the block, the same bits in each thread.  `turn` alternates between 0 and 1 from call to call:
- * a thread may still read what the last call left, so one barrier a call is enough. */
-__device__ Two block_sums(Two x, int turn) {
-    SHARED(float, parts, 2 * 2 * MOST_WARPS);
-    const Shared<float> a = parts + turn * 2 * MOST_WARPS, b = a + MOST_WARPS;
+/* What the warps of a block add up, of this call and the one before: a thread may still read what the last call left,
+ * so one barrier a call is enough.  Warps that the block does not have count as 0. */
+enum { PARTS = 2 * MOST_WARPS };
+__device__ void clear(Shared<Two> parts) {
+    if (threadIdx.x < PARTS) parts[threadIdx.x] = Two{0.0f, 0.0f};
+    __syncthreads();
+}
+
+/* Sums of a and b over the block, the same bits in each thread.  `turn` alternates between 0 and 1 from call to call.
+ */
+__device__ Two block_sums(Two x, Shared<Two> parts, int turn) {
+    const Shared<Two> now = parts + turn * MOST_WARPS;
     x.a = warp_sum(x.a), x.b = warp_sum(x.b);
-    if (lane_index() == 0) a[warp_index()] = x.a, b[warp_index()] = x.b;
+    if (lane_index() == 0) now[warp_index()] = x;
     __syncthreads();
     Two sum = {0.0f, 0.0f};
-    for (int w = 0; w < (int)blockDim.x / WARP; w++) sum.a += a[w], sum.b += b[w];
+#pragma unroll
+    for (int w = 0; w < MOST_WARPS; w++) {
+        const Two part = now[w];
+        sum.a += part.a, sum.b += part.b;
+    }
     return sum;
 }
 
 /* Where the sum of column VEC k + i lies. */
 __device__ int64_t place(const Backward &p, int sum, int i, int k) { return ((int64_t)sum * VEC + i) * p.vectors + k; }
 
+__device__ int64_t end_of_chunk(const Backward &p, int64_t begin) {
+    return begin + p.rows < p.N ? begin + p.rows : p.N;
+}
+
 /* With norm = (in - mean) * rstd and dnorm = dout * weight, and averages over the row,
  * din = dres + rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)).  Behind the end of a row all are 0. */
 template <bool with_mean, class Sums>
-__device__ void backward_row(const Backward &p, int64_t n, int turn, Sums sums) {
+__device__ void backward_row(const Backward &p, int64_t n, Shared<Two> parts, int turn, Sums sums) {
     const act *x = p.in + n * p.C, *dout = p.dout + n * p.C;
     const float mean = with_mean ? p.mean[n] : 0.0f, rstd = p.rstd[n];
     Two two = {0.0f, 0.0f};
@@ -93,7 +170,7 @@ __device__ void backward_row(const Backward &p, int64_t n, int turn, Sums sums) 
             if (p.grads[DBIAS]) sums[place(p, DBIAS, i, k)] += dy[i];
         }
     }
-    two = block_sums(two, turn);
+    two = block_sums(two, parts, turn);
     const float through_mean = with_mean ? two.a / (float)p.C : 0.0f, through_rstd = two.b / (float)p.C;
     for (int k = (int)threadIdx.x; k < p.vectors; k += (int)blockDim.x) {
         const int c = k * VEC, count = p.C - c;
@@ -114,10 +191,12 @@ __device__ void backward_row(const Backward &p, int64_t n, int turn, Sums sums) 
 
 template <bool with_mean, class Sums>
 __device__ void backward_chunk(const Backward &p, Sums sums) {
-    const int64_t begin = (int64_t)blockIdx.x * p.rows, end = begin + p.rows < p.N ? begin + p.rows : p.N;
+    const int64_t begin = (int64_t)blockIdx.x * p.rows, end = end_of_chunk(p, begin);
     for (int k = (int)threadIdx.x; k < p.vectors; k += (int)blockDim.x)
         for (int i = 0; i < SUMS * VEC; i++) sums[place(p, 0, i, k)] = 0.0f;
-    for (int64_t n = begin; n < end; n++) backward_row<with_mean>(p, n, (int)(n - begin) % 2, sums);
+    SHARED(Two, parts, PARTS);
+    clear(parts);
+    for (int64_t n = begin; n < end; n++) backward_row<with_mean>(p, n, parts, (int)(n - begin) % 2, sums);
 }
 
 template <bool with_mean, bool in_shared>
@@ -129,6 +208,72 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_backward(Backward p) {
     backward_chunk<with_mean>(p, sums);
     for (int k = (int)threadIdx.x; k < p.vectors; k += (int)blockDim.x)
         for (int i = 0; i < SUMS * VEC; i++) partial[place(p, 0, i, k)] = sums[place(p, 0, i, k)];
+}
+
+/* ---- backward, of rows of which a thread has no more than one vector: it stays in registers, as the sums do, and the
+ * next row is on its way meanwhile ---- */
+
+struct Part {
+    Pack<act, VEC> in, dout, dres;
+    float mean, rstd;
+};
+
+/* whole: vectors of a row are, and lie on 16 bytes. */
+template <bool whole, class T>
+__device__ Pack<T, VEC> vector_of(const T *p, int count) {
+    if (!whole) return load<VEC>(p, count);
+    Pack<T, VEC> pack = {};
+    if (count > 0) pack = load_all<VEC>(p);
+    return pack;
+}
+
+/* The part of row n at column c; `at` is where that lies. */
+template <bool with_mean, bool whole>
+__device__ Part part_of_row(const Backward &p, int64_t n, int64_t at, int count) {
+    Part part = {};
+    part.in = vector_of<whole>(p.in + at, count), part.dout = vector_of<whole>(p.dout + at, count);
+    if (p.dres) part.dres = vector_of<whole>(p.dres + at, count);
+    if (with_mean) part.mean = p.mean[n];
+    part.rstd = p.rstd[n];
+    return part;
+}
+
+template <bool with_mean, bool whole>
+__global__ void __launch_bounds__(MOST_THREADS) norm_backward_short(Backward p) {
+    const int k = (int)threadIdx.x, c = k * VEC, count = k < p.vectors ? p.C - c : 0;
+    const int64_t begin = (int64_t)blockIdx.x * p.rows;
+    const int rows = (int)(end_of_chunk(p, begin) - begin);
+    int64_t at = begin * p.C + c;
+    float sums[SUMS][VEC] = {};
+    SHARED(Two, parts, PARTS);
+    clear(parts);
+    launch_next(), wait_earlier();
+    const Pack<float, VEC> w = vector_of<whole>(p.weight + c, count);
+    Part next = part_of_row<with_mean, whole>(p, begin, at, count);
+#pragma unroll 2 /* so that what comes next needs not be moved */
+    for (int r = 0; r < rows; r++, at += p.C) {
+        const Part row = next;
+        if (r + 1 < rows) next = part_of_row<with_mean, whole>(p, begin + r + 1, at + p.C, count);
+        float norm[VEC], dnorm[VEC], din[VEC];
+        Two two = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            norm[i] = (row.in[i] - row.mean) * row.rstd, dnorm[i] = row.dout[i] * w[i];
+            two.a += dnorm[i], two.b += dnorm[i] * norm[i];
+            sums[DWEIGHT][i] += row.dout[i] * norm[i], sums[DBIAS][i] += row.dout[i];
+        }
+        two = block_sums(two, parts, r % 2);
+        const float through_mean = with_mean ? two.a / (float)p.C : 0.0f, through_rstd = two.b / (float)p.C;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            din[i] = row.dres[i] + row.rstd * (dnorm[i] - through_mean - norm[i] * through_rstd);
+            sums[DBIAS_IN][i] += din[i];
+        }
+        if (!whole) store(p.din + at, din, count);
+        else if (count > 0) store_all(p.din + at, pack_of(act{}, din));
+    }
+    float *partial = p.partial + blockIdx.x * place(p, SUMS, 0, 0);
+    for (int i = 0; count > 0 && i < SUMS * VEC; i++) partial[place(p, 0, i, k)] = sums[i / VEC][i % VEC];
 }
 
 enum { GROUPS = 16 }; /* warps of a block, each with its share of the chunks of 32 places */
@@ -152,6 +297,11 @@ __global__ void __launch_bounds__(GROUPS *WARP) add_chunks(Backward p) {
     grad[c] += (float)sum;
 }
 
+bool all_on_16_bytes(const Backward &p) {
+    return on_16_bytes(p.din) && on_16_bytes(p.dout) && on_16_bytes(p.dres) && on_16_bytes(p.in) &&
+           on_16_bytes(p.weight);
+}
+
 template <bool with_mean>
 void backward(Backward p, const char *op) {
     int64_t rows = divide_up(p.N, CHUNKS);
@@ -163,7 +313,11 @@ void backward(Backward p, const char *op) {
     const size_t bytes = (size_t)width * sizeof(float);
     p.partial = (float *)scratch((size_t)p.chunks * bytes);
     const int threads = threads_for(p.vectors, MOST_THREADS);
-    if (bytes <= 40 << 10) launch_early(Grid(p.chunks, threads, bytes, op), norm_backward<with_mean, true>, p);
+    if (p.vectors <= MOST_THREADS && p.C % VEC == 0 && all_on_16_bytes(p))
+        launch_early(Grid(p.chunks, threads, 0, op), norm_backward_short<with_mean, true>, p);
+    else if (p.vectors <= MOST_THREADS)
+        launch_early(Grid(p.chunks, threads, 0, op), norm_backward_short<with_mean, false>, p);
+    else if (bytes <= 40 << 10) launch_early(Grid(p.chunks, threads, bytes, op), norm_backward<with_mean, true>, p);
     else launch_early(Grid(p.chunks, threads, 0, op), norm_backward<with_mean, false>, p);
     launch_early(Grid(divide_up(width, WARP), GROUPS * WARP, 0, op), add_chunks, p);
 }
@@ -172,14 +326,11 @@ void backward(Backward p, const char *op) {
 
 void OPERATOR(layernorm_forward)(act *out, float *mean, float *rstd, const act *in, const float *weight,
                                  const float *bias, float eps, int N, int C) {
-    launch_early(Grid(divide_up(N, ROWS), ROWS * WARP), norm_forward<true>, out, mean, rstd, in, weight, bias, eps, N,
-                 C);
+    forward<true>(out, mean, rstd, in, weight, bias, eps, N, C, __func__);
 }
 
 void OPERATOR(rmsnorm_forward)(act *out, float *rstd, const act *in, const float *weight, float eps, int N, int C) {
-    float *none = NULL;
-    launch_early(Grid(divide_up(N, ROWS), ROWS * WARP), norm_forward<false>, out, none, rstd, in, weight, none, eps, N,
-                 C);
+    forward<false>(out, NULL, rstd, in, weight, NULL, eps, N, C, __func__);
 }
 
 void OPERATOR(layernorm_backward)(act *din, float *dweight, float *dbias, float *dbias_in, const act *dout,

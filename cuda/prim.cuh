@@ -203,12 +203,29 @@ __device__ inline float warp_max(float x) {
 
 /* ---- access to memory, 16 bytes at a time ---- */
 
-/* N values that lie one behind the other, 16 bytes or a multiple. */
+/* N values that lie one behind the other, 16 bytes or a multiple.  [] gives a float. */
 template <class T, int N>
 struct alignas(16) Pack {
     static_assert(N * sizeof(T) % 16 == 0, "whole words of 16 bytes");
     T x[N];
     __device__ float operator[](int i) const { return to_float(x[i]); }
+    __device__ T get(int i) const { return x[i]; }
+    __device__ void set(int i, T value) { x[i] = value; }
+};
+
+/* In words of two: a float is one instruction away, where a variable of 16 bits is first cut out of its word. */
+template <int N>
+struct alignas(16) Pack<bf16, N> {
+    static_assert(N % 8 == 0, "whole words of 16 bytes");
+    uint32_t words[N / 2];
+    __device__ float operator[](int i) const {
+        return float_of_bits(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+    }
+    __device__ bf16 get(int i) const { return {(uint16_t)(words[i / 2] >> i % 2 * 16)}; }
+    __device__ void set(int i, bf16 value) {
+        uint32_t &word = words[i / 2];
+        word = i % 2 ? (word & 0xffffu) | (uint32_t)value.bits << 16 : (word & 0xffff0000u) | value.bits;
+    }
 };
 
 template <class T>
@@ -216,18 +233,30 @@ __host__ __device__ inline bool on_16_bytes(const T *p) {
     return ((uintptr_t)p & 15) == 0;
 }
 
+/* N values at p, which lies on 16 bytes. */
+template <int N, class T>
+__device__ inline Pack<T, N> load_all(const T *p) {
+    Pack<T, N> pack;
+    uint4 *words = reinterpret_cast<uint4 *>(&pack);
+#pragma unroll
+    for (int i = 0; i < (int)(N * sizeof(T) / 16); i++) words[i] = reinterpret_cast<const uint4 *>(p)[i];
+    return pack;
+}
+template <int N, class T>
+__device__ inline void store_all(T *p, const Pack<T, N> &pack) {
+    const uint4 *words = reinterpret_cast<const uint4 *>(&pack);
+#pragma unroll
+    for (int i = 0; i < (int)(N * sizeof(T) / 16); i++) reinterpret_cast<uint4 *>(p)[i] = words[i];
+}
+
 /* The first `count` of N values at p; the others are 0, and are not read.  16 bytes at once where p lies so. */
 template <int N, class T>
 __device__ inline Pack<T, N> load(const T *p, int64_t count) {
-    Pack<T, N> pack;
-    if (count >= N && on_16_bytes(p)) {
-        uint4 *words = reinterpret_cast<uint4 *>(pack.x);
+    if (count >= N && on_16_bytes(p)) return load_all<N>(p);
+    Pack<T, N> pack = {};
 #pragma unroll
-        for (int i = 0; i < (int)(N * sizeof(T) / 16); i++) words[i] = reinterpret_cast<const uint4 *>(p)[i];
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i++) pack.x[i] = i < count ? p[i] : T{};
-    }
+    for (int i = 0; i < N; i++)
+        if (i < count) pack.set(i, p[i]);
     return pack;
 }
 
@@ -235,13 +264,11 @@ __device__ inline Pack<T, N> load(const T *p, int64_t count) {
 template <int N, class T>
 __device__ inline void store(T *p, const Pack<T, N> &pack, int64_t count) {
     if (count >= N && on_16_bytes(p)) {
-        const uint4 *words = reinterpret_cast<const uint4 *>(pack.x);
-#pragma unroll
-        for (int i = 0; i < (int)(N * sizeof(T) / 16); i++) reinterpret_cast<uint4 *>(p)[i] = words[i];
+        store_all(p, pack);
     } else {
 #pragma unroll
         for (int i = 0; i < N; i++)
-            if (i < count) p[i] = pack.x[i];
+            if (i < count) p[i] = pack.get(i);
     }
 }
 
@@ -256,10 +283,7 @@ template <int N>
 __device__ inline Pack<bf16, N> pack_of(bf16, const float (&x)[N]) {
     Pack<bf16, N> pack;
 #pragma unroll
-    for (int i = 0; i < N; i += 2) {
-        uint32_t pair = pack_bf16(x[i], x[i + 1]);
-        pack.x[i].bits = (uint16_t)pair, pack.x[i + 1].bits = (uint16_t)(pair >> 16);
-    }
+    for (int i = 0; i < N; i += 2) pack.words[i / 2] = pack_bf16(x[i], x[i + 1]);
     return pack;
 }
 

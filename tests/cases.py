@@ -93,6 +93,9 @@ NORM = [  # dweight: backward is asked for it
     case("wide, few rows", N=2, C=1601, options=False, offset=0, dweight=True),
     case("a weight that is not trained", N=19, C=37, options=False, offset=0, dweight=False),
     case("too wide for shared memory", N=3, C=3501, options=True, offset=0, dweight=True),
+    case("whole vectors, lanes with fewer", N=11, C=392, options=True, offset=0, dweight=True),
+    case("whole vectors, twice as many", N=6, C=1000, options=False, offset=0, dweight=True),
+    case("whole vectors, too many for registers", N=5, C=2560, options=True, offset=0, dweight=True),
     case("GPT-2", big=True, N=1024, C=768, options=True, offset=0, dweight=True),
 ]
 
