@@ -50,11 +50,18 @@ __device__ Tally warp_tally(Tally t, float factor) {
     return t;
 }
 
-template <bool entropy>
+/* whole: all vectors of a row are, and lie on 16 bytes. */
+template <bool whole>
+__device__ Pack<act, VEC> vector_at(const act *p, int count) {
+    return whole ? load_all<VEC>(p) : load<VEC>(p, count);
+}
+
+template <bool entropy, bool whole>
 __device__ Tally thread_tally(const act *row, float factor, int V) {
     Tally t = {-INFINITY, 0.0f, 0.0f};
+#pragma unroll 1 /* 32 registers a thread are all there are */
     for (int v = (int)threadIdx.x * VEC; v < V; v += FORWARD_THREADS * VEC) {
-        const Pack<act, VEC> pack = load<VEC>(row + v, V - v);
+        const Pack<act, VEC> pack = vector_at<whole>(row + v, V - v);
         float x[VEC], max = t.max;
 #pragma unroll
         for (int i = 0; i < VEC; i++) x[i] = pack[i];
@@ -96,11 +103,11 @@ __device__ Tally block_tally(Tally t, float factor) {
 }
 
 /* A row of V values, x. */
-template <bool with_entropy>
+template <bool with_entropy, bool whole>
 __device__ void forward_row(float *logprob, float *lse, float *entropy, const act *x, int32_t target, float invtemp,
                             int V) {
     const float factor = invtemp * LOG2_E;
-    const Tally t = block_tally(thread_tally<with_entropy>(x, factor, V), factor);
+    const Tally t = block_tally(thread_tally<with_entropy, whole>(x, factor, V), factor);
     if (threadIdx.x > 0) return;
     const float log_sum = logf(t.sum), log_all = t.max * invtemp + log_sum;
     *lse = log_all;
@@ -108,27 +115,28 @@ __device__ void forward_row(float *logprob, float *lse, float *entropy, const ac
     if (with_entropy) *entropy = log_sum - LN_2 * (t.weighted / t.sum); /* log p = y - max - log sum */
 }
 
-template <int THREADS>
+template <int THREADS, bool whole>
 __device__ void backward_row(act *dx, float dlogprob, const act *x, int32_t target, float lse, float invtemp, int V,
                              int Vp) {
     const float d = target < 0 ? 0.0f : invtemp * dlogprob, factor = invtemp * LOG2_E, from = lse * LOG2_E;
+    /* Of the target's logit, by the thread that has it in its vectors, and before dx may take the place of x. */
+    const bool has_target = target >= 0 && target / VEC % THREADS == (int)threadIdx.x;
+    const float at_target = has_target ? d - d * exp2_fast(fmaf(to_float(x[target]), factor, -from)) : 0.0f;
+#pragma unroll 1
     for (int v = (int)threadIdx.x * VEC; v < Vp; v += THREADS * VEC) {
         float dy[VEC];
-        const Pack<act, VEC> pack = load<VEC>(x + v, V - v);
+        const Pack<act, VEC> pack = vector_at<whole>(x + v, V - v);
 #pragma unroll
         for (int i = 0; i < VEC; i++) dy[i] = -d * exp2_fast(fmaf(pack[i], factor, -from));
-        if (v <= target && target < v + VEC) {
-#pragma unroll
-            for (int i = 0; i < VEC; i++)
-                if (v + i == target) dy[i] += d;
-        }
         if (target < 0 || V - v < VEC) { /* 0 whatever is in the row */
 #pragma unroll
             for (int i = 0; i < VEC; i++)
                 if (target < 0 || v + i >= V) dy[i] = 0.0f;
         }
-        store(dx + v, dy, Vp - v);
+        if (whole) store_all(dx + v, pack_of(act{}, dy));
+        else store(dx + v, dy, Vp - v);
     }
+    if (has_target) from_float(dx[target], at_target);
 }
 
 template <bool with_entropy>
@@ -136,26 +144,28 @@ __global__ void __launch_bounds__(FORWARD_THREADS, TOGETHER)
     forward(float *logprobs, float *lse, float *entropy, const act *logits, const int32_t *targets, float invtemp,
             int V, int Vp) {
     const int64_t n = blockIdx.x;
-    forward_row<with_entropy>(logprobs + n, lse + n, with_entropy ? entropy + n : nullptr, logits + n * Vp, targets[n],
-                              invtemp, V);
+    forward_row<with_entropy, false>(logprobs + n, lse + n, with_entropy ? entropy + n : nullptr, logits + n * Vp,
+                                     targets[n], invtemp, V);
 }
 
 __global__ void __launch_bounds__(BACKWARD_THREADS)
     backward(act *dlogits, const float *dlogprobs, const act *logits, const int32_t *targets, const float *lse,
              float invtemp, int V, int Vp) {
     const int64_t n = blockIdx.x;
-    backward_row<BACKWARD_THREADS>(dlogits + n * Vp, dlogprobs[n], logits + n * Vp, targets[n], lse[n], invtemp, V, Vp);
+    backward_row<BACKWARD_THREADS, false>(dlogits + n * Vp, dlogprobs[n], logits + n * Vp, targets[n], lse[n], invtemp,
+                                          V, Vp);
 }
 
-__global__ void __launch_bounds__(FORWARD_THREADS, TOGETHER)
+template <bool whole>
+__global__ void __launch_bounds__(FORWARD_THREADS, whole ? TOGETHER : 1)
     both(act *dlogits, float *logprobs, float *lse, const float *dlogprobs, const act *logits, const int32_t *targets,
          float invtemp, int V, int Vp) {
     const int64_t n = blockIdx.x;
     const act *x = logits + n * Vp;
     const int32_t target = targets[n];
-    forward_row<false>(logprobs + n, lse + n, nullptr, x, target, invtemp, V);
+    forward_row<false, whole>(logprobs + n, lse + n, nullptr, x, target, invtemp, V);
     __syncthreads(); /* lse is there, and nobody reads the row any more for forward's sake */
-    backward_row<FORWARD_THREADS>(dlogits + n * Vp, dlogprobs[n], x, target, lse[n], invtemp, V, Vp);
+    backward_row<FORWARD_THREADS, whole>(dlogits + n * Vp, dlogprobs[n], x, target, lse[n], invtemp, V, Vp);
 }
 
 }  // namespace
@@ -174,5 +184,7 @@ void OPERATOR(logprob_backward)(act *dlogits, const float *dlogprobs, const act 
 void OPERATOR(logprob_forward_backward)(act *dlogits, float *logprobs, float *lse, const float *dlogprobs,
                                         const act *logits, const int32_t *targets, float invtemp, int N, int V,
                                         int Vp) {
-    launch(Grid(N, FORWARD_THREADS), both, dlogits, logprobs, lse, dlogprobs, logits, targets, invtemp, V, Vp);
+    const bool whole = Vp % VEC == 0 && on_16_bytes(dlogits) && on_16_bytes(logits);
+    launch(Grid(N, FORWARD_THREADS), whole ? both<true> : both<false>, dlogits, logprobs, lse, dlogprobs, logits,
+           targets, invtemp, V, Vp);
 }

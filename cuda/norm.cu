@@ -114,6 +114,7 @@ struct Backward {
     const float *weight, *mean, *rstd;
     float *partial; /* (chunks, SUMS, VEC, vectors) */
     int N, C, rows, chunks, vectors;
+    float inverse; /* 1 / C: a division would be a call, and a row has two */
 };
 
 struct Two {
@@ -171,7 +172,7 @@ __device__ void backward_row(const Backward &p, int64_t n, Shared<Two> parts, in
         }
     }
     two = block_sums(two, parts, turn);
-    const float through_mean = with_mean ? two.a / (float)p.C : 0.0f, through_rstd = two.b / (float)p.C;
+    const float through_mean = with_mean ? two.a * p.inverse : 0.0f, through_rstd = two.b * p.inverse;
     for (int k = (int)threadIdx.x; k < p.vectors; k += (int)blockDim.x) {
         const int c = k * VEC, count = p.C - c;
         const Pack<act, VEC> in = load<VEC>(x + c, count), dy = load<VEC>(dout + c, count);
@@ -200,7 +201,8 @@ __device__ void backward_chunk(const Backward &p, Sums sums) {
 }
 
 template <bool with_mean, bool in_shared>
-__global__ void __launch_bounds__(MOST_THREADS) norm_backward(Backward p) {
+__global__ void __launch_bounds__(MOST_THREADS, 1) /* 1: as many registers as it likes, else ptxas spills two */
+    norm_backward(Backward p) {
     float *partial = p.partial + blockIdx.x * place(p, SUMS, 0, 0);
     launch_next(), wait_earlier();
     if (!in_shared) return backward_chunk<with_mean>(p, partial);
@@ -263,7 +265,7 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_backward_short(Backward p) 
             sums[DWEIGHT][i] += row.dout[i] * norm[i], sums[DBIAS][i] += row.dout[i];
         }
         two = block_sums(two, parts, r % 2);
-        const float through_mean = with_mean ? two.a / (float)p.C : 0.0f, through_rstd = two.b / (float)p.C;
+        const float through_mean = with_mean ? two.a * p.inverse : 0.0f, through_rstd = two.b * p.inverse;
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
             din[i] = row.dres[i] + row.rstd * (dnorm[i] - through_mean - norm[i] * through_rstd);
@@ -309,6 +311,7 @@ void backward(Backward p, const char *op) {
     p.chunks = (int)divide_up(p.N, p.rows);
     if (p.chunks == 0) return;
     p.vectors = (int)divide_up(p.C, VEC);
+    p.inverse = 1.0f / (float)p.C;
     const int64_t width = (int64_t)SUMS * VEC * p.vectors;
     const size_t bytes = (size_t)width * sizeof(float);
     p.partial = (float *)scratch((size_t)p.chunks * bytes);
@@ -336,12 +339,12 @@ void OPERATOR(rmsnorm_forward)(act *out, float *rstd, const act *in, const float
 void OPERATOR(layernorm_backward)(act *din, float *dweight, float *dbias, float *dbias_in, const act *dout,
                                   const act *dres, const act *in, const float *weight, const float *mean,
                                   const float *rstd, int N, int C) {
-    backward<true>({din, {dweight, dbias, dbias_in}, dout, dres, in, weight, mean, rstd, NULL, N, C, 0, 0, 0},
+    backward<true>({din, {dweight, dbias, dbias_in}, dout, dres, in, weight, mean, rstd, NULL, N, C, 0, 0, 0, 0.0f},
                    __func__);
 }
 
 void OPERATOR(rmsnorm_backward)(act *din, float *dweight, float *dbias_in, const act *dout, const act *dres,
                                 const act *in, const float *weight, const float *rstd, int N, int C) {
-    backward<false>({din, {dweight, NULL, dbias_in}, dout, dres, in, weight, NULL, rstd, NULL, N, C, 0, 0, 0},
+    backward<false>({din, {dweight, NULL, dbias_in}, dout, dres, in, weight, NULL, rstd, NULL, N, C, 0, 0, 0, 0.0f},
                     __func__);
 }

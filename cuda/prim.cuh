@@ -210,7 +210,10 @@ struct alignas(16) Pack {
     T x[N];
     __device__ float operator[](int i) const { return to_float(x[i]); }
     __device__ T get(int i) const { return x[i]; }
-    __device__ void set(int i, T value) { x[i] = value; }
+    __device__ void gather(const T *p, int64_t count) { /* those behind `count` are 0, and not read */
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = i < count ? p[i] : T{};
+    }
 };
 
 /* In words of two: a float is one instruction away, where a variable of 16 bits is first cut out of its word. */
@@ -222,9 +225,12 @@ struct alignas(16) Pack<bf16, N> {
         return float_of_bits(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
     }
     __device__ bf16 get(int i) const { return {(uint16_t)(words[i / 2] >> i % 2 * 16)}; }
-    __device__ void set(int i, bf16 value) {
-        uint32_t &word = words[i / 2];
-        word = i % 2 ? (word & 0xffffu) | (uint32_t)value.bits << 16 : (word & 0xffff0000u) | value.bits;
+    __device__ void gather(const bf16 *p, int64_t count) {
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+            const uint32_t low = i < count ? p[i].bits : 0u, high = i + 1 < count ? p[i + 1].bits : 0u;
+            words[i / 2] = low | high << 16;
+        }
     }
 };
 
@@ -253,10 +259,8 @@ __device__ inline void store_all(T *p, const Pack<T, N> &pack) {
 template <int N, class T>
 __device__ inline Pack<T, N> load(const T *p, int64_t count) {
     if (count >= N && on_16_bytes(p)) return load_all<N>(p);
-    Pack<T, N> pack = {};
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        if (i < count) pack.set(i, p[i]);
+    Pack<T, N> pack;
+    pack.gather(p, count);
     return pack;
 }
 
