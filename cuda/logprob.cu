@@ -50,12 +50,7 @@ __device__ Tally warp_tally(Tally t, float factor) {
     return t;
 }
 
-/* whole: all vectors of a row are, and lie on 16 bytes. */
-template <bool whole>
-__device__ Pack<act, VEC> vector_at(const act *p, int count) {
-    return whole ? load_all<VEC>(p) : load<VEC>(p, count);
-}
-
+/* whole: all vectors of a row are. */
 template <bool entropy, bool whole>
 __device__ Tally thread_tally(const act *row, float factor, int V) {
     Tally t = {-INFINITY, 0.0f, 0.0f};
@@ -133,8 +128,7 @@ __device__ void backward_row(act *dx, float dlogprob, const act *x, int32_t targ
             for (int i = 0; i < VEC; i++)
                 if (target < 0 || v + i >= V) dy[i] = 0.0f;
         }
-        if (whole) store_all(dx + v, pack_of(act{}, dy));
-        else store(dx + v, dy, Vp - v);
+        vector_to<whole>(dx + v, dy, Vp - v);
     }
     if (has_target) from_float(dx[target], at_target);
 }

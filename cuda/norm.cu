@@ -2,8 +2,9 @@
  *
  * Forward: a warp for each row, which stays in registers, or, where it is long or begins anywhere, is read twice more
  * from the first cache (mean, variance, result).  Backward: a block for each chunk of rows, one row after the other; a
- * thread owns the same columns of each, so the sums over the chunk's rows need no barrier.  They lie in shared memory,
- * or, where rows are too long for that, at once in their place in working memory; a second kernel adds the chunks in
+ * thread owns the same columns of each, so the sums over the chunk's rows need no barrier.  They lie in registers where
+ * that is one vector, else in shared memory or, where rows are too long for that, at once in their place in working
+ * memory; a second kernel adds the chunks in
  * order, in double.  Column VEC k + i lies at (i, k): lanes, which differ in k, touch neighbours and so different
  * banks.  Chunks follow from N alone, so the bits do not know the device.  Bound by memory: bf16 4 bytes a value
  * forward, 8 backward.
@@ -220,12 +221,11 @@ struct Part {
     float mean, rstd;
 };
 
-/* whole: vectors of a row are, and lie on 16 bytes. */
+/* Zeros in a thread that has no vector of the row.  whole: all vectors of a row are. */
 template <bool whole, class T>
 __device__ Pack<T, VEC> vector_of(const T *p, int count) {
-    if (!whole) return load<VEC>(p, count);
     Pack<T, VEC> pack = {};
-    if (count > 0) pack = load_all<VEC>(p);
+    if (count > 0) pack = vector_at<whole>(p, count);
     return pack;
 }
 
@@ -271,8 +271,7 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_backward_short(Backward p) 
             din[i] = row.dres[i] + row.rstd * (dnorm[i] - through_mean - norm[i] * through_rstd);
             sums[DBIAS_IN][i] += din[i];
         }
-        if (!whole) store(p.din + at, din, count);
-        else if (count > 0) store_all(p.din + at, pack_of(act{}, din));
+        if (count > 0) vector_to<whole>(p.din + at, din, count);
     }
     float *partial = p.partial + blockIdx.x * place(p, SUMS, 0, 0);
     for (int i = 0; count > 0 && i < SUMS * VEC; i++) partial[place(p, 0, i, k)] = sums[i / VEC][i % VEC];

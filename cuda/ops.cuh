@@ -26,6 +26,17 @@ namespace {
 /* Activations that one access moves; a thread works on as many. */
 enum { VEC = 16 / sizeof(act) };
 
+/* A vector that is read, or written, with or without tests.  whole: all of it is there, and lies on 16 bytes. */
+template <bool whole, class T>
+__device__ inline Pack<T, VEC> vector_at(const T *p, int count) {
+    return whole ? load_all<VEC>(p) : load<VEC>(p, count);
+}
+template <bool whole>
+__device__ inline void vector_to(act *p, const float (&x)[VEC], int count) {
+    if (whole) store_all(p, pack_of(act{}, x));
+    else store(p, x, count);
+}
+
 /* exp(x) is exp2_fast(x * LOG2_E). */
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 }  // namespace
