@@ -111,6 +111,19 @@ static void linear(const Model *m, int w, int b, int l, act *out, act *pre, cons
     if (apart) m->ops->gelu_forward(out, pre, fn, N, OC);
 }
 
+/* What backward may make again. */
+static void make_ln1(const Model *m, int l) {
+    norm_forward(m, AT(ln1), AT(ln1_mean), AT(ln1_rstd), AT(residual), WEIGHT(ln1_w), WEIGHT(ln1_b));
+}
+static void make_ln2(const Model *m, int l) {
+    norm_forward(m, AT(ln2), AT(ln2_mean), AT(ln2_rstd), AT(mid), WEIGHT(ln2_w), WEIGHT(ln2_b));
+}
+static void make_fch(const Model *m, int l) {
+    const int N = m->B * m->T, F = m->c.n_inner;
+    if (m->c.act == MLP_SWIGLU) m->ops->swiglu_forward(AT(fch), AT(fc), N, F);
+    else m->ops->gelu_forward(AT(fch), AT(fc), mlp_function(&m->c), N, F);
+}
+
 /* x = x + attention(norm(x)); x = x + mlp(norm(x)).  Reads `residual` of layer l, writes `out`. */
 static void block_forward(const Model *m, int l, act *out) {
     const Config *c = &m->c;
@@ -118,16 +131,16 @@ static void block_forward(const Model *m, int l, act *out) {
     int B = m->B, T = m->T, NH = c->n_head, NKV = c->n_kv_head, HS = c->head_size;
     const int32_t *starts = starts_of(m);
 
-    norm_forward(m, AT(ln1), AT(ln1_mean), AT(ln1_rstd), AT(residual), WEIGHT(ln1_w), WEIGHT(ln1_b));
+    make_ln1(m, l);
     linear(m, P_qkv_w, P_qkv_b, l, AT(qkv), NULL, AT(ln1), NULL, FN_NONE);
     if (c->pos == POS_ROPE) ops->rope_forward(AT(qkv), m->cos, m->sin, starts, B, T, NH, NKV, HS);
     ops->attention_forward(AT(att), AT(lse), AT(qkv), starts, m->prec, B, T, NH, NKV, HS);
     linear(m, P_proj_w, P_proj_b, l, AT(mid), NULL, AT(att), AT(residual), FN_NONE);
 
-    norm_forward(m, AT(ln2), AT(ln2_mean), AT(ln2_rstd), AT(mid), WEIGHT(ln2_w), WEIGHT(ln2_b));
+    make_ln2(m, l);
     if (c->act == MLP_SWIGLU) {
         linear(m, P_fc_w, P_fc_b, l, AT(fc), NULL, AT(ln2), NULL, FN_NONE);
-        ops->swiglu_forward(AT(fch), AT(fc), B * T, c->n_inner);
+        make_fch(m, l);
     } else {
         linear(m, P_fc_w, P_fc_b, l, AT(fch), AT(fc), AT(ln2), NULL, mlp_function(c));
     }
@@ -334,18 +347,21 @@ static void block_backward(const Model *m, int l) {
     int B = m->B, T = m->T, NH = c->n_head, NKV = c->n_kv_head, HS = c->head_size, ends = m->adapter.rank && l == 0;
     act *dres = AT(dres), *dnorm = AT(dnorm), *dfc = AT(dfc);
 
+    if (m->b.recomputes) make_fch(m, l);
     if (c->act == MLP_SWIGLU) {
         linear_backward(m, P_fc2_w, l, AT(dfch), NULL, dres, AT(fch), NULL, FN_NONE);
         ops->swiglu_backward(dfc, AT(dfch), AT(fc), B * T, c->n_inner);
     } else {
         linear_backward(m, P_fc2_w, l, dfc, NULL, dres, AT(fch), AT(fc), mlp_function(c));
     }
+    if (m->b.recomputes) make_ln2(m, l);
     linear_backward(m, P_fc_w, l, dnorm, GRAD(fc_b), dfc, AT(ln2), NULL, FN_NONE);
     norm_backward(m, GRAD(ln2_w), GRAD(ln2_b), GRAD(proj_b), AT(mid), WEIGHT(ln2_w), AT(ln2_mean), AT(ln2_rstd), dres);
 
     linear_backward(m, P_proj_w, l, AT(datt), NULL, dres, AT(att), NULL, FN_NONE);
     ops->attention_backward(AT(dqkv), AT(datt), AT(qkv), AT(att), AT(lse), starts_of(m), m->prec, B, T, NH, NKV, HS);
     if (c->pos == POS_ROPE) ops->rope_backward(AT(dqkv), m->cos, m->sin, starts_of(m), B, T, NH, NKV, HS);
+    if (m->b.recomputes) make_ln1(m, l);
     linear_backward(m, P_qkv_w, l, ends ? NULL : dnorm, GRAD(qkv_b), AT(dqkv), AT(ln1), NULL, FN_NONE);
     if (ends) return;
     float *below = l > 0 ? layout_at(&m->base.layout, m->base.grads, P_fc2_b, l - 1) : NULL;
@@ -563,6 +579,9 @@ Status model_trace(Model *m, float *out, int i, int layer) {
     if (!m->kept) return failed(m->error, NO_FORWARD, "trace: no forward pass is kept");
     TraceEntry all[N_ACTS];
     model_trace_entries(m, all);
-    const int columns = all[i].columns;
-    return read_acts(m->ops, m->error, out, buffer(m, TRACED[i].buffer, layer), m->B * m->T, columns, columns);
+    const int columns = all[i].columns, b = TRACED[i].buffer;
+    if (m->b.recomputes && b == A_ln1) make_ln1(m, layer);
+    if (m->b.recomputes && b == A_ln2) make_ln2(m, layer);
+    if (m->b.recomputes && b == A_fch) make_fch(m, layer);
+    return read_acts(m->ops, m->error, out, buffer(m, b, layer), m->B * m->T, columns, columns);
 }

@@ -18,8 +18,11 @@ enum {
     N_BUFFERS
 };
 
+enum { ONCE, LAYERS, BODY, AGAIN }; /* how long one is kept, see model.def */
+
 typedef struct {
     int64_t offset[N_BUFFERS], stride[N_BUFFERS], bytes, head_bytes; /* stride: from one layer to the next */
+    int recomputes; /* whether backward has to make again what is kept AGAIN */
 } Buffers;
 
 /* Where each lies for N tokens.  Inference keeps one layer. */

@@ -7,26 +7,45 @@
 
 /* ---- how much memory it takes ------------------------------------------------------------------------------------ */
 
+typedef struct {
+    int kept; /* ONCE, LAYERS, BODY, AGAIN */
+    int64_t bytes;
+} Need;
+
+static int64_t kept_bytes(const Need *needs, int kept) {
+    int64_t bytes = 0;
+    for (int i = 0; i < A_logits; i++)
+        if (needs[i].kept == kept) bytes += needs[i].bytes;
+    return bytes;
+}
+
+/* What the body alone uses lies where the head has its logits: they take turns. */
+static void place(Buffers *b, const Need *needs, int64_t layers) {
+    int64_t body_bytes = kept_bytes(needs, BODY), body = 0;
+    b->bytes = body_bytes > b->head_bytes ? body_bytes : b->head_bytes;
+    for (int i = 0; i < A_logits; i++) {
+        int64_t *end = needs[i].kept == BODY ? &body : &b->bytes;
+        b->offset[i] = *end;
+        b->stride[i] = needs[i].kept == LAYERS && layers > 1 ? needs[i].bytes : 0;
+        *end += needs[i].bytes + (layers - 1) * b->stride[i];
+    }
+}
+
 Buffers model_buffers(const Config *c, const Ops *ops, const Adapter *adapter, int64_t N, int training) {
     LIST_SIZES;
     const int64_t A = (int64_t)ops->act_bytes, LOW = adapter_total(adapter), LOW_MOST = adapter_most(adapter);
-    const struct {
-        int layered;
-        int64_t bytes;
-    } list[N_BUFFERS] = {
-#define ACT_(field, layered_, bytes_, ...) [A_##field] = {layered_, bytes_},
+    Need needs[A_logits] = {
+#define ACT_(field, kept, bytes, ...) [A_##field] = {kept, bytes},
 #include "model.def"
-#define GRAD_(field, bytes_) [A_##field] = {0, training ? bytes_ : 0},
+#define GRAD_(field, kept, bytes) [A_##field] = {kept, training ? bytes : 0},
 #include "model.def"
     };
-    Buffers b = {.bytes = 0};
-    for (int i = 0; i < N_BUFFERS; i++) {
-        int64_t bytes = aligned(N * list[i].bytes);
-        if (i == A_logits) bytes = b.head_bytes = (N < ops->head_rows ? N : ops->head_rows) * Vp * A;
-        b.offset[i] = b.bytes;
-        b.stride[i] = list[i].layered && training ? bytes : 0;
-        b.bytes += bytes + (L - 1) * b.stride[i];
-    }
+    for (int i = 0; i < A_logits; i++) needs[i].bytes = aligned(N * needs[i].bytes);
+    Buffers b = {.head_bytes = (N < ops->head_rows ? N : ops->head_rows) * Vp * A};
+    b.recomputes = training && L * kept_bytes(needs, AGAIN) > ops->recompute_above;
+    for (int i = 0; i < A_logits; i++)
+        if (needs[i].kept == AGAIN) needs[i].kept = b.recomputes ? BODY : LAYERS;
+    place(&b, needs, training ? L : 1);
     return b;
 }
 

@@ -44,6 +44,9 @@ typedef struct {
     int on_host;        /* whether its memory is that of the host */
     int head_rows;      /* rows whose logits a training step holds at a time: a multiple of 2 K_BLOCK */
     int rounds_weights; /* whether its products in bf16 gain from weights that are bf16 already */
+    /* Bytes of norms and of the MLP's activations that forward keeps for backward at most; of more it keeps none, and
+     * backward makes them again, which takes a little time. */
+    int64_t recompute_above;
     /* Called by a thread before whatever it does with the backend, between which no other thread does anything with it.
      * NULL: threads may work side by side. */
     void (*enter)(void);

@@ -45,6 +45,7 @@ const Ops CAT(ops, ISA) = {
     .act_bytes = sizeof(float),
     .on_host = 1,
     .head_rows = 2 * K_BLOCK,
+    .recompute_above = 64 << 20, /* what lies in a cache is cheaper kept */
     .memory_free = system_memory_free,
     .alloc = memory_alloc,
     .free = memory_free,

@@ -789,6 +789,7 @@ const Ops ops_ref = {
     .act_bytes = sizeof(float),
     .on_host = 1,
     .head_rows = 2 * K_BLOCK,
+    .recompute_above = 0,
     .memory_free = system_memory_free,
     .alloc = memory_alloc,
     .free = memory_free,

@@ -20,6 +20,7 @@ const Ops OPERATOR(ops_cuda) = {
     0,
     HEAD_ROWS,
     sizeof(act) == sizeof(bf16),
+    INT64_MAX,
     cuda_enter,
     cuda_memory_free,
     cuda_error,

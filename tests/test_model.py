@@ -478,6 +478,26 @@ def test_micro_batches_add_up_to_the_batch(family, precision, T):
 
 
 @pytest.mark.parametrize("family", MIDDLE)
+def test_what_backward_makes_again_is_what_forward_had(isa, family):
+    """All rows in one batch take more memory than forward keeps for backward, half of them do not."""
+    if isa == "ref":
+        pytest.skip("the plain backend always makes them again")
+    config = MIDDLE[family] | dict(n_layer=8, n_embd=64, n_head=4, n_kv_head=4, n_inner=256, context=128)
+    B, T = 56, 128
+    tokens, targets = random_batch(config, B, T)
+    weights = np.full((B, T), 1 / (B * T), np.float32)
+    whole, parts = random_model(config), random_model(config)
+    whole.forward_backward(tokens, targets, weights)
+    for rows in (slice(0, B // 2), slice(B // 2, B)):
+        parts.forward_backward(tokens[rows], targets[rows], weights[rows])
+    layer = [m.memory(rows, T)["activations"] / rows for m, rows in ((whole, B), (parts, B // 2))]
+    assert layer[0] < 0.8 * layer[1], layer
+    for name, want in whole.grads.items():
+        tolerance = 4 * np.spacing(np.abs(want).max())
+        np.testing.assert_allclose(parts.grads[name], want, rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("family", MIDDLE)
 def test_gradients_read_as_zero_after_an_update(family):
     config = MIDDLE[family]
     model, batch = random_model(config), random_batch(config, 2, 20)
@@ -726,6 +746,26 @@ def test_memory_is_what_the_process_takes(isa, what):
     done = subprocess.run([sys.executable, "-c", MEASURE, what], capture_output=True, text=True, check=True, timeout=60)
     taken, said = map(int, done.stdout.split())
     assert 0.95 * said <= taken <= 1.1 * said + (24 << 20), f"{said >> 20} MB said, {taken >> 20} MB taken"
+
+
+@pytest.mark.parametrize("family", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("B", [4, 16])
+def test_memory_holds_what_backward_needs(isa, B, family):
+    """Floats a token. A layer: what its block reads, queries, keys, values, heads, the residual stream between, the MLP
+    before its function, and a few numbers; two norms and the MLP behind its function only where they take up to 64 MB,
+    and never on the plain backend. The rest, where the logits are the most: the residual stream behind the layers,
+    the hidden state, its gradient, and a few numbers."""
+    L, c = 12, Config(**family | dict(n_layer=12, n_embd=768, n_inner=3072, n_head=12, vocab_size=50257, context=256))
+    T, N = 64, B * 64
+    keys = c.n_kv_head * c.head_size
+    inner = c.n_inner * (2 if c.act == "swiglu" else 1)
+    layer, again = 4 * c.n_embd + 2 * keys + inner, 2 * c.n_embd + c.n_inner
+    assert (4 * N * L * again > 64 << 20) == (B == 16)
+    kept = L * (layer + (again if B == 4 and isa != "ref" else 0)) + 3 * c.n_embd
+    floor, slack = 4 * N * kept, 4 * N * (L * (c.n_head + 4) + 10) + 64 * 200  # each begins on 64 bytes
+    memory = c.memory(B, T)
+    assert floor <= memory["activations"] <= floor + slack
+    assert memory["head"] == 4 * min(N, 512) * 50304
 
 
 def refuses_quickly(call, message):
