@@ -211,6 +211,19 @@ PYBIND11_MODULE(_core, m) {
         },
         py::arg("seconds") = 0.5);
     m.def(
+        "copy_past_caches",  // contiguous bytes, a multiple of 64, that begin on 64
+        [](py::array_t<uint8_t> dst, py::array_t<uint8_t> src) {
+            py::buffer_info to = dst.request(true), from = src.request();
+            const bool odd = ((uintptr_t)to.ptr | (uintptr_t)from.ptr | (size_t)to.size) % 64 != 0;
+            if (to.size != from.size || odd || !(dst.flags() & src.flags() & py::array::c_style))
+                throw py::value_error(
+                    "copy_past_caches: dst and src must be as long, contiguous and whole cache lines");
+            ready();
+            py::gil_scoped_release nogil;
+            copy_past_caches(to.ptr, from.ptr, (size_t)to.size);
+        },
+        py::arg("dst").noconvert(), py::arg("src").noconvert());
+    m.def(
         "read_bandwidth",
         [](double seconds) {
             ready();

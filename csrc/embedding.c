@@ -1,8 +1,8 @@
 /* embedding.c -- rows of the token and position tables: looked up forward, scattered back.
  *
- * Backward, the rows of one token are a linked list through scratch (V + 2 N ints), built in one pass over the tokens.
- * A task takes whole tokens and sums each list in registers, in double: there is no dense gradient to clear, nothing is
- * added atomically, and the order of the sum is that of (b, t).  Bound by memory: dout is read once. */
+ * Backward, the rows are sorted by their token in scratch (V + 3 N ints).  A task takes whole tokens and sums the rows
+ * of each in double: there is no dense gradient to clear, nothing is added atomically, and the order of the sum is that
+ * of (b, t).  Bound by memory: dout is read once for each table. */
 #include "held.h"
 #include "linear.h"
 #include "threads.h"
@@ -15,7 +15,7 @@ typedef struct {
     const void *wte;    /* held in `prec` */
     const void *packed; /* or as linear_pack has packed it in `prec` */
     const float *wpe;
-    int prec, N, T, C, rows;
+    int prec, N, T, C, rows, streams;
 } Forward;
 
 static void forward(void *context, int task) {
@@ -32,15 +32,16 @@ static void forward(void *context, int task) {
             int k = min_int(W, C - c);
             vf x = vload(wte_v + c, k);
             if (wpe_p) x = x + vload(wpe_p + c, k);
-            vstore(out + c, x, k);
+            vput(out + c, x, k, f->streams);
         }
     }
+    if (f->streams) stream_end();
 }
 
 void CAT(embedding_forward, ISA)(float *out, const int32_t *tokens, const int32_t *starts, const void *wte, int held,
                                  const float *wpe, int B, int T, int C) {
     Forward f = {.out = out, .tokens = tokens, .starts = starts, .wpe = wpe, .N = B * T, .T = T, .C = C};
-    f.wte = wte, f.prec = held, f.rows = rows_per_task(C);
+    f.wte = wte, f.prec = held, f.rows = rows_per_task(C), f.streams = held == PREC_FP32 && streams(out, f.N, C);
     parallel_for(forward, &f, tasks_for(f.N, f.rows));
 }
 
@@ -53,68 +54,82 @@ void CAT(embedding_packed, ISA)(float *out, const int32_t *tokens, const int32_t
 
 /* ---- backward ---- */
 
+/* The rows of dout ordered by the row of dtable to which they belong: those of rows[u] are order[begin[u]] to
+ * order[begin[u + 1] - 1], in rising order. */
 typedef struct {
     float *dtable;
     const float *dout;
-    int32_t *first; /* (rows of dtable) first row of dout that belongs here, or -1 */
-    int32_t *next;  /* (N) the next one of the same row of dtable, or -1 */
-    int32_t *used;  /* (count) rows of dtable that have any */
-    int C, count, rows;
+    int32_t *at; /* (rows of dtable) how many rows of dout belong here, then where the next one goes */
+    int32_t *order, *rows, *begin;
+    int C, count, at_once;
 } Scatter;
 
-/* Channels c .. of one row of dtable: NV whole vectors, or NV = 1 and k lanes of it. */
-INLINE void add_list(const Scatter *s, int r, int c, const int NV, int k) {
-    vd low[4], high[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) low[j] = high[j] = vdset(0.0);
-    for (int n = s->first[r]; n >= 0; n = s->next[n])
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) {
-            vf x = vload(s->dout + (int64_t)n * s->C + c + j * W, k);
-            low[j] = low[j] + vdlow(x), high[j] = high[j] + vdhigh(x);
-        }
-    float *d = s->dtable + (int64_t)r * s->C + c;
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) vstore(d + j * W, vload(d + j * W, k) + vdround(low[j], high[j]), k);
+/* One row of dout joins `sums`; the last of a list takes them to its row of dtable.  Rows lie anywhere, and memory
+ * would wait for each: `ahead` is fetched meanwhile, and `behind`, if it is not NULL. */
+INLINE void add_row(double *sums, float *d, const float *row, const float *ahead, const float *behind, int C,
+                    const int first, const int last) {
+    for (int c = 0; c < C; c += W) {
+        const int k = min_int(W, C - c);
+        const vf x = vload(row + c, k);
+        vd low = first ? vdset(0.0) : vdload(sums + c), high = first ? vdset(0.0) : vdload(sums + c + W / 2);
+        fetch(ahead + c);
+        if (behind) fetch(behind + c);
+        low = low + vdlow(x), high = high + vdhigh(x);
+        if (last) vstore(d + c, vload(d + c, k) + vdround(low, high), k);
+        else vdstore(sums + c, low), vdstore(sums + c + W / 2, high);
+    }
+}
+
+static void add_list(const Scatter *s, int u, const float *behind, double *sums) {
+    const int C = s->C, begin = s->begin[u], end = s->begin[u + 1], all = s->begin[s->count];
+    float *d = s->dtable + (int64_t)s->rows[u] * C;
+    for (int i = begin; i < end; i++) {
+        const int first = i == begin, last = i + 1 == end;
+        const float *row = s->dout + (int64_t)s->order[i] * C;
+        const float *ahead = s->dout + (int64_t)s->order[min_int(i + ROWS_AHEAD, all - 1)] * C;
+        if (first && last) add_row(sums, d, row, ahead, behind, C, 1, 1);
+        else if (first) add_row(sums, d, row, ahead, behind, C, 1, 0);
+        else if (last) add_row(sums, d, row, ahead, NULL, C, 0, 1);
+        else add_row(sums, d, row, ahead, NULL, C, 0, 0);
+    }
 }
 
 static void add_lists(void *context, int task) {
     const Scatter *s = context;
-    const int end = min_int(s->count, (task + 1) * s->rows);
-    for (int u = task * s->rows; u < end; u++) {
-        int c = 0;
-        for (; c + 4 * W <= s->C; c += 4 * W) add_list(s, s->used[u], c, 4, W);
-        for (; c < s->C; c += W) add_list(s, s->used[u], c, 1, min_int(W, s->C - c));
-    }
+    const int end = min_int(s->count, (task + 1) * s->at_once);
+    for (int u = task * s->at_once; u < end; u++)
+        add_list(s, u, s->dtable + (int64_t)s->rows[min_int(u + ROWS_AHEAD, s->count - 1)] * s->C,
+                 scratch(SCRATCH_TASK));
 }
 
-/* Called for the last row first, so that each list runs in rising order. */
-static void link_row(Scatter *s, int n, int r) {
-    s->next[n] = s->first[r];
-    if (s->first[r] < 0) s->used[s->count++] = r;
-    s->first[r] = n;
+static int table_row(const int32_t *tokens, const int32_t *starts, int n, int T) {
+    return tokens ? tokens[n] : position(starts, n, T);
 }
 
-static void clear_lists(Scatter *s, int table_rows) {
+/* dtable[r] += the rows of dout that belong to r: those of its token or, without tokens, position. */
+static void scatter(Scatter *s, const int32_t *tokens, const int32_t *starts, int N, int T, int table_rows) {
     s->count = 0;
-    for (int r = 0; r < table_rows; r++) s->first[r] = -1;
+    memset(s->at, 0, (size_t)table_rows * sizeof *s->at);
+    for (int n = 0; n < N; n++) {
+        int r = table_row(tokens, starts, n, T);
+        if (!s->at[r]++) s->rows[s->count++] = r;
+    }
+    s->begin[0] = 0;
+    for (int u = 0; u < s->count; u++) {
+        s->begin[u + 1] = s->begin[u] + s->at[s->rows[u]];
+        s->at[s->rows[u]] = s->begin[u];
+    }
+    for (int n = 0; n < N; n++) s->order[s->at[table_row(tokens, starts, n, T)]++] = n;
+    parallel_for(add_lists, s, tasks_for(s->count, s->at_once));
 }
 
 void CAT(embedding_backward, ISA)(float *dwte, float *dwpe, const float *dout, const int32_t *tokens,
                                   const int32_t *starts, int B, int T, int C, int V) {
     const int N = B * T;
     int32_t *memory = scratch(SCRATCH_CALL);
-    Scatter s = {.dout = dout, .next = memory, .used = memory + N, .first = memory + 2 * (int64_t)N, .C = C};
-    s.rows = rows_per_task(C);
-
-    s.dtable = dwte;
-    clear_lists(&s, V);
-    for (int n = N - 1; n >= 0; n--) link_row(&s, n, tokens[n]);
-    parallel_for(add_lists, &s, tasks_for(s.count, s.rows));
-    if (!dwpe) return;
-
+    Scatter s = {.dtable = dwte, .dout = dout, .C = C, .at_once = rows_per_task(C)};
+    s.order = memory, s.rows = s.order + N, s.begin = s.rows + N, s.at = s.begin + N + 1;
+    scatter(&s, tokens, starts, N, T, V);
     s.dtable = dwpe;
-    clear_lists(&s, T);
-    for (int n = N - 1; n >= 0; n--) link_row(&s, n, position(starts, n, T));
-    parallel_for(add_lists, &s, tasks_for(s.count, s.rows));
+    if (dwpe) scatter(&s, NULL, starts, N, T, T);
 }

@@ -1,5 +1,5 @@
-/* gelu.c -- GELU by itself, where an adapter stands between a linear layer and its function: rows shared out among the
- * threads.  Bound by memory. */
+/* gelu.c -- GELU by itself, where an adapter stands between a linear layer and its function, and where backward makes
+ * again what forward has dropped: values shared out among the threads.  Bound by memory. */
 #include "gelu.h"
 #include "threads.h"
 

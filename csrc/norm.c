@@ -37,7 +37,7 @@ typedef struct {
     float *out, *mean, *rstd;
     const float *in, *weight, *bias;
     float eps;
-    int N, C, rows;
+    int N, C, rows, streams;
 } Forward;
 
 INLINE void forward_row(const Forward *f, int n, const int with_mean) {
@@ -50,7 +50,7 @@ INLINE void forward_row(const Forward *f, int n, const int with_mean) {
         int k = min_int(W, C - c);
         vf y = (vload(x + c, k) - vset(mean)) * vset(rstd) * vload(f->weight + c, k);
         if (bias) y = y + vload(bias + c, k);
-        vstore(out + c, y, k);
+        vput(out + c, y, k, f->streams);
     }
     if (with_mean) f->mean[n] = mean;
     f->rstd[n] = rstd;
@@ -63,16 +63,17 @@ static void forward(void *context, int task) {
         if (f->mean) forward_row(f, n, 1);
         else forward_row(f, n, 0);
     }
+    if (f->streams) stream_end();
 }
 
 void CAT(layernorm_forward, ISA)(float *out, float *mean, float *rstd, const float *in, const float *weight,
                                  const float *bias, float eps, int N, int C) {
-    Forward f = {out, mean, rstd, in, weight, bias, eps, N, C, rows_per_task(C)};
+    Forward f = {out, mean, rstd, in, weight, bias, eps, N, C, rows_per_task(C), streams(out, N, C)};
     parallel_for(forward, &f, tasks_for(N, f.rows));
 }
 
 void CAT(rmsnorm_forward, ISA)(float *out, float *rstd, const float *in, const float *weight, float eps, int N, int C) {
-    Forward f = {out, NULL, rstd, in, weight, NULL, eps, N, C, rows_per_task(C)};
+    Forward f = {out, NULL, rstd, in, weight, NULL, eps, N, C, rows_per_task(C), streams(out, N, C)};
     parallel_for(forward, &f, tasks_for(N, f.rows));
 }
 
@@ -85,20 +86,22 @@ typedef struct {
     float *din, *grads[SUMS]; /* grads[i] NULL: that sum is not wanted */
     const float *dout, *dres, *in, *weight, *mean, *rstd;
     double *partial; /* (chunks, SUMS, C) */
-    int N, C, rows, chunks;
+    int N, C, rows, chunks, streams;
 } Backward;
 
 /* With norm = (in - mean) * rstd and dnorm = dout * weight, and averages over the row,
- * din = dres + rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)).  `sums`: (SUMS, C). */
+ * din = dres + rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)).  `sums`: (SUMS, C).  Rows ahead are
+ * fetched: the second pass over a row finds most of it in a cache, and memory would wait for it. */
 INLINE void backward_row(const Backward *b, int n, float *sums, const int with_mean) {
     const int C = b->C;
-    const int64_t at = (int64_t)n * C;
+    const int64_t at = (int64_t)n * C, ahead = n + ROWS_AHEAD < b->N ? (int64_t)ROWS_AHEAD * C : 0;
     const float *x = b->in + at, *dout = b->dout + at, *dres = b->dres ? b->dres + at : NULL;
     const vf mean = vset(with_mean ? b->mean[n] : 0.0f), rstd = vset(b->rstd[n]);
     vf dnorm_sum = vset(0.0f), dnorm_norm = vset(0.0f);
     for (int c = 0; c < C; c += W) {
         int k = min_int(W, C - c);
         vf norm = (vload(x + c, k) - mean) * rstd, dy = vload(dout + c, k), dnorm = dy * vload(b->weight + c, k);
+        fetch(x + ahead + c), fetch(dout + ahead + c);
         dnorm_sum = dnorm_sum + dnorm;
         dnorm_norm = vfma(dnorm, norm, dnorm_norm);
         if (b->grads[DWEIGHT]) vstore(sums + c, vfma(dy, norm, vload(sums + c, k)), k);
@@ -110,8 +113,8 @@ INLINE void backward_row(const Backward *b, int n, float *sums, const int with_m
         int k = min_int(W, C - c);
         vf norm = (vload(x + c, k) - mean) * rstd, dnorm = vload(dout + c, k) * vload(b->weight + c, k);
         vf din = rstd * vnfma(norm, through_rstd, dnorm - through_mean);
-        if (dres) din = din + vload(dres + c, k);
-        vstore(b->din + at + c, din, k);
+        if (dres) din = din + vload(dres + c, k), fetch(dres + ahead + c);
+        vput(b->din + at + c, din, k, b->streams);
         if (b->grads[DBIAS_IN]) vstore(sums + 2 * C + c, vload(sums + 2 * C + c, k) + din, k);
     }
 }
@@ -131,18 +134,22 @@ static void backward_chunk(void *context, int chunk) {
         }
         for (int i = 0; i < size; i++) partial[i] += (double)sums[i];
     }
+    if (b->streams) stream_end();
 }
 
 /* Add the chunks of one strip of channels, and the finished sums to the gradients. */
 static void add_chunks(void *context, int strip) {
     const Backward *b = context;
-    const int end = min_int(b->C, (strip + 1) * STRIP);
-    for (int i = 0; i < SUMS; i++)
-        for (int c = strip * STRIP; b->grads[i] && c < end; c++) {
-            double sum = 0.0;
-            for (int chunk = 0; chunk < b->chunks; chunk++) sum += b->partial[((int64_t)chunk * SUMS + i) * b->C + c];
-            b->grads[i][c] += (float)sum;
+    const int begin = strip * STRIP, n = min_int(b->C - begin, STRIP);
+    for (int i = 0; i < SUMS; i++) {
+        if (!b->grads[i]) continue;
+        double sums[STRIP] = {0};
+        for (int chunk = 0; chunk < b->chunks; chunk++) {
+            const double *partial = b->partial + ((int64_t)chunk * SUMS + i) * b->C + begin;
+            for (int c = 0; c < n; c++) sums[c] += partial[c];
         }
+        for (int c = 0; c < n; c++) b->grads[i][begin + c] += (float)sums[c];
+    }
 }
 
 static void backward(Backward *b) {
@@ -150,6 +157,7 @@ static void backward(Backward *b) {
     b->rows = rows < 1 ? CHAIN : (rows + CHAIN - 1) / CHAIN * CHAIN;
     b->chunks = tasks_for(b->N, b->rows);
     b->partial = scratch(SCRATCH_CALL);
+    b->streams = streams(b->din, b->N, b->C);
     parallel_for(backward_chunk, b, b->chunks);
     parallel_for(add_chunks, b, tasks_for(b->C, STRIP));
 }

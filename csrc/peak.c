@@ -32,7 +32,8 @@ double peak_flops(const Ops *ops, int prec, double seconds) {
 }
 
 typedef struct {
-    char *dst, *src;
+    char *dst;
+    const char *src;
     size_t bytes;
     int tasks;
 } Copy;
@@ -40,8 +41,8 @@ typedef struct {
 /* Non-temporal stores: an ordinary store would first read the line it is about to overwrite. */
 static void copy_task(void *context, int task) {
     const Copy *c = context;
-    size_t begin = c->bytes / (size_t)c->tasks * (size_t)task / 64 * 64,
-           end = c->bytes / (size_t)c->tasks * ((size_t)task + 1) / 64 * 64;
+    size_t lines = c->bytes / 64, begin = lines * (size_t)task / (size_t)c->tasks * 64,
+           end = lines * ((size_t)task + 1) / (size_t)c->tasks * 64;
 #if defined(__SSE2__)
     for (size_t i = begin; i < end; i += 64)
         for (size_t j = i; j < i + 64; j += 16)
@@ -50,6 +51,11 @@ static void copy_task(void *context, int task) {
 #else
     memory_copy(c->dst + begin, c->src + begin, end - begin);
 #endif
+}
+
+void copy_past_caches(void *dst, const void *src, size_t bytes) {
+    Copy c = {.dst = dst, .src = src, .bytes = bytes, .tasks = threads_get()};
+    parallel_for(copy_task, &c, c.tasks);
 }
 
 /* The last cache of the first CPU, as the kernel knows it: in virtual machines sysconf tells the whole host's. */
@@ -104,17 +110,17 @@ double peak_read(double seconds) {
 }
 
 double peak_copy(double seconds) {
-    Copy c = {.bytes = bytes_beyond_cache(), .tasks = threads_get()};
-    c.dst = memory_alloc(c.bytes), c.src = memory_alloc(c.bytes);
+    const size_t bytes = bytes_beyond_cache();
+    char *dst = memory_alloc(bytes), *src = memory_alloc(bytes);
     double best = 0, start = now(); /* every page is there before the clock runs: memory_alloc touches them */
-    if (c.dst && c.src) {
+    if (dst && src) {
         do {
             double t = now();
-            parallel_for(copy_task, &c, c.tasks);
-            double rate = 2.0 * (double)c.bytes / (now() - t);
+            copy_past_caches(dst, src, bytes);
+            double rate = 2.0 * (double)bytes / (now() - t);
             if (rate > best) best = rate;
         } while (now() - start < seconds);
     }
-    memory_free(c.dst, c.bytes), memory_free(c.src, c.bytes);
+    memory_free(dst, bytes), memory_free(src, bytes);
     return best;
 }

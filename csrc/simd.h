@@ -273,6 +273,21 @@ INLINE void stream_end(void) { _mm_sfence(); }
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
+/* From so many floats of an output on, more than caches hold, it is written past them: nobody would find it there. */
+enum { BEYOND_CACHES = 1 << 23 };
+INLINE int streams(const float *out, int64_t rows, int columns) {
+    return rows * columns >= BEYOND_CACHES && (uintptr_t)out % 64 == 0 && columns % 16 == 0;
+}
+/* k lanes, or, past the caches, all. */
+INLINE void vput(float *p, vf x, int k, int past) {
+    if (past) vstream(p, x);
+    else vstore(p, x, k);
+}
+
+/* A line that will be needed, into L2: so many rows ahead where rows lie anywhere, or memory waits for arithmetic. */
+enum { ROWS_AHEAD = 4 };
+INLINE void fetch(const float *p) { __builtin_prefetch(p, 0, 2); }
+
 /* Rows of so many floats that one task should take: 64 KB of them, so that a task outweighs its start and a few short
  * rows stay on the calling thread. */
 INLINE int rows_per_task(int64_t row) { return row < 16384 ? (int)(16384 / row) : 1; }

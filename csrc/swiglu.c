@@ -6,7 +6,7 @@
 typedef struct {
     float *out; /* or din */
     const float *dout, *in;
-    int N, F, rows;
+    int N, F, rows, streams;
 } Job;
 
 static void forward(void *context, int task) {
@@ -18,9 +18,10 @@ static void forward(void *context, int task) {
         for (int f = 0; f < F; f += W) {
             int k = min_int(W, F - f);
             vf g = vload(gate + f, k);
-            vstore(out + f, g / (vset(1.0f) + vexp(vset(0.0f) - g)) * vload(up + f, k), k);
+            vput(out + f, g / (vset(1.0f) + vexp(vset(0.0f) - g)) * vload(up + f, k), k, job->streams);
         }
     }
+    if (job->streams) stream_end();
 }
 
 static void backward(void *context, int task) {
@@ -33,18 +34,21 @@ static void backward(void *context, int task) {
             int k = min_int(W, F - f);
             vf g = vload(gate + f, k), dy = vload(dout + f, k);
             vf s = vset(1.0f) / (vset(1.0f) + vexp(vset(0.0f) - g));
-            vstore(dgate + f, dy * vload(up + f, k) * s * vfma(g, vset(1.0f) - s, vset(1.0f)), k);
-            vstore(dup + f, dy * g * s, k);
+            vput(dgate + f, dy * vload(up + f, k) * s * vfma(g, vset(1.0f) - s, vset(1.0f)), k, job->streams);
+            vput(dup + f, dy * g * s, k, job->streams);
         }
     }
+    if (job->streams) stream_end();
 }
 
 void CAT(swiglu_forward, ISA)(float *out, const float *in, int N, int F) {
     Job job = {.out = out, .in = in, .N = N, .F = F, .rows = rows_per_task(2 * (int64_t)F)};
+    job.streams = streams(out, N, F);
     parallel_for(forward, &job, tasks_for(N, job.rows));
 }
 
 void CAT(swiglu_backward, ISA)(float *din, const float *dout, const float *in, int N, int F) {
     Job job = {.out = din, .dout = dout, .in = in, .N = N, .F = F, .rows = rows_per_task(2 * (int64_t)F)};
+    job.streams = streams(din, 2 * (int64_t)N, F);
     parallel_for(backward, &job, tasks_for(N, job.rows));
 }

@@ -108,7 +108,7 @@ FAULTS = [
         "1.0f / sqrtf(row_sum(x, mean, C, 1) / (float)C + f->eps)",
         "1.0f / (sqrtf(row_sum(x, mean, C, 1) / (float)C) + f->eps)",
     ),
-    Fault("norm: residual gradient dropped", "csrc/norm.c", "if (dres) din = din + vload(dres + c, k);", ""),
+    Fault("norm: residual gradient dropped", "csrc/norm.c", "din = din + vload(dres + c, k), fetch(", "fetch("),
     Fault("linear: bias of the wrong column", "csrc/linear.h", "at + j, j0 + j, W);", "at + j, j, W);"),
     Fault("linear: = instead of +=", "csrc/linear.h", "if (e->accumulate) x = vload(e->c + at, k) + x;", ""),
     Fault(
@@ -417,8 +417,8 @@ FAULTS = [
     Fault(
         "swiglu: gradient of up without the sigmoid",
         "csrc/swiglu.c",
-        "vstore(dup + f, dy * g * s, k);",
-        "vstore(dup + f, dy * g, k);",
+        "vput(dup + f, dy * g * s, k, job->streams);",
+        "vput(dup + f, dy * g, k, job->streams);",
     ),
     Fault(
         "attention: a query sees the key behind it",
@@ -565,8 +565,8 @@ FAULTS = [
     Fault(
         "embedding: = instead of +=",
         "csrc/embedding.c",
-        "vload(d + j * W, k) + vdround(low[j], high[j]), k);",
-        "vdround(low[j], high[j]), k);",
+        "vload(d + c, k) + vdround(low, high), k);",
+        "vdround(low, high), k);",
     ),
     Fault(
         "logprob: temperature ignored backward",
@@ -1412,10 +1412,31 @@ FAULTS = [
         first=HELD,
     ),
     Fault(
+        "norm: the last columns of a row go past the caches too",
+        "csrc/simd.h",
+        "(uintptr_t)out % 64 == 0 && columns % 16 == 0;",
+        "(uintptr_t)out % 64 == 0;",
+        first=OPS,
+    ),
+    Fault(
+        "norm: rows that begin between lines go past the caches",
+        "csrc/simd.h",
+        "(uintptr_t)out % 64 == 0 && columns % 16 == 0;",
+        "columns % 16 == 0;",
+        first=OPS,
+    ),
+    Fault(
+        "embedding: rows of a token are added from the second on",
+        "csrc/embedding.c",
+        "first = i == begin, last",
+        "first = i <= begin + 1, last",
+        first=OPS,
+    ),
+    Fault(
         "norm: a weight that is not trained gets a gradient",
         "csrc/norm.c",
-        "b->grads[i] && c < end; c++)",
-        "c < end; c++)",
+        "if (!b->grads[i]) continue;",
+        "",
         first=OPS,
     ),
     Fault(

@@ -24,7 +24,7 @@ import pytest
 import reference
 from barelm import _core
 from barelm._core import ops
-from cases import CASES, SAMPLE_OPTIONS, Case, make_starts
+from cases import CASES, SAMPLE_OPTIONS, Case, case, make_starts
 from conftest import guarded, prefilled
 
 EPS = float(np.finfo(np.float32).eps)
@@ -1163,6 +1163,45 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(which, backend):
         part = call.part(rows).run(backend)
         for name in set(call.batched) & set(call.outputs):
             assert same_bits(part[name], whole[name][rows]), (name, rows)
+
+
+BEYOND_CACHES = {  # of operators that write past the caches what these cannot hold: the sizes of 32 MB
+    "layernorm_forward": dict(N=11_000),
+    "layernorm_backward": dict(N=11_000),
+    "embedding_forward": dict(B=11),
+    "swiglu_forward": dict(N=4_200),
+    "swiglu_backward": dict(N=2_100),
+}
+
+
+@pytest.mark.parametrize("more", [0, 4])
+@pytest.mark.parametrize("op", BEYOND_CACHES)
+def test_bits_do_not_change_where_no_cache_holds_them(backend, op, more):
+    """Halves, which the caches hold, have them; `more` columns: rows that end within a line are written as before."""
+    if backend == "ref":
+        pytest.skip("the plain backend writes as it likes, and takes seconds")
+    big = next(c for c in CASES[op] if c.big).sizes
+    letter = "F" if op.startswith("swiglu") else "C"
+    sizes = big | BEYOND_CACHES[op] | {letter: big[letter] + more}
+    call = OPERATORS[op](np.random.default_rng(0), case("beyond caches", big=True, **sizes))
+    name = next(iter(call.outputs))
+    N = call.args[call.batch]
+    whole = call.run(backend)[name]
+    assert whole.nbytes >= 32 << 20 > whole[: N // 2].nbytes
+    for rows in (slice(0, N // 2), slice(N // 2, N)):
+        assert same_bits(call.part(list(range(N))[rows]).run(backend)[name], whole[rows])
+
+
+def test_rows_that_begin_between_cache_lines_where_no_cache_holds_them(backend):
+    N, C = 11_000, 768
+    x, one = np.random.default_rng(0).standard_normal((N, C), np.float32), np.ones(C, np.float32)
+    mean, rstd = np.empty(N, np.float32), np.empty(N, np.float32)
+    room = guarded(np.empty(N * C + 1, np.float32))
+    assert room.ctypes.data % 64 == 60
+    out, odd = guarded(np.empty((N, C), np.float32)), room[:-1].reshape(N, C)
+    for into in (out, odd):
+        ops.layernorm_forward(backend, into, mean, rstd, x, one, None, 1e-5, N, C)
+    assert same_bits(odd, out)
 
 
 @every_case(keep=has_rows)
