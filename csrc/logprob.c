@@ -27,6 +27,9 @@ static float row_max(const float *x, float invtemp, int V) {
     return vhmax(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
 }
 
+/* exp of what is at most little above 0.  The product is off by 2^-24 of y, as y itself is. */
+INLINE vf exp_below(vf y) { return vexp2(y * vset(LOG2_E)); }
+
 /* y = logit * invtemp - max, at least -200: exp is 0 there, and a logit of -infinity does not make 0 * infinity.  In
  * this order NaN passes through. */
 INLINE vf shifted(const float *x, vf invtemp, vf max, int k) {
@@ -34,22 +37,30 @@ INLINE vf shifted(const float *x, vf invtemp, vf max, int k) {
     return vmax(low, vfirst(vload(x, k) * invtemp - max, low, k));
 }
 
+typedef struct {
+    vf exps, weighted; /* of exp(y) and y exp(y), W lanes */
+} Sums;
+
+INLINE void add_exps(Sums *s, vf y, const int with_entropy) {
+    vf e = exp_below(y);
+    s->exps = s->exps + e;
+    if (with_entropy) s->weighted = vfma(e, y, s->weighted);
+}
+
 INLINE void forward_row(const Job *job, int n, const int with_entropy) {
     const float *x = job->logits + (int64_t)n * job->Vp;
     const float max = row_max(x, job->invtemp, job->V);
     const int V = job->V;
     const vf invtemp = vset(job->invtemp), most = vset(max);
-    vf sum = vset(0.0f), weighted = vset(0.0f);
-    for (int v = 0; v < V; v += W) {
-        vf y = shifted(x + v, invtemp, most, min_int(W, V - v)), e = vexp(y);
-        sum = sum + e;
-        if (with_entropy) weighted = vfma(e, y, weighted);
-    }
-    const float total = vsum(sum), log_total = logf(total);
+    Sums sums = {vset(0.0f), vset(0.0f)};
+    int v = 0;
+    for (; v + W <= V; v += W) add_exps(&sums, shifted(x + v, invtemp, most, W), with_entropy);
+    if (v < V) add_exps(&sums, shifted(x + v, invtemp, most, V - v), with_entropy);
+    const float total = vsum(sums.exps), log_total = logf(total);
     const int target = job->targets[n];
     job->lse[n] = max + log_total;
     job->logprobs[n] = target < 0 ? 0.0f : x[target] * job->invtemp - job->lse[n];
-    if (with_entropy) job->entropy[n] = log_total - vsum(weighted) / total; /* log p = y - log total */
+    if (with_entropy) job->entropy[n] = log_total - vsum(sums.weighted) / total; /* log p = y - log total */
 }
 
 static void forward(void *context, int task) {
@@ -73,7 +84,7 @@ static void backward_row(const Job *job, int n) {
     const vf invtemp = vset(job->invtemp), lse = vset(job->lse[n]), minus_d = vset(-d);
     for (int v = 0; v < V; v += W) {
         int k = min_int(W, V - v);
-        vstore(dx + v, minus_d * vexp(vload(x + v, k) * invtemp - lse), k);
+        vstore(dx + v, minus_d * exp_below(vload(x + v, k) * invtemp - lse), k);
     }
     dx[target] += d;
     memset(dx + V, 0, (size_t)(job->Vp - V) * sizeof *dx);
