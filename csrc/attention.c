@@ -132,15 +132,15 @@ void CAT(attention_forward, ISA)(act *out, float *lse, const act *qkv, const int
 
 /* ---- backward ---- */
 
-/* out[key][d] += P X for a strip of keys from row i on: the queries that see one of them.  P: rows of units along
- * queries; X: units across queries.  A pair may begin one query early: that one is 0 in P. */
-static void over_queries(const Attention *a, float *out, int64_t ldo, const float *P, Rows X, int i, int nq,
-                         int ahead) {
+/* out[key][d] += P X, or `begin`: = P X, for a strip of keys from row i on: the queries that see one of them.  P: rows
+ * of units along queries; X: units across queries.  A pair may begin one query early: that one is 0 in P. */
+static void over_queries(const Attention *a, float *out, int64_t ldo, const float *P, Rows X, int i, int nq, int ahead,
+                         int begin) {
     int per_unit = a->pairs ? 2 : 1, first = max_int(0, ahead + i) / per_unit, ld = QUERY_BLOCK / per_unit;
     int units = units_for(a->pairs, nq) - first;
     if (units <= 0) return;
     X.p += first * X.ld;
-    strip(a, a->width / W, units, P + i * ld + first, ld, 1, X, out + i * ldo, ldo, ONES);
+    strip(a, a->width / W, units, P + i * ld + first, ld, 1, X, out + i * ldo, ldo, begin ? NULL : ONES);
 }
 
 /* What the products want of up to 64 queries of one head: prepared once, used for every block of keys. */
@@ -154,6 +154,7 @@ typedef struct {
 typedef struct {
     int b, h;            /* the query head */
     int k0, nk;          /* keys k0 .. k0+nk-1 */
+    int begin, begin_dQ; /* nothing was added yet to dK and dV, to dQ of any query: the first sums are written */
     Rows K, V, K_across; /* along the head, and across keys */
     float *dK, *dV;      /* in dqkv, or sums (64, width) where a strip of rows or a whole vector would not fit there */
     int64_t ldd;
@@ -235,9 +236,13 @@ static void strip_probabilities(const Attention *a, const Matrices *m, const Que
     }
 }
 
-/* y += x, both n wide, x in whole vectors */
-static void add_row(float *y, const float *x, int n) {
-    for (int d = 0; d < n; d += W) store_left(y + d, load_left(y + d, n - d) + vload_all(x + d), n - d);
+/* y += x, or `begin`: = x, both n wide, x in whole vectors */
+static void add_row(float *y, const float *x, int n, int begin) {
+    for (int d = 0; d < n; d += W) {
+        vf sum = vload_all(x + d);
+        if (!begin) sum = load_left(y + d, n - d) + sum;
+        store_left(y + d, sum, n - d);
+    }
 }
 
 /* dQ of STRIP queries from lane q. */
@@ -245,15 +250,15 @@ static void query_gradient(const Attention *a, const Queries *r, const Keys *k, 
     float *dq = a->dqkv + qkv_at(a, k->b, r->t0 + q, k->h);
     int rows = min_int(STRIP, r->nq - q);
     if (rows == STRIP && a->HS == a->width) {
-        over_keys(a, dq, a->row, ONES, m->dS_across, k->K_across, k->nk, q, ahead);
+        over_keys(a, dq, a->row, k->begin_dQ ? NULL : ONES, m->dS_across, k->K_across, k->nk, q, ahead);
     } else if (over_keys(a, m->dQ, a->width, NULL, m->dS_across, k->K_across, k->nk, q, ahead)) {
-        for (int i = 0; i < rows; i++) add_row(dq + i * a->row, m->dQ + (int64_t)i * a->width, a->HS);
+        for (int i = 0; i < rows; i++) add_row(dq + i * a->row, m->dQ + (int64_t)i * a->width, a->HS, k->begin_dQ);
     }
 }
 
 /* 64 queries meet 64 keys. */
 static void backward_pair(const Attention *a, const Queries *q, const Keys *k, int want, float *space) {
-    int ahead = k->k0 - q->t0, block = KEY_BLOCK * units_for(a->pairs, QUERY_BLOCK);
+    int ahead = k->k0 - q->t0, begin = k->begin && ahead >= 0, block = KEY_BLOCK * units_for(a->pairs, QUERY_BLOCK);
     Matrices m = {.S = take(&space, STRIP * QUERY_BLOCK), .dP = take(&space, STRIP * QUERY_BLOCK)};
     m.P = take(&space, block), m.dS = take(&space, block);
     m.dS_across = a->pairs ? take(&space, block) : m.dS, m.dQ = space;
@@ -263,8 +268,8 @@ static void backward_pair(const Attention *a, const Queries *q, const Keys *k, i
         strip_probabilities(a, &m, q, i, rows, lane, ahead);
     }
     for (int i = 0; want & WANT_DKV && i < k->nk; i += STRIP) {
-        over_queries(a, k->dV, k->ldd, m.P, q->dO, i, q->nq, ahead);
-        over_queries(a, k->dK, k->ldd, m.dS, q->Q, i, q->nq, ahead);
+        over_queries(a, k->dV, k->ldd, m.P, q->dO, i, q->nq, ahead, begin);
+        over_queries(a, k->dK, k->ldd, m.dS, q->Q, i, q->nq, ahead, begin);
     }
     for (int i = 0; want & WANT_DQ && i < q->nq; i += STRIP) query_gradient(a, q, k, &m, i, ahead);
 }
@@ -282,8 +287,23 @@ static void store_sums(const Attention *a, const float *sums, int64_t at, int n)
             store_left(a->dqkv + at + i * a->row + d, vload_all(sums + (int64_t)i * a->width + d), a->HS - d);
 }
 
+/* `rows` of one head in qkv or dqkv, of positions t .. end-1: they lie far apart, where no hardware foresees them. */
+INLINE void fetch_rows(const Attention *a, const float *rows, int t, int end) {
+    for (; t < end; t++, rows += a->row)
+        for (int d = 0; d < a->HS; d += 16) fetch(rows + d);
+}
+
+/* While one block of keys is at hand, the next is fetched, and where its gradients go. */
+INLINE void fetch_keys(const Attention *a, int b, int kv, int k0, int end, int want) {
+    end = min_int(end, k0 + KEY_BLOCK);
+    const int64_t k_at = qkv_at(a, b, k0, key_head(a, kv)), v_at = qkv_at(a, b, k0, value_head(a, kv));
+    if (k0 >= end) return;
+    fetch_rows(a, a->qkv + k_at, k0, end), fetch_rows(a, a->qkv + v_at, k0, end);
+    if (want & WANT_DKV) fetch_rows(a, a->dqkv + k_at, k0, end), fetch_rows(a, a->dqkv + v_at, k0, end);
+}
+
 /* Queries t0 .. t1-1 of a head, up to CHUNK blocks of them, with the keys k_begin .. k_end-1 as far as they are seen.
- * Only whole blocks of keys, counted from the queries' start, give dQ; dK and dV may be asked for any range. */
+ * Only all keys from the queries' start on give dQ, in whole blocks; dK and dV may be asked for any range. */
 static void backward_chunk(const Attention *a, int b, int h, int t0, int t1, int k_begin, int k_end, int want) {
     int kv = h / (a->NH / a->NKV), blocks = 0;
     int64_t block = (int64_t)QUERY_BLOCK * a->width, size = operand_size(a);
@@ -299,6 +319,8 @@ static void backward_chunk(const Attention *a, int b, int h, int t0, int t1, int
                   .h = h,
                   .k0 = k0,
                   .nk = min_int(KEY_BLOCK, min_int(k_end, t1) - k0),
+                  .begin = !a->starts && h % (a->NH / a->NKV) == 0 && k0 >= t0,
+                  .begin_dQ = k0 == k_begin,
                   .dK = dK,
                   .dV = dV,
                   .ldd = a->width};
@@ -306,18 +328,22 @@ static void backward_chunk(const Attention *a, int b, int h, int t0, int t1, int
         k.V = rows_along_head(a, a->qkv + dv_at, a->row, k.nk, a->T - k0, V_space);
         k.K_across = a->pairs ? units_across(a, a->qkv + dk_at, a->row, k.nk, a->T - k0, across_space) : k.K;
         int apart = want & WANT_DKV && (a->HS != a->width || k.nk % STRIP);
-        if (apart) load_sums(a, dK, dk_at, k.nk), load_sums(a, dV, dv_at, k.nk);
-        else k.dK = a->dqkv + dk_at, k.dV = a->dqkv + dv_at, k.ldd = a->row;
+        if (apart && !k.begin) load_sums(a, dK, dk_at, k.nk), load_sums(a, dV, dv_at, k.nk);
+        if (!apart) k.dK = a->dqkv + dk_at, k.dV = a->dqkv + dv_at, k.ldd = a->row;
+        fetch_keys(a, b, kv, k0 + KEY_BLOCK, min_int(k_end, t1), want);
         for (int i = 0; i < blocks; i++)
             if (queries[i].t0 + queries[i].nq > k0) backward_pair(a, &queries[i], &k, want, space);
         if (apart) store_sums(a, dK, dk_at, k.nk), store_sums(a, dV, dv_at, k.nk);
     }
 }
 
-/* dqkv = 0 for positions t0 .. t1-1 of `heads` neighbouring heads. */
-static void clear(const Attention *a, int b, int t0, int t1, int head, int heads) {
-    for (int t = t0; t < t1; t++)
-        memset(a->dqkv + qkv_at(a, b, t, head), 0, (size_t)heads * (size_t)a->HS * sizeof(float));
+/* dK and dV of positions t0 .. t1-1 = 0, where starts say who is first to add to them; else these queries themselves
+ * are. */
+static void clear_keys(const Attention *a, int b, int kv, int t0, int t1) {
+    for (int t = t0; a->starts && t < t1; t++) {
+        memset(a->dqkv + qkv_at(a, b, t, key_head(a, kv)), 0, (size_t)a->HS * sizeof(float));
+        memset(a->dqkv + qkv_at(a, b, t, value_head(a, kv)), 0, (size_t)a->HS * sizeof(float));
+    }
 }
 
 /* All queries of a head with the keys of one range: a run of equal starts after the other, a chunk after the other. */
@@ -336,24 +362,20 @@ static void backward_head(const Attention *a, int b, int h, int k_begin, int k_e
 static void backward_group_task(void *context, int task) {
     const Attention *a = context;
     int group = a->NH / a->NKV, b = task / a->NKV, kv = task % a->NKV;
-    clear(a, b, 0, a->T, kv * group, group);
-    clear(a, b, 0, a->T, key_head(a, kv), 1);
-    clear(a, b, 0, a->T, value_head(a, kv), 1);
+    clear_keys(a, b, kv, 0, a->T);
     for (int h = kv * group; h < (kv + 1) * group; h++) backward_head(a, b, h, 0, a->T, WANT_DQ | WANT_DKV);
 }
 
 /* dK and dV of 64 positions. */
 static void backward_keys_task(const Attention *a, int b, int kv, int k0) {
     int group = a->NH / a->NKV, end = min_int(a->T, k0 + KEY_BLOCK);
-    clear(a, b, k0, end, key_head(a, kv), 1);
-    clear(a, b, k0, end, value_head(a, kv), 1);
+    clear_keys(a, b, kv, k0, end);
     for (int h = kv * group; h < (kv + 1) * group; h++) backward_head(a, b, h, k0, end, WANT_DKV);
 }
 
 /* dQ of 64 positions of a head. */
 static void backward_queries_task(const Attention *a, int b, int h, int t0) {
     int end = min_int(a->T, t0 + QUERY_BLOCK);
-    clear(a, b, t0, end, h, 1);
     for (int t = t0, next; t < end; t = next) {
         next = run_end(a, b, t, end);
         backward_chunk(a, b, h, t, next, start_of(a, b, t), next, WANT_DQ);

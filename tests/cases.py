@@ -196,6 +196,7 @@ def attention_cases():
         yield case("exactly a key block", B=1, T=64, NH=2, NKV=2, HS=16, **one)
         yield case("one past a key block, grouped", B=2, T=65, NH=4, NKV=2, HS=20, **one)
         yield case("wide head", B=1, T=70, NH=1, NKV=1, HS=129, **one)
+        yield case("more queries than are prepared together", B=1, T=1030, NH=1, NKV=1, HS=4, **one)
         yield case("scores far apart", B=1, T=150, NH=2, NKV=2, HS=32, **(one | dict(scale=4)))
         yield case("huge scores", B=1, T=66, NH=1, NKV=1, HS=16, **(one | dict(scale=40)))
         for kind in STARTS:
