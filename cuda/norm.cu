@@ -4,10 +4,9 @@
  * from the first cache (mean, variance, result).  Backward: a block for each chunk of rows, one row after the other; a
  * thread owns the same columns of each, so the sums over the chunk's rows need no barrier.  They lie in registers where
  * that is one vector, else in shared memory or, where rows are too long for that, at once in their place in working
- * memory; a second kernel adds the chunks in
- * order, in double.  Column VEC k + i lies at (i, k): lanes, which differ in k, touch neighbours and so different
- * banks.  Chunks follow from N alone, so the bits do not know the device.  Bound by memory: bf16 4 bytes a value
- * forward, 8 backward.
+ * memory; a second kernel adds the chunks in order, in double.  Column VEC k + i lies at (i, k): lanes, which differ in
+ * k, touch neighbours and so different banks.  Chunks follow from N alone, so the bits do not know the device.  Bound
+ * by memory: bf16 4 bytes a value forward, 8 backward.
  */
 #include "norm.cuh"
 

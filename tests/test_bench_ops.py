@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import cases
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -16,7 +17,7 @@ import bench_ops as bench
 @pytest.mark.parametrize("op", bench.LARGE)
 def test_a_large_case_is_beyond_every_cache(op):
     c = bench.large_case(op)
-    assert cases.bytes(op, c) >= 256e6 and cases.flops(op, c) == 0
+    assert cases.bytes(op, c) >= bench.BEYOND_CACHES and cases.flops(op, c) == 0
     assert set(bench.LARGE[op]) <= set(next(c for c in cases.CASES[op] if c.big).sizes)
 
 
@@ -30,4 +31,21 @@ def test_it_times_what_it_is_asked_for(tmp_path):
     timed = [r for r in found["results"] if r["op"] == "rmsnorm_backward"]
     assert len(timed) == len(found["results"]) == 2 * len(found["ceilings"])
     assert all(r["seconds"] > 0 and 0 < r["share"] < 10 for r in timed)
-    assert {r["bytes"] >= 256e6 for r in timed} == {False, True}
+    assert {r["bytes"] >= bench.BEYOND_CACHES for r in timed} == {False, True}
+
+
+def test_the_copy_that_takes_turns_copies_all(threads):
+    """For any number of threads, whatever the number of cache lines; what it could not copy is refused."""
+    for n in (1, 2, 3):
+        bench._core.threads_set(n)
+        for size in (0, 64, 7 * 64, 1001 * 64):
+            src = bench.in_memory(np.random.default_rng(size).integers(1, 256, size, np.uint8))
+            dst = bench.in_memory(np.zeros(size, np.uint8))
+            bench._core.copy_past_caches(dst, src)
+            assert (dst == src).all()
+    src, dst = (bench.in_memory(np.zeros(256, np.uint8)) for _ in range(2))
+    for to, of in ((dst[:128], src[:64]), (dst[1:65], src[:64]), (dst[:64], src[1:65]), (dst[:63], src[:63])):
+        with pytest.raises(ValueError, match="copy_past_caches: dst and src must be as long"):
+            bench._core.copy_past_caches(to, of)
+    with pytest.raises(ValueError, match="copy_past_caches: dst and src must be as long"):
+        bench._core.copy_past_caches(dst.reshape(2, 128)[:, :64], src.reshape(2, 128)[:, :64])
