@@ -24,7 +24,7 @@ enum { MR = 8, ROWS_OF_CHAINS = 4 };
 #else
 enum { MR = 6, ROWS_OF_CHAINS = 3 };
 #endif
-enum { MC = 64 * MR, ROWS_PACKED = W / MR * MR, PACKED_A_UNITS = 16 << 20 };
+enum { MC = 64 * MR, ROWS_PACKED = W / MR * MR, SIDE_BY_SIDE = 2 * MR == W ? 4 : 1, PACKED_A_UNITS = 16 << 20 };
 /* From so many units of A on K is cut; units of A in a piece, half of an L2 cache; and floats of the sums that wait. */
 enum { LONG_A = 1 << 20, PIECE_OF_A = 128 << 10, SUMS = 2 << 20 };
 /* From so many floats of a gradient on, the size of two L2 caches, it is written past them: it is not read before all
@@ -49,6 +49,7 @@ typedef struct {
 static int pairs_of(const Gemm *g) { return g->prec == PREC_BF16 && HAVE_PAIRS; }
 static int values_a_unit(const Gemm *g) { return pairs_of(g) ? 2 : 1; }
 static int values_of_units(const Gemm *g, int units) { return units * (g->prec == PREC_BF16 ? 2 : 1); }
+static int chain_units(const Gemm *g) { return values_of_units(g, ROW_CHAIN) / values_a_unit(g); }
 static int values_a_block(const Gemm *g) { return values_of_units(g, g->over_rows ? ROW_BLOCK : K_BLOCK); }
 static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->over_rows || g->rows; }
 static int units_of_values(const Gemm *g, int values) { return (values + values_a_unit(g) - 1) / values_a_unit(g); }
@@ -105,46 +106,52 @@ INLINE void pack_transposed(float *out, const int width, int64_t panel, const fl
         }
 }
 
-/* Columns are contiguous, k steps lie `stride` apart; of each so many vectors, `apart` in `out`, or half vectors. */
+/* To the sums of W columns, 0 where none are wanted, those of a chain. */
+INLINE void add_chain(double *sums, vf chain) {
+    vdstore(sums, vdload(sums) + vdlow(chain)), vdstore(sums + W / 2, vdload(sums + W / 2) + vdhigh(chain));
+}
+
+/* Columns are contiguous, k steps lie `stride` apart; of each so many vectors, `apart` in `out`, or half vectors.
+ * Where `sums` are wanted, sums[i] += the values of column i as they are, in chains of `chain`. */
 INLINE void pack_straight(float *out, const int width, int64_t panel, const int vectors, int64_t apart, const float *p,
-                          int64_t stride, int valid, int values, const int per_unit, int prec) {
-    for (int k = 0; k < values; k += per_unit, p += per_unit * stride) {
-        const float *next = per_unit == 2 && k + 1 < values ? p + stride : NULL;
+                          int64_t stride, int valid, int values, const int per_unit, int prec, double *sums,
+                          int chain) {
+    for (int k0 = 0; k0 < values; k0 += chain) {
+        vf sum[4];
+        const int k1 = min_int(k0 + chain, values);
+        for (int v = 0; v < vectors; v++) sum[v] = vset(0.0f);
+        for (int k = k0; k < k1; k += per_unit, p += per_unit * stride) {
+            const float *next = per_unit == 2 && k + 1 < values ? p + stride : NULL;
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-            int columns = min_int(W, valid - v * W);
-            if (columns < 0) columns = 0;
-            vf x = load_units_across_k(p + v * W, next ? next + v * W : NULL, columns, prec);
-            put_units(out + v * apart, width, panel, k / per_unit, 0, x);
+            for (int v = 0; v < vectors; v++) {
+                int columns = min_int(W, valid - v * W);
+                if (columns < 0) columns = 0;
+                vf x = load_units_across_k(p + v * W, next ? next + v * W : NULL, columns, prec);
+                put_units(out + v * apart, width, panel, k / per_unit, 0, x);
+                if (sums) sum[v] = sum[v] + vload(p + v * W, columns);
+                if (sums && next) sum[v] = sum[v] + vload(next + v * W, columns);
+            }
         }
+        for (int v = 0; sums && v < vectors; v++) add_chain(sums + v * W, sum[v]);
     }
 }
 
 /* The same for any number of vectors, without masks where all columns are there. */
 INLINE void pack_vectors(float *out, const int width, int64_t panel, const int vectors, int64_t apart, const float *p,
-                         int64_t stride, int valid, int values, const int per_unit, int prec) {
+                         int64_t stride, int valid, int values, const int per_unit, int prec, double *sums, int chain) {
     if (valid >= vectors * W && values % per_unit == 0)
-        pack_straight(out, width, panel, vectors, apart, p, stride, vectors * W, values, per_unit, prec);
-    else pack_straight(out, width, panel, vectors, apart, p, stride, valid, values, per_unit, prec);
+        pack_straight(out, width, panel, vectors, apart, p, stride, vectors * W, values, per_unit, prec, sums, chain);
+    else pack_straight(out, width, panel, vectors, apart, p, stride, valid, values, per_unit, prec, sums, chain);
 }
 
 INLINE void pack(float *out, const int width, int64_t panel, const int vectors, int64_t apart, const float *p,
-                 int64_t along, int64_t along_k, int valid, int values, int per_unit, int prec) {
-    if (along_k == 1 && per_unit == 2) pack_transposed(out, width, panel, p, along, valid, values, 2, prec);
-    else if (along_k == 1) pack_transposed(out, width, panel, p, along, valid, values, 1, prec);
-    else if (per_unit == 2) pack_vectors(out, width, panel, vectors, apart, p, along_k, valid, values, 2, prec);
-    else pack_vectors(out, width, panel, vectors, apart, p, along_k, valid, values, 1, prec);
-}
-
-/* sums[i] += the sum over k of W columns, of the values as they are, in chains of `chain`. */
-INLINE void add_columns(double *sums, const float *p, int64_t stride, int columns, int values, int chain) {
-    vd low = vdload(sums), high = vdload(sums + W / 2);
-    for (int k = 0; k < values; k += chain) {
-        vf sum = vset(0.0f);
-        for (int c = k; c < min_int(k + chain, values); c++) sum = sum + vload(p + c * stride, columns);
-        low = low + vdlow(sum), high = high + vdhigh(sum);
-    }
-    vdstore(sums, low), vdstore(sums + W / 2, high);
+                 int64_t along, int64_t along_k, int valid, int values, int per_unit, int prec, double *sums,
+                 int chain) {
+    if (along != 1 && per_unit == 2) pack_transposed(out, width, panel, p, along, valid, values, 2, prec);
+    else if (along != 1) pack_transposed(out, width, panel, p, along, valid, values, 1, prec);
+    else if (per_unit == 2)
+        pack_vectors(out, width, panel, vectors, apart, p, along_k, valid, values, 2, prec, sums, chain);
+    else pack_vectors(out, width, panel, vectors, apart, p, along_k, valid, values, 1, prec, sums, chain);
 }
 
 enum { BLOCK_OF_B = 2 * K_BLOCK * NR };
@@ -161,16 +168,26 @@ static __attribute__((noinline)) void pack_b(float *out, float *space, const Gem
                                 g->k_along ? values : columns);
         p = space;
     }
-    pack(out, NR, 0, NV, W, p, g->k_along ? row : 1, g->k_along ? 1 : row, columns, values, values_a_unit(g), g->prec);
+    pack(out, NR, 0, NV, W, p, g->k_along ? row : 1, g->k_along ? 1 : row, columns, values, values_a_unit(g), g->prec,
+         NULL, values);
 }
 
-/* ROWS_PACKED rows of A: as many panels as fill a vector, `panel` apart. */
-static __attribute__((noinline)) void pack_a(float *out, int64_t panel, const Gemm *g, int i, int k, int values,
-                                             double *sums) {
+INLINE void pack_some_rows(float *out, int64_t panel, const int vectors, const Gemm *g, int i, int k, int values,
+                           double *sums, int chain) {
     const float *p = g->a + i * g->a_i + k * g->a_k;
-    int rows = min_int(ROWS_PACKED, g->M - i);
-    pack(out, MR, panel, 1, 0, p, g->a_i, g->a_k, rows, values, values_a_unit(g), g->prec);
-    if (sums) add_columns(sums, p, g->a_k, rows, values, values_of_units(g, ROW_CHAIN));
+    int rows = min_int(vectors * ROWS_PACKED, g->M - i);
+    pack(out, MR, panel, vectors, ROWS_PACKED / MR * panel, p, g->a_i, g->a_k, rows, values, values_a_unit(g), g->prec,
+         sums, chain);
+}
+
+/* `vectors` times ROWS_PACKED rows of A, 1 or SIDE_BY_SIDE, as panels that lie `panel` apart. */
+static __attribute__((noinline)) void pack_a(float *out, int64_t panel, int vectors, const Gemm *g, int i, int k,
+                                             int values, double *sums) {
+    int chain = values_of_units(g, ROW_CHAIN);
+    if (vectors > 1 && sums) pack_some_rows(out, panel, SIDE_BY_SIDE, g, i, k, values, sums, chain);
+    else if (vectors > 1) pack_some_rows(out, panel, SIDE_BY_SIDE, g, i, k, values, NULL, values);
+    else if (sums) pack_some_rows(out, panel, 1, g, i, k, values, sums, chain);
+    else pack_some_rows(out, panel, 1, g, i, k, values, NULL, values);
 }
 
 /* ---- all of B, packed once ----------------------------------------------------------------------------------------
@@ -236,26 +253,105 @@ static const float *packed_block(const Gemm *g, int j, int k, int values, float 
     return space;
 }
 
+/* ---- fetched ahead ------------------------------------------------------------------------------------------------
+ *
+ * What packing and the epilogue will read comes into the caches while tiles are multiplied: it lies in short pieces of
+ * many rows, which no hardware foresees.  Lines are asked for one or a few at a time between the steps of a tile; many
+ * at once would keep what follows waiting. */
+
+enum { NEXT_A, NEXT_B, STREAMS, OUTPUTS = 4 };
+enum { STEPS_APART = 8 };
+typedef struct {
+    const char *at; /* a row of so many lines, of which `line` are on their way; so many rows to come */
+    int64_t stride;
+    int line, lines, rows, each; /* `each` at a time */
+} Stream;
+typedef struct {
+    Stream of[STREAMS];
+    const float *out[OUTPUTS]; /* the next row of each array that the epilogue of a tile reads or writes, or NULL */
+    int64_t out_stride;
+    int out_rows; /* to come */
+    int left;     /* whether there is anything to come */
+} Ahead;
+
+/* To fetch `rows` rows of so many bytes within `times` times. */
+static void begin_stream(Ahead *a, int n, const void *first, int64_t bytes, int64_t stride, int rows, int times) {
+    const int aligned = (uintptr_t)first % 64 == 0 && stride % 64 == 0;
+    Stream s = {.at = first, .stride = stride, .lines = (int)(aligned ? (bytes + 63) / 64 : (bytes + 62) / 64 + 1)};
+    s.rows = bytes > 0 ? rows : 0;
+    s.each = times ? (s.lines * rows + times - 1) / times : 0;
+    a->of[n] = s, a->left = 1;
+}
+
+INLINE int fetch_some(Stream *s, int lines) {
+    for (; lines && s->rows; lines--) {
+        __builtin_prefetch(s->at + s->line * 64, 0, 2); /* into L2, for it waits there */
+        if (++s->line == s->lines) s->line = 0, s->at += s->stride, s->rows--;
+    }
+    return s->rows;
+}
+
+/* One row of every array. */
+INLINE void fetch_outputs(Ahead *a) {
+    for (int n = 0; n < OUTPUTS; n++) {
+        if (!a->out[n]) continue;
+        for (int j = 0; j < NR; j += 16) __builtin_prefetch(a->out[n] + j, 1);
+        __builtin_prefetch(a->out[n] + NR - 1, 1);
+        a->out[n] += a->out_stride;
+    }
+    a->out_rows--;
+}
+
+INLINE void fetch_ahead(Ahead *a) {
+    if (!a->left) return;
+    if (a->out_rows) fetch_outputs(a);
+    a->left = a->out_rows | fetch_some(a->of + NEXT_A, a->of[NEXT_A].each);
+    a->left |= fetch_some(a->of + NEXT_B, a->of[NEXT_B].each);
+}
+
+/* All at once, where a tile is too small to wait for. */
+static void fetch_all(Ahead *a) {
+    while (a->out_rows) fetch_outputs(a);
+    fetch_some(a->of + NEXT_A, INT32_MAX), fetch_some(a->of + NEXT_B, INT32_MAX);
+    a->left = 0;
+}
+
 /* ---- one tile of sums, each way A can lie ------------------------------------------------------------------------ */
 
+/* A whole tile. */
+INLINE void sums_of_tile(const int pairs, int units, const float *A, int64_t rs, int64_t ks, const float *B, float *S,
+                         int add, Ahead *ahead) {
+    vf c[8][4];
+    int k = 0;
+    tile_clear(MR, NV, c);
+    for (; k + STEPS_APART <= units; k += STEPS_APART) {
+        tile_steps(MR, NV, pairs, STEPS_APART, A + k * ks, rs, ks, B + k * NR, NR, c);
+        fetch_ahead(ahead);
+    }
+    tile_steps(MR, NV, pairs, units - k, A + k * ks, rs, ks, B + k * NR, NR, c);
+    tile_put(MR, NV, S, NR, add, c);
+}
+
 /* Of a packed panel of A the first `rows` count; the rows of S behind them may be written or not. */
-INLINE void sums_of_rows(const int pairs, int rows, int units, const float *A, const float *B, float *S, int add) {
+INLINE void sums_of_rows(const int pairs, int rows, int units, const float *A, const float *B, float *S, int add,
+                         Ahead *ahead) {
+    if (rows <= 4) fetch_all(ahead);
     if (rows == 1) tile(1, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
     else if (rows == 2) tile(2, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
     else if (rows <= 4) tile(4, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
-    else tile(MR, NV, pairs, units, A, 1, MR, B, NR, S, NR, add);
+    else sums_of_tile(pairs, units, A, 1, MR, B, S, add, ahead);
 }
 static __attribute__((noinline)) void sums_packed(int rows, int units, const float *A, const float *B, float *S,
-                                                  int add) {
-    sums_of_rows(0, rows, units, A, B, S, add);
+                                                  int add, Ahead *ahead) {
+    sums_of_rows(0, rows, units, A, B, S, add, ahead);
 }
 static __attribute__((noinline)) void sums_direct(int units, const float *A, int64_t a_i, const float *B, float *S,
-                                                  int add) {
-    tile(MR, NV, 0, units, A, a_i, 1, B, NR, S, NR, add);
+                                                  int add, Ahead *ahead) {
+    sums_of_tile(0, units, A, a_i, 1, B, S, add, ahead);
 }
-static __attribute__((noinline)) void sums_pairs(int rows, int units, const float *A, const float *B, float *S,
-                                                 int add) {
-    sums_of_rows(HAVE_PAIRS, rows, units, A, B, S, add);
+static __attribute__((noinline)) void sums_pairs(int rows, int units, const float *A, const float *B, float *S, int add,
+                                                 Ahead *ahead) {
+    sums_of_rows(HAVE_PAIRS, rows, units, A, B, S, add, ahead);
 }
 
 /* Over rows: blocks are added in double, in D, and behind the last S takes the rounded total.  The first waits in S; of
@@ -318,14 +414,16 @@ INLINE void one_chain(const int pairs, const int first, int units, const float *
 
 /* The finished chains are added in order.  `chain` must be a literal: a loop of unknown length would cost a tenth. */
 INLINE void sums_over_rows(const int pairs, const int chain, int units, const float *A, const float *B, Late *late,
-                           float *S, double *D, int n, int last) {
+                           float *S, double *D, int n, int last, Ahead *ahead) {
     for (int i0 = 0; i0 < MR; i0 += ROWS_OF_CHAINS, A += ROWS_OF_CHAINS) {
         vf sums[8][4];
         int k = chain;
+        fetch_ahead(ahead);
         if (units >= chain) one_chain(pairs, 1, chain, A, B, sums);
         else one_chain(pairs, 1, units, A, B, sums);
         for (; k + chain <= units; k += chain) {
             add_late(late, LATE_A_CHAIN);
+            fetch_ahead(ahead);
             one_chain(pairs, 0, chain, A + k * MR, B + k * NR, sums);
         }
         if (k < units) one_chain(pairs, 0, units - k, A + k * MR, B + k * NR, sums);
@@ -342,23 +440,25 @@ INLINE void sums_over_rows(const int pairs, const int chain, int units, const fl
 
 /* A chain is ROW_CHAIN units of the contract: where a pair of bf16 is held as two fp32, twice as many steps. */
 static __attribute__((noinline)) void sums_over_rows_fp32(int units, const float *A, const float *B, Late *late,
-                                                          float *S, double *D, int n, int last) {
-    sums_over_rows(0, ROW_CHAIN, units, A, B, late, S, D, n, last);
+                                                          float *S, double *D, int n, int last, Ahead *ahead) {
+    sums_over_rows(0, ROW_CHAIN, units, A, B, late, S, D, n, last, ahead);
 }
 static __attribute__((noinline)) void sums_over_rows_bf16(int units, const float *A, const float *B, Late *late,
-                                                          float *S, double *D, int n, int last) {
-    sums_over_rows(HAVE_PAIRS, HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN, units, A, B, late, S, D, n, last);
+                                                          float *S, double *D, int n, int last, Ahead *ahead) {
+    sums_over_rows(HAVE_PAIRS, HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN, units, A, B, late, S, D, n, last, ahead);
 }
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
-/* What a task has at hand: rows i0 .. i1 - 1 of A over the values k0 .. k1 - 1 of K. */
+/* What a task has at hand: of its rows of A, up to m1, i0 .. i1 - 1 over the values k0 .. k1 - 1 of K, and its columns.
+ */
 typedef struct {
-    int i0, i1, k0, k1;
+    int m1, i0, i1, k0, k1, j0, j1;
     float *S, *b, *unfolded, *a; /* [panels][rows][NR], a block of B, the same before packing, packed rows of A */
     double *D;                   /* [MC][NR]: sums of finished blocks, over rows, from the second on */
-    double *row_sums;            /* [rows]: of A over k */
+    double *row_sums;            /* [rows]: of A over k; or NULL */
     Late *late;
+    Ahead *ahead;
 } Work;
 
 static Work work_of_task(void) {
@@ -397,20 +497,56 @@ static float *panel_of_a(const Gemm *g, const Work *w, int i, int k) {
     return w->a + (int64_t)units_of_values(g, k - w->k0) * rows + (int64_t)(i - w->i0) * units;
 }
 
-/* Pack what the task has at hand.  The sums of its rows over k go to row_sums, if they are wanted. */
-static void pack_rows(const Gemm *g, const Work *w, double *row_sums) {
-    for (int k = w->k0; k < w->k1; k += values_a_block(g))
-        for (int i = w->i0; i < w->i1; i += ROWS_PACKED) {
-            int values = min_int(values_a_block(g), w->k1 - k);
-            pack_a(panel_of_a(g, w, i, k), (int64_t)units_of_values(g, values) * MR, g, i, k, values,
-                   row_sums ? row_sums + (i - w->i0) : NULL);
-        }
+/* Rows i and on of A, before `end`, that are packed together.  Where values of neighbouring rows follow each other in
+ * memory it is several vectors of them: where those of a row lie a multiple of 4 KB apart, as in GPT-2's MLP, they
+ * share one place of the cache, and a line would leave it before all of it is read. */
+static int vectors_of_strip(const Gemm *g, int i, int end) {
+    return g->a_i == 1 && i + SIDE_BY_SIDE * ROWS_PACKED <= end ? SIDE_BY_SIDE : 1;
 }
 
-static void pack_rows_and_sums(const Gemm *g, const Work *w) {
-    memset(w->row_sums, 0, (MC + W) * sizeof *w->row_sums);
-    pack_rows(g, w, w->row_sums);
-    for (int i = w->i0; i < w->i1; i++) g->row_sums[i] += (float)w->row_sums[i - w->i0];
+/* Packs the rows from i on that are packed together, in the K block at k.  Returns where the next ones begin. */
+static int pack_strip(const Gemm *g, const Work *w, int i, int k) {
+    int values = min_int(values_a_block(g), w->k1 - k), vectors = vectors_of_strip(g, i, w->i1);
+    double *sums = w->row_sums ? w->row_sums + (i - w->i0) : NULL;
+    pack_a(panel_of_a(g, w, i, k), (int64_t)units_of_values(g, values) * MR, vectors, g, i, k, values, sums);
+    return i + vectors * ROWS_PACKED;
+}
+
+static void pack_rows(const Gemm *g, const Work *w) {
+    for (int k = 0; k < w->k1; k += values_a_block(g))
+        for (int i = 0; i < w->i1;) i = pack_strip(g, w, i, k);
+}
+
+/* While columns j are multiplied and the strip is packed that ends at i, in the K block at k: where the next one to be
+ * packed begins.  Returns 0 where there is none as long as these columns last. */
+static int strip_behind(const Gemm *g, const Work *w, int j, int *i, int *k) {
+    const int next = *k + values_a_block(g), first = j == w->j0;
+    if (first && *i < w->i1) return 1;
+    *i = w->i0;
+    if (next < w->k1) {
+        *k = next;
+        return first;
+    }
+    if (j + NR < w->j1) return 0;
+    if (w->k1 < g->K) *k = w->k1;
+    else *k = 0, *i = w->i1;
+    return *i < w->m1;
+}
+
+/* It is fetched within `times` times. */
+static void fetch_strip(const Gemm *g, const Work *w, int j, int i, int k, int times) {
+    if (!strip_behind(g, w, j, &i, &k)) return;
+    int values = min_int(values_a_block(g), g->K - k),
+        rows = min_int(vectors_of_strip(g, i, w->m1) * ROWS_PACKED, w->m1 - i);
+    const float *p = g->a + i * g->a_i + k * g->a_k;
+    if (g->a_i != 1) begin_stream(w->ahead, NEXT_A, p, values * 4, g->a_i * 4, rows, times);
+    else begin_stream(w->ahead, NEXT_A, p, rows * 4, g->a_k * 4, values, times);
+}
+
+/* How often a tile of so many values fetches what comes next. */
+static int fetches_of_tile(const Gemm *g, int values) {
+    int units = units_of_values(g, values);
+    return g->over_rows ? MR / ROWS_OF_CHAINS * units / chain_units(g) : units / STEPS_APART;
 }
 
 /* The sums of the tile of rows from i on over one K block, against one packed panel B, added to S. */
@@ -420,46 +556,60 @@ static void tile_sums(const Gemm *g, const Work *w, float *S, const float *B, in
         const float *A = panel_of_a(g, w, i, k);
         double *D = w->D + (i - w->i0) * NR;
         int last = k + values == g->K, rows = min_int(MR, w->i1 - i);
-        if (g->over_rows && g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, w->late, S, D, n, last);
-        else if (g->over_rows) sums_over_rows_fp32(units, A, B, w->late, S, D, n, last);
-        else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, n > 0);
-        else sums_packed(rows, units, A, B, S, n > 0);
+        if (g->over_rows && g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, w->late, S, D, n, last, w->ahead);
+        else if (g->over_rows) sums_over_rows_fp32(units, A, B, w->late, S, D, n, last, w->ahead);
+        else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, n > 0, w->ahead);
+        else sums_packed(rows, units, A, B, S, n > 0, w->ahead);
     } else if (i + MR <= g->M) {
-        sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, n > 0);
+        sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, n > 0, w->ahead);
     } else { /* the last rows are fewer than a tile: reading them where they lie would leave the array */
-        pack_a(w->a, values * MR, g, i, k, values, NULL);
-        sums_packed(MR, units, w->a, B, S, n > 0);
+        pack_a(w->a, values * MR, 1, g, i, k, values, NULL);
+        sums_packed(MR, units, w->a, B, S, n > 0, w->ahead);
     }
 }
 
-/* While one block of B is multiplied the next is fetched, a piece with each tile: packing reads short pieces of many
- * rows, and would wait for memory. */
-INLINE void fetch_b(const Gemm *g, int j, int k, int piece, int pieces) {
+static void fetch_block_of_b(const Gemm *g, const Work *w, int j, int k, int times) {
     int values = min_int(values_a_block(g), g->K - k), columns = min_int(NR, g->N - j);
     int row = g->k_along ? j : k, first = g->k_along ? k : j;
-    int rows = g->k_along ? columns : values, last = first + (g->k_along ? values : columns) - 1;
-    for (int r = row + rows * piece / pieces; r < row + rows * (piece + 1) / pieces; r++) {
-        const char *end = held_at(g->b, g->held, g->b_row, r, last);
-        for (const char *p = held_at(g->b, g->held, g->b_row, r, first); p <= end; p += 64) __builtin_prefetch(p, 0, 2);
-    }
+    int last = first + (g->k_along ? values : columns) - 1;
+    const char *p = held_at(g->b, g->held, g->b_row, row, first);
+    begin_stream(w->ahead, NEXT_B, p, held_at(g->b, g->held, g->b_row, row, last) - p + 4,
+                 held_at(g->b, g->held, g->b_row, row + 1, first) - p, g->k_along ? columns : values, times);
+}
+
+/* What finish_tile will read and write of the tile at i, j. */
+static void begin_outputs(const Gemm *g, Ahead *a, int i, int j) {
+    const Epilogue *e = &g->end;
+    const float *arrays[OUTPUTS] = {e->streams ? NULL : e->c, e->pre, e->dpre, e->residual};
+    for (int n = 0; n < OUTPUTS; n++) a->out[n] = arrays[n] ? arrays[n] + (int64_t)i * g->N + j : NULL;
+    a->out_stride = g->N, a->out_rows = min_int(MR, g->M - i), a->left = 1;
 }
 
 static void finish_tile(const Gemm *g, const Work *w, const float *S, int i, int j, int columns) {
     for (int r = i; r < min_int(i + MR, w->i1); r++) finish_row(&g->end, g->N, S + (r - i) * NR, r, j, columns);
 }
 
-/* The block of B at j, k, whatever comes after it, and the rows at hand.  A tile is finished when its last block is, so
- * that stores and functions overlap with the next tile's products; over rows a tile later, for so late is its sum. */
-static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k, int columns, int next_j, int next_k) {
-    const int values = min_int(values_a_block(g), g->K - k), last = k + values == g->K;
+/* The block of B at j, k, whatever comes after it, and the rows at hand, which are packed on the way where it is the
+ * first to meet them.  A tile is finished when its last block is, so that stores and functions overlap with the next
+ * tile's products; over rows a tile later, for so late is its sum. */
+static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k, int next_j, int next_k) {
+    const int values = min_int(values_a_block(g), g->K - k), columns = min_int(NR, w->j1 - j);
+    const int last = k + values == g->K;
     const int lag = g->over_rows && is_late(k / values_a_block(g), last) ? MR : 0;
-    const int tiles = (w->i1 - w->i0 + MR - 1) / MR, fetch = next_j >= 0 && !g->packed;
+    const int tiles = (w->i1 - w->i0 + MR - 1) / MR, times = fetches_of_tile(g, values);
+    const int packs = packs_a(g) && !g->rows;
     const float *B = w->b;
+    int packed = packs && j == w->j0 ? w->i0 : w->i1;
     if (g->packed) B = packed_block(g, j, k, values, w->b);
     else pack_b(w->b, w->unfolded, g, j, k, values);
-    for (int i = w->i0, t = 0; i < w->i1; i += MR, t++, S += MR * NR) {
-        if (fetch) fetch_b(g, next_j, next_k, t, tiles);
-        if (last) fetch_rows(&g->end, g->N, i, min_int(i + MR, w->i1), j, columns);
+    if (next_j >= 0 && !g->packed) fetch_block_of_b(g, w, next_j, next_k, tiles * times);
+    if (packs && j != w->j0) fetch_strip(g, w, j, w->i1, k, tiles * times);
+    for (int i = w->i0; i < w->i1; i += MR, S += MR * NR) {
+        if (i >= packed) {
+            packed = pack_strip(g, w, i, k);
+            fetch_strip(g, w, j, packed, k, (packed - i) / MR * times);
+        }
+        if (last) begin_outputs(g, w->ahead, i, j);
         if (values) tile_sums(g, w, S, B, i, k, values);
         if (last && i - lag >= w->i0) finish_tile(g, w, S - lag * NR, i - lag, j, columns);
     }
@@ -468,32 +618,32 @@ static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k,
     if (last) finish_tile(g, w, S - MR * NR, w->i0 + (tiles - 1) * MR, j, columns);
 }
 
-/* Columns j0 .. j1 - 1 of what is at hand.  Sums wait from one piece of K to the next, each panel's in its place. */
-static void multiply_columns(const Gemm *g, const Work *w, int j0, int j1) {
+/* All columns of what is at hand.  Sums wait from one piece of K to the next, each panel's in its place. */
+static void multiply_columns(const Gemm *g, const Work *w) {
     const int block = values_a_block(g), rows = (w->i1 - w->i0 + MR - 1) / MR * MR, whole = w->k1 - w->k0 == g->K;
     if (!g->K) memset(w->S, 0, (size_t)rows * NR * sizeof(float));
-    for (int j = j0; j < j1; j += NR) {
-        float *S = w->S + (whole ? 0 : (int64_t)(j - j0) / NR * rows * NR);
+    for (int j = w->j0; j < w->j1; j += NR) {
+        float *S = w->S + (whole ? 0 : (int64_t)(j - w->j0) / NR * rows * NR);
         int k = w->k0;
         do {
-            int more = k + block < w->k1, next_j = more ? j : j + NR < j1 ? j + NR : -1;
-            multiply_block(g, w, S, j, k, min_int(NR, j1 - j), next_j, more ? k + block : w->k0);
+            int more = k + block < w->k1, next_j = more ? j : j + NR < w->j1 ? j + NR : -1;
+            multiply_block(g, w, S, j, k, next_j, more ? k + block : w->k0);
             k += block;
         } while (k < w->k1);
     }
 }
 
-/* The rows at hand, all of K and columns j0 .. j1 - 1. */
-static void multiply_rows(const Gemm *g, Work *w, int j0, int j1) {
-    int panels = (j1 - j0 + NR - 1) / NR, tiles = (w->i1 - w->i0 + MR - 1) / MR;
+/* The rows at hand, all of K and the task's columns. */
+static void multiply_rows(const Gemm *g, Work *w) {
+    int panels = (w->j1 - w->j0 + NR - 1) / NR, tiles = (w->i1 - w->i0 + MR - 1) / MR;
     int piece = piece_of_k(g, tiles * MR, panels * NR);
+    if (w->row_sums) memset(w->row_sums, 0, (MC + W) * sizeof *w->row_sums);
     w->k1 = 0;
     do {
         w->k0 = w->k1, w->k1 = min_int(w->k0 + piece, g->K);
-        if (g->row_sums && j0 == 0) pack_rows_and_sums(g, w);
-        else if (packs_a(g) && !g->rows) pack_rows(g, w, NULL);
-        multiply_columns(g, w, j0, j1);
+        multiply_columns(g, w);
     } while (w->k1 < g->K);
+    for (int i = w->i0; w->row_sums && i < w->i1; i++) g->row_sums[i] += (float)w->row_sums[i - w->i0];
 }
 
 /* ---- threads ----------------------------------------------------------------------------------------------------- */
@@ -511,11 +661,14 @@ static void gemm_task(void *context, int task) {
     int j0 = part_begin(g->N, NR, g->grid_n, tn), j1 = part_begin(g->N, NR, g->grid_n, tn + 1);
     if (m0 == m1 || j0 == j1) return; /* more parts than tiles; an empty part must not add row_sums either */
     int rows = block_rows(g);
+    Ahead ahead = {.left = 0};
     Work w = work_of_task();
+    w.j0 = j0, w.j1 = j1, w.m1 = m1, w.ahead = &ahead;
+    if (!g->row_sums || j0) w.row_sums = NULL; /* one of the tasks that share the rows adds their sums */
     for (int i = m0; i < m1; i += rows) {
         w.i0 = i, w.i1 = min_int(i + rows, m1);
         if (g->rows) w.a = (float *)g->rows; /* there is one block of so few */
-        multiply_rows(g, &w, j0, j1);
+        multiply_rows(g, &w);
     }
     if (g->end.streams) stream_end();
 }
@@ -580,7 +733,7 @@ static void gemm_of_few_rows(Gemm *g, int threads) {
     int single = g->M == 1 && g->K;
     g->rows = rows;
     if (single) pack_one_row(rows, g);
-    else pack_rows(g, &(Work){.a = rows, .i1 = g->M, .k1 = g->K}, NULL);
+    else pack_rows(g, &(Work){.a = rows, .i1 = g->M, .k1 = g->K});
     g->grid_m = 1;
     g->grid_n = min_int((g->N + NR - 1) / NR, threads * TASKS_A_THREAD);
     parallel_for(single ? row_task : gemm_task, g, g->grid_n);

@@ -29,19 +29,6 @@ INLINE void fetch_bias(const Epilogue *e, int N, int j0) {
     for (int j = j0; e->bias && j < min_int(N, j0 + NR); j += 16) __builtin_prefetch(e->bias + j);
 }
 
-/* What finish_row will read and write of rows i0 .. i1 - 1 is fetched while their last block is multiplied: it lies in
- * short pieces, each in another row, that no hardware foresees. */
-INLINE void fetch_rows(const Epilogue *e, int N, int i0, int i1, int j0, int columns) {
-    for (int i = i0; i < i1; i++)
-        for (int j = 0; j < columns; j += 16) {
-            int64_t at = (int64_t)i * N + j0 + j;
-            if (!e->streams) __builtin_prefetch(e->c + at, 1);
-            if (e->pre) __builtin_prefetch(e->pre + at, 1);
-            if (e->dpre) __builtin_prefetch(e->dpre + at);
-            if (e->residual && e->residual != e->c) __builtin_prefetch(e->residual + at);
-        }
-}
-
 /* k finished sums x go to C, at element `at`, column j. */
 INLINE void finish(const Epilogue *e, vf x, int64_t at, int j, int k) {
     if (e->bias) x = x + vload(e->bias + j, k);

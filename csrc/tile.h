@@ -38,12 +38,16 @@ INLINE vf vlow(vf pairs) { return pairs; }
 INLINE vf load_left(const float *p, int left) { return vload(p, left < 0 ? 0 : min_int(left, W)); }
 INLINE void store_left(float *p, vf x, int left) { vstore(p, x, left < 0 ? 0 : min_int(left, W)); }
 
-INLINE void tile_chain(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
-                       const float *B, int64_t ldb, vf c[8][4]) {
+INLINE void tile_clear(const int MR, const int NV, vf c[8][4]) {
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) c[i][j] = vset(0.0f);
+}
+
+/* The chains go on by kc steps. */
+INLINE void tile_steps(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
+                       const float *B, int64_t ldb, vf c[8][4]) {
 #pragma GCC unroll 2
     for (int k = 0; k < kc; k++) {
         vf b[4];
@@ -58,10 +62,13 @@ INLINE void tile_chain(const int MR, const int NV, const int pairs, int kc, cons
     }
 }
 
-INLINE void tile(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
-                 const float *B, int64_t ldb, float *C, int64_t ldc, int add) {
-    vf c[8][4];
-    tile_chain(MR, NV, pairs, kc, A, rs, ks, B, ldb, c);
+INLINE void tile_chain(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
+                       const float *B, int64_t ldb, vf c[8][4]) {
+    tile_clear(MR, NV, c);
+    tile_steps(MR, NV, pairs, kc, A, rs, ks, B, ldb, c);
+}
+
+INLINE void tile_put(const int MR, const int NV, float *C, int64_t ldc, int add, vf c[8][4]) {
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
@@ -70,4 +77,11 @@ INLINE void tile(const int MR, const int NV, const int pairs, int kc, const floa
             if (add) c[i][j] = vload_all(p) + c[i][j];
             vstore_all(p, c[i][j]);
         }
+}
+
+INLINE void tile(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
+                 const float *B, int64_t ldb, float *C, int64_t ldc, int add) {
+    vf c[8][4];
+    tile_chain(MR, NV, pairs, kc, A, rs, ks, B, ldb, c);
+    tile_put(MR, NV, C, ldc, add, c);
 }

@@ -168,7 +168,7 @@ FAULTS = [
     Fault(
         "linear: all columns wait in one place",
         "csrc/linear.c",
-        "(whole ? 0 : (int64_t)(j - j0) / NR * rows * NR)",
+        "(whole ? 0 : (int64_t)(j - w->j0) / NR * rows * NR)",
         "0 * whole",
     ),
     Fault(
@@ -194,8 +194,8 @@ FAULTS = [
     Fault(
         "linear: bias gradient forgets its last, short chain",
         "csrc/linear.c",
-        "for (int k = 0; k < values; k += chain) {",
-        "for (int k = 0; k + chain <= values; k += chain) {",
+        "for (int v = 0; sums && v < vectors; v++)",
+        "for (int v = 0; sums && k1 - k0 == chain && v < vectors; v++)",
     ),
     Fault(
         "linear: the last sums of a block are never added",
@@ -243,8 +243,32 @@ FAULTS = [
     Fault(
         "linear: bias gradient once for every column part",
         "csrc/linear.c",
-        "g->row_sums && j0 == 0",
-        "g->row_sums != 0",
+        "if (!g->row_sums || j0) w",
+        "if (!g->row_sums) w",
+    ),
+    Fault(
+        "linear: bias gradient of every other row, where two are packed as pairs",
+        "csrc/linear.c",
+        "if (sums && next) sum[v]",
+        "if (0) sum[v]",
+    ),
+    Fault(
+        "linear: panels of A that are packed side by side lie in one place",
+        "csrc/linear.c",
+        "vectors, ROWS_PACKED / MR * panel, p",
+        "vectors, 0, p",
+    ),
+    Fault(
+        "linear: rows of A are packed with the first K block only",
+        "csrc/linear.c",
+        "packs && j == w->j0 ?",
+        "packs && j == w->j0 && k == 0 ?",
+    ),
+    Fault(
+        "linear: wide strips reach beyond the rows of a block",
+        "csrc/linear.c",
+        "i + SIDE_BY_SIDE * ROWS_PACKED <= end",
+        "i < end",
     ),
     Fault(
         "linear: few rows: of two rows only one is multiplied",
