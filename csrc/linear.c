@@ -582,6 +582,7 @@ static void begin_outputs(const Gemm *g, Ahead *a, int i, int j) {
     const Epilogue *e = &g->end;
     const float *arrays[OUTPUTS] = {e->streams ? NULL : e->c, e->pre, e->dpre, e->residual};
     for (int n = 0; n < OUTPUTS; n++) a->out[n] = arrays[n] ? arrays[n] + (int64_t)i * g->N + j : NULL;
+    if (!arrays[0] && !e->pre && !e->dpre && !e->residual) return;
     a->out_stride = g->N, a->out_rows = min_int(MR, g->M - i), a->left = 1;
 }
 

@@ -29,27 +29,30 @@ INLINE void fetch_bias(const Epilogue *e, int N, int j0) {
     for (int j = j0; e->bias && j < min_int(N, j0 + NR); j += 16) __builtin_prefetch(e->bias + j);
 }
 
-/* k finished sums x go to C, at element `at`, column j. */
-INLINE void finish(const Epilogue *e, vf x, int64_t at, int j, int k) {
-    if (e->bias) x = x + vload(e->bias + j, k);
-    if (e->pre) vstore(e->pre + at, x, k);
-    if (e->dpre) x = x * vdfn(e->fn, vload(e->dpre + at, k));
-    else x = vfn(e->fn, x);
-    if (e->residual) x = x + vload(e->residual + at, k);
-    if (e->accumulate) x = vload(e->c + at, k) + x;
-    if (e->streams && k == W) vstream(e->c + at, x);
-    else vstore(e->c + at, x, k);
+#define EACH_VECTOR _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++)
+#define COUNT (columns < v * W ? 0 : min_int(W, columns - v * W)) /* of what vector v holds */
+
+/* The sums S of row i, columns j0 and on, go to C: NV vectors at once, so that what is to be done is asked once. */
+INLINE void finish_columns(const Epilogue *e, int N, const float *S, int i, int j0, const int columns) {
+    const int64_t at = (int64_t)i * N + j0;
+    vf x[NV];
+    EACH_VECTOR x[v] = vload_all(S + v * W);
+    if (e->bias) EACH_VECTOR x[v] = x[v] + vload(e->bias + j0 + v * W, COUNT);
+    if (e->pre) EACH_VECTOR vstore(e->pre + at + v * W, x[v], COUNT);
+    if (e->dpre) EACH_VECTOR x[v] = x[v] * vdfn(e->fn, vload(e->dpre + at + v * W, COUNT));
+    else if (e->fn) EACH_VECTOR x[v] = vfn(e->fn, x[v]);
+    if (e->residual) EACH_VECTOR x[v] = x[v] + vload(e->residual + at + v * W, COUNT);
+    if (e->accumulate) EACH_VECTOR x[v] = vload(e->c + at + v * W, COUNT) + x[v];
+    if (e->streams && columns == NR) EACH_VECTOR vstream(e->c + at + v * W, x[v]);
+    else EACH_VECTOR vstore(e->c + at + v * W, x[v], COUNT);
 }
 
-/* The sums S of row i, columns j0 and on, go to C. */
+#undef EACH_VECTOR
+#undef COUNT
+
 static inline void finish_row(const Epilogue *e, int N, const float *S, int i, int j0, int columns) {
-    int64_t at = (int64_t)i * N + j0;
-    if (columns == NR) {
-#pragma GCC unroll 4
-        for (int j = 0; j < NR; j += W) finish(e, vload_all(S + j), at + j, j0 + j, W);
-        return;
-    }
-    for (int j = 0; j < columns; j += W) finish(e, vload_all(S + j), at + j, j0 + j, min_int(W, columns - j));
+    if (columns == NR) finish_columns(e, N, S, i, j0, NR);
+    else finish_columns(e, N, S, i, j0, columns);
 }
 
 /* out (C) = row o of the weight that was packed, as it was rounded. */

@@ -109,8 +109,14 @@ FAULTS = [
         "1.0f / (sqrtf(row_sum(x, mean, C, 1) / (float)C) + f->eps)",
     ),
     Fault("norm: residual gradient dropped", "csrc/norm.c", "din = din + vload(dres + c, k), fetch(", "fetch("),
-    Fault("linear: bias of the wrong column", "csrc/linear.h", "at + j, j0 + j, W);", "at + j, j, W);"),
-    Fault("linear: = instead of +=", "csrc/linear.h", "if (e->accumulate) x = vload(e->c + at, k) + x;", ""),
+    Fault("linear: bias of the wrong column", "csrc/linear.h", "e->bias + j0 + v * W", "e->bias + v * W"),
+    Fault("linear: = instead of +=", "csrc/linear.h", "if (e->accumulate) EACH_VECTOR", "if (0) EACH_VECTOR"),
+    Fault(
+        "linear: the last columns of a tile are as many as a vector has",
+        "csrc/linear.h",
+        "(columns < v * W ? 0 : min_int(W, columns - v * W))",
+        "(columns < v * W ? 0 : W)",
+    ),
     Fault(
         "linear: K blocks of 512 fp32",
         "csrc/linear.c",
@@ -251,12 +257,14 @@ FAULTS = [
         "csrc/linear.c",
         "if (sums && next) sum[v]",
         "if (0) sum[v]",
+        isa="avx512_bf16",
     ),
     Fault(
         "linear: panels of A that are packed side by side lie in one place",
         "csrc/linear.c",
         "vectors, ROWS_PACKED / MR * panel, p",
         "vectors, 0, p",
+        isa="avx512_bf16",
     ),
     Fault(
         "linear: rows of A are packed with the first K block only",
@@ -269,6 +277,7 @@ FAULTS = [
         "csrc/linear.c",
         "i + SIDE_BY_SIDE * ROWS_PACKED <= end",
         "i < end",
+        isa="avx512_bf16",
     ),
     Fault(
         "linear: few rows: of two rows only one is multiplied",
