@@ -43,7 +43,8 @@ typedef struct {
     int over_rows;      /* K are the rows of a batch: short chains, and blocks added in double */
     int grid_m, grid_n; /* tasks along M and N */
     Epilogue end;
-    float *row_sums; /* (M) += sums of A over k: A must lie with i contiguous */
+    int accumulate, streams; /* over rows: add to what C holds; write past the caches, for C is too large for them */
+    float *row_sums;         /* (M) += sums of A over k: A must lie with i contiguous */
 } Gemm;
 
 static int pairs_of(const Gemm *g) { return g->prec == PREC_BF16 && HAVE_PAIRS; }
@@ -354,44 +355,64 @@ static __attribute__((noinline)) void sums_pairs(int rows, int units, const floa
     sums_of_rows(HAVE_PAIRS, rows, units, A, B, S, add, ahead);
 }
 
-/* Over rows: blocks are added in double, in D, and behind the last S takes the rounded total.  The first waits in S; of
- * two floats, a float addition is the rounded double one (Figueroa 1995, "When is double rounding innocuous?"); only
- * from then on D is needed, and the sum of a block is added late. */
-static int is_late(int n, int last) { return n > 1 || (n == 1 && !last); }
+/* Over rows: where the sums of one block of rows go.  The first block waits in S; those behind it are added in double,
+ * in D; with the last one the rounded total goes to C. */
+typedef struct {
+    int n, last; /* which block, and whether none follows */
+    int accumulate, streams;
+    float *S;
+    double *D;
+    float *c; /* C at the tile, and how many rows and columns are there */
+    int rows, columns;
+    int64_t row; /* from row to row of C */
+} Total;
 
-/* One vector x of the sum of block n. */
-INLINE void add_block(vf x, float *S, double *D, int n, int last) {
-    vd low = vdlow(x), high = vdhigh(x);
-    if (n == 1) low = vdlow(vload_all(S)) + low, high = vdhigh(vload_all(S)) + high;
-    else low = vdload(D) + low, high = vdload(D + W / 2) + high;
-    if (last) vstore_all(S, vdround(low, high));
-    else vdstore(D, low), vdstore(D + W / 2, high);
+/* x and what waits for it: of two floats, a float addition is the rounded double one (Figueroa 1995, "When is double
+ * rounding innocuous?"), so that D is not needed before the third block. */
+INLINE vf total(const Total *t, vf x, int at) {
+    if (t->n == 0) return x;
+    if (t->n == 1) return vload_all(t->S + at) + x;
+    return vdround(vdload(t->D + at) + vdlow(x), vdload(t->D + at + W / 2) + vdhigh(x));
+}
+
+/* x to what waits, from the second block on. */
+INLINE void keep_total(const Total *t, vf x, int at) {
+    vd low, high;
+    if (t->n == 1) low = vdlow(vload_all(t->S + at)), high = vdhigh(vload_all(t->S + at));
+    else low = vdload(t->D + at), high = vdload(t->D + at + W / 2);
+    vdstore(t->D + at, low + vdlow(x)), vdstore(t->D + at + W / 2, high + vdhigh(x));
+}
+
+/* The total, with x the last of it, to C: vector v of a tile. */
+INLINE void put_total(const Total *t, vf x, int v) {
+    const int row = v / NV, column = v % NV * W, k = min_int(W, t->columns - column);
+    float *c = t->c + row * t->row + column;
+    if (row >= t->rows || k <= 0) return;
+    x = total(t, x, v * W);
+    if (t->accumulate) x = vload(c, k) + x;
+    if (t->streams && k == W) vstream(c, x);
+    else vstore(c, x, k);
 }
 
 /* Half a tile, for the sums of chains share the registers with the chain, and half a tile that is multiplied but not
- * yet added to what waits in S and D.  It is added piece by piece between the chains of the next one: all at once it
- * would keep the multipliers waiting for 60 cycles of 800, more than a core looks ahead. */
+ * yet added to its total.  It is added piece by piece between the chains of the next one: all at once it would keep the
+ * multipliers waiting for 60 cycles of 800, more than a core looks ahead, and stores past the caches much longer. */
 enum { HALF_TILE = ROWS_OF_CHAINS * NV, LATE_A_CHAIN = 2 };
 typedef struct {
     float x[HALF_TILE * W];
-    float *S;
-    double *D;
-    int n, last, added; /* `added` vectors of HALF_TILE */
+    Total to;
+    int added; /* vectors of HALF_TILE */
 } Late;
 
 INLINE void add_late(Late *late, int vectors) {
-    for (int v = 0; v < vectors && late->added < HALF_TILE; v++) {
-        int at = late->added++ * W;
-        add_block(vload_all(late->x + at), late->S + at, late->D + at, late->n, late->last);
-    }
+    const int end = min_int(HALF_TILE, late->added + vectors);
+    if (late->to.last)
+        for (int v = late->added; v < end; v++) put_total(&late->to, vload_all(late->x + v * W), v);
+    else
+        for (int v = late->added; v < end; v++) keep_total(&late->to, vload_all(late->x + v * W), v * W);
+    late->added = end;
 }
 
-INLINE void add_half_tile(vf sums[8][4], const float *x) {
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS_OF_CHAINS; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) sums[i][j] = vload_all(x + i * NR + j * W) + sums[i][j];
-}
 INLINE void store_half_tile(float *x, vf sums[8][4]) {
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS_OF_CHAINS; i++)
@@ -414,7 +435,7 @@ INLINE void one_chain(const int pairs, const int first, int units, const float *
 
 /* The finished chains are added in order.  `chain` must be a literal: a loop of unknown length would cost a tenth. */
 INLINE void sums_over_rows(const int pairs, const int chain, int units, const float *A, const float *B, Late *late,
-                           float *S, double *D, int n, int last, Ahead *ahead) {
+                           float *S, double *D, float *c, int rows, Ahead *ahead) {
     for (int i0 = 0; i0 < MR; i0 += ROWS_OF_CHAINS, A += ROWS_OF_CHAINS) {
         vf sums[8][4];
         int k = chain;
@@ -428,24 +449,24 @@ INLINE void sums_over_rows(const int pairs, const int chain, int units, const fl
         }
         if (k < units) one_chain(pairs, 0, units - k, A + k * MR, B + k * NR, sums);
         add_late(late, HALF_TILE);
-        if (!is_late(n, last)) {
-            if (n) add_half_tile(sums, S + i0 * NR);
+        if (!late->to.n && !late->to.last) {
             store_half_tile(S + i0 * NR, sums);
             continue;
         }
         store_half_tile(late->x, sums);
-        late->S = S + i0 * NR, late->D = D + i0 * NR, late->n = n, late->last = last, late->added = 0;
+        late->to.S = S + i0 * NR, late->to.D = D + i0 * NR;
+        late->to.c = c + i0 * late->to.row, late->to.rows = rows - i0, late->added = 0;
     }
 }
 
 /* A chain is ROW_CHAIN units of the contract: where a pair of bf16 is held as two fp32, twice as many steps. */
 static __attribute__((noinline)) void sums_over_rows_fp32(int units, const float *A, const float *B, Late *late,
-                                                          float *S, double *D, int n, int last, Ahead *ahead) {
-    sums_over_rows(0, ROW_CHAIN, units, A, B, late, S, D, n, last, ahead);
+                                                          float *S, double *D, float *c, int rows, Ahead *ahead) {
+    sums_over_rows(0, ROW_CHAIN, units, A, B, late, S, D, c, rows, ahead);
 }
 static __attribute__((noinline)) void sums_over_rows_bf16(int units, const float *A, const float *B, Late *late,
-                                                          float *S, double *D, int n, int last, Ahead *ahead) {
-    sums_over_rows(HAVE_PAIRS, HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN, units, A, B, late, S, D, n, last, ahead);
+                                                          float *S, double *D, float *c, int rows, Ahead *ahead) {
+    sums_over_rows(HAVE_PAIRS, HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN, units, A, B, late, S, D, c, rows, ahead);
 }
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
@@ -554,11 +575,8 @@ static void tile_sums(const Gemm *g, const Work *w, float *S, const float *B, in
     int units = units_of_values(g, values), n = k / values_a_block(g);
     if (packs_a(g)) {
         const float *A = panel_of_a(g, w, i, k);
-        double *D = w->D + (i - w->i0) * NR;
-        int last = k + values == g->K, rows = min_int(MR, w->i1 - i);
-        if (g->over_rows && g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, w->late, S, D, n, last, w->ahead);
-        else if (g->over_rows) sums_over_rows_fp32(units, A, B, w->late, S, D, n, last, w->ahead);
-        else if (pairs_of(g)) sums_pairs(rows, units, A, B, S, n > 0, w->ahead);
+        int rows = min_int(MR, w->i1 - i);
+        if (pairs_of(g)) sums_pairs(rows, units, A, B, S, n > 0, w->ahead);
         else sums_packed(rows, units, A, B, S, n > 0, w->ahead);
     } else if (i + MR <= g->M) {
         sums_direct(units, g->a + i * g->a_i + k, g->a_i, B, S, n > 0, w->ahead);
@@ -566,6 +584,16 @@ static void tile_sums(const Gemm *g, const Work *w, float *S, const float *B, in
         pack_a(w->a, values * MR, 1, g, i, k, values, NULL);
         sums_packed(MR, units, w->a, B, S, n > 0, w->ahead);
     }
+}
+
+/* The same over rows, to C where the block is the last. */
+static void gradient_sums(const Gemm *g, const Work *w, float *S, const float *B, int i, int j, int k, int values) {
+    const float *A = panel_of_a(g, w, i, k);
+    double *D = w->D + (i - w->i0) * NR;
+    float *c = g->end.c + (int64_t)i * g->N + j;
+    int units = units_of_values(g, values);
+    if (g->prec == PREC_BF16) sums_over_rows_bf16(units, A, B, w->late, S, D, c, w->i1 - i, w->ahead);
+    else sums_over_rows_fp32(units, A, B, w->late, S, D, c, w->i1 - i, w->ahead);
 }
 
 static void fetch_block_of_b(const Gemm *g, const Work *w, int j, int k, int times) {
@@ -580,7 +608,7 @@ static void fetch_block_of_b(const Gemm *g, const Work *w, int j, int k, int tim
 /* What finish_tile will read and write of the tile at i, j. */
 static void begin_outputs(const Gemm *g, Ahead *a, int i, int j) {
     const Epilogue *e = &g->end;
-    const float *arrays[OUTPUTS] = {e->streams ? NULL : e->c, e->pre, e->dpre, e->residual};
+    const float *arrays[OUTPUTS] = {g->streams ? NULL : e->c, e->pre, e->dpre, e->residual};
     for (int n = 0; n < OUTPUTS; n++) a->out[n] = arrays[n] ? arrays[n] + (int64_t)i * g->N + j : NULL;
     if (!arrays[0] && !e->pre && !e->dpre && !e->residual) return;
     a->out_stride = g->N, a->out_rows = min_int(MR, g->M - i), a->left = 1;
@@ -592,11 +620,10 @@ static void finish_tile(const Gemm *g, const Work *w, const float *S, int i, int
 
 /* The block of B at j, k, whatever comes after it, and the rows at hand, which are packed on the way where it is the
  * first to meet them.  A tile is finished when its last block is, so that stores and functions overlap with the next
- * tile's products; over rows a tile later, for so late is its sum. */
+ * tile's products. */
 static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k, int next_j, int next_k) {
     const int values = min_int(values_a_block(g), g->K - k), columns = min_int(NR, w->j1 - j);
     const int last = k + values == g->K;
-    const int lag = g->over_rows && is_late(k / values_a_block(g), last) ? MR : 0;
     const int tiles = (w->i1 - w->i0 + MR - 1) / MR, times = fetches_of_tile(g, values);
     const int packs = packs_a(g) && !g->rows;
     const float *B = w->b;
@@ -604,6 +631,13 @@ static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k,
     if (g->packed) B = packed_block(g, j, k, values, w->b);
     else pack_b(w->b, w->unfolded, g, j, k, values);
     if (next_j >= 0 && !g->packed) fetch_block_of_b(g, w, next_j, next_k, tiles * times);
+    if (g->over_rows)
+        w->late->to = (Total){.n = k / values_a_block(g),
+                              .last = last,
+                              .accumulate = g->accumulate,
+                              .streams = g->streams,
+                              .columns = columns,
+                              .row = g->N};
     if (packs && j != w->j0) fetch_strip(g, w, j, w->i1, k, tiles * times);
     for (int i = w->i0; i < w->i1; i += MR, S += MR * NR) {
         if (i >= packed) {
@@ -611,12 +645,11 @@ static void multiply_block(const Gemm *g, const Work *w, float *S, int j, int k,
             fetch_strip(g, w, j, packed, k, (packed - i) / MR * times);
         }
         if (last) begin_outputs(g, w->ahead, i, j);
-        if (values) tile_sums(g, w, S, B, i, k, values);
-        if (last && i - lag >= w->i0) finish_tile(g, w, S - lag * NR, i - lag, j, columns);
+        if (g->over_rows) gradient_sums(g, w, S, B, i, j, k, values);
+        else if (values) tile_sums(g, w, S, B, i, k, values);
+        if (last && !g->over_rows) finish_tile(g, w, S, i, j, columns);
     }
-    if (!lag) return;
-    add_late(w->late, HALF_TILE);
-    if (last) finish_tile(g, w, S - MR * NR, w->i0 + (tiles - 1) * MR, j, columns);
+    if (g->over_rows) add_late(w->late, HALF_TILE);
 }
 
 /* All columns of what is at hand.  Sums wait from one piece of K to the next, each panel's in its place. */
@@ -671,7 +704,7 @@ static void gemm_task(void *context, int task) {
         if (g->rows) w.a = (float *)g->rows; /* there is one block of so few */
         multiply_rows(g, &w);
     }
-    if (g->end.streams) stream_end();
+    if (g->streams) stream_end();
 }
 
 /* Time of the slowest task for a grid, in multiply-adds a lane: the tiles, and packing, which is done again by every
@@ -826,7 +859,9 @@ void CAT(linear_backward_weight, ISA)(float *dweight, float *dbias, const float 
               .b_row = C,
               .prec = prec,
               .over_rows = 1,
-              .end = {.c = dweight, .accumulate = accumulate, .streams = !accumulate && aligned && large},
+              .end = {.c = dweight},
+              .accumulate = accumulate,
+              .streams = !accumulate && aligned && large,
               .row_sums = dbias};
     gemm(&g);
 }

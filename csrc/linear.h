@@ -19,8 +19,6 @@ typedef struct {
     int fn;
     const float *residual; /* (M, N) */
     const float *dpre;     /* (M, N): multiply by fn'(dpre) instead */
-    int accumulate;        /* add to what C holds */
-    int streams;           /* past the caches: C is too large for them, and nothing is added to it */
 } Epilogue;
 
 /* Few rows: what finish_row reads of a panel is fetched while the panel is multiplied.  It comes from memory as the
@@ -42,9 +40,7 @@ INLINE void finish_columns(const Epilogue *e, int N, const float *S, int i, int 
     if (e->dpre) EACH_VECTOR x[v] = x[v] * vdfn(e->fn, vload(e->dpre + at + v * W, COUNT));
     else if (e->fn) EACH_VECTOR x[v] = vfn(e->fn, x[v]);
     if (e->residual) EACH_VECTOR x[v] = x[v] + vload(e->residual + at + v * W, COUNT);
-    if (e->accumulate) EACH_VECTOR x[v] = vload(e->c + at + v * W, COUNT) + x[v];
-    if (e->streams && columns == NR) EACH_VECTOR vstream(e->c + at + v * W, x[v]);
-    else EACH_VECTOR vstore(e->c + at + v * W, x[v], COUNT);
+    EACH_VECTOR vstore(e->c + at + v * W, x[v], COUNT);
 }
 
 #undef EACH_VECTOR

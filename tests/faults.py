@@ -110,7 +110,7 @@ FAULTS = [
     ),
     Fault("norm: residual gradient dropped", "csrc/norm.c", "din = din + vload(dres + c, k), fetch(", "fetch("),
     Fault("linear: bias of the wrong column", "csrc/linear.h", "e->bias + j0 + v * W", "e->bias + v * W"),
-    Fault("linear: = instead of +=", "csrc/linear.h", "if (e->accumulate) EACH_VECTOR", "if (0) EACH_VECTOR"),
+    Fault("linear: = instead of +=", "csrc/linear.c", "if (t->accumulate) x = vload(c, k) + x;", ""),
     Fault(
         "linear: the last columns of a tile are as many as a vector has",
         "csrc/linear.h",
@@ -127,8 +127,8 @@ FAULTS = [
     Fault(
         "linear: over rows the first block is forgotten",
         "csrc/linear.c",
-        "if (n == 1) low = vdlow(vload_all(S)) + low, high = vdhigh(vload_all(S)) + high;\n    else low",
-        "if (n > 1) low",
+        "if (t->n == 1) return vload_all(t->S + at) + x;",
+        "if (t->n == 1) return x;",
     ),
     Fault(
         "linear: a piece of K starts its sums anew",
@@ -206,14 +206,26 @@ FAULTS = [
     Fault(
         "linear: the last sums of a block are never added",
         "csrc/linear.c",
-        "    add_late(w->late, HALF_TILE);\n",
+        "    if (g->over_rows) add_late(w->late, HALF_TILE);\n",
         "    w->late->added = HALF_TILE;\n",
     ),
     Fault(
-        "linear: a tile is finished before its sums are there",
+        "linear: a gradient has as many rows as its tiles",
         "csrc/linear.c",
-        "is_late(k / values_a_block(g), last) ? MR : 0",
-        "is_late(k / values_a_block(g), last) ? 0 : 0",
+        "if (row >= t->rows || k <= 0) return;",
+        "if (k <= 0) return;",
+    ),
+    Fault(
+        "linear: a gradient of half a tile lies where the first half does",
+        "csrc/linear.c",
+        "late->to.c = c + i0 * late->to.row,",
+        "late->to.c = c,",
+    ),
+    Fault(
+        "linear: from the third block of rows on sums wait in one place",
+        "csrc/linear.c",
+        "late->to.D = D + i0 * NR;",
+        "late->to.D = D;",
     ),
     Fault(
         "linear: a square of a transposing pack is whole where its last rows are not there",
@@ -243,8 +255,8 @@ FAULTS = [
     Fault(
         "linear: a tile is finished with its first block",
         "csrc/linear.c",
-        "last = k + values == g->K;\n    const int lag",
-        "last = k == 0;\n    const int lag",
+        "last = k + values == g->K;\n    const int tiles",
+        "last = k == 0;\n    const int tiles",
     ),
     Fault(
         "linear: bias gradient once for every column part",
