@@ -24,13 +24,16 @@ static void forward(void *context, int task) {
     for (int n = task * f->rows; n < end; n++) {
         const float *wpe_p = f->wpe ? f->wpe + (int64_t)position(f->starts, n, f->T) * C : NULL;
         float *out = f->out + (int64_t)n * C;
-        const float *wte_v = out;
+        const float *wte_v = out, *ahead = NULL;
         if (f->packed) CAT(packed_row, ISA)(out, f->packed, f->prec, C, f->tokens[n]);
-        else if (f->prec == PREC_FP32) wte_v = (const float *)f->wte + (int64_t)f->tokens[n] * C;
-        else CAT(held_part, ISA)(out, f->wte, f->prec, C, f->tokens[n], 0, C);
+        else if (f->prec == PREC_FP32) {
+            wte_v = (const float *)f->wte + (int64_t)f->tokens[n] * C;
+            ahead = (const float *)f->wte + (int64_t)f->tokens[min_int(n + ROWS_AHEAD, f->N - 1)] * C;
+        } else CAT(held_part, ISA)(out, f->wte, f->prec, C, f->tokens[n], 0, C);
         for (int c = 0; c < C; c += W) {
             int k = min_int(W, C - c);
             vf x = vload(wte_v + c, k);
+            if (ahead) fetch(ahead + c);
             if (wpe_p) x = x + vload(wpe_p + c, k);
             vput(out + c, x, k, f->streams);
         }
