@@ -110,7 +110,7 @@ FAULTS = [
     ),
     Fault("norm: residual gradient dropped", "csrc/norm.c", "din = din + vload(dres + c, k), fetch(", "fetch("),
     Fault("linear: bias of the wrong column", "csrc/linear.h", "e->bias + j0 + v * W", "e->bias + v * W"),
-    Fault("linear: = instead of +=", "csrc/linear.c", "if (t->accumulate) x = vload(c, k) + x;", ""),
+    Fault("linear: = instead of +=", "csrc/linear_tile.h", "if (t->accumulate) x = vload(c, k) + x;", ""),
     Fault(
         "linear: the last columns of a tile are as many as a vector has",
         "csrc/linear.h",
@@ -126,7 +126,7 @@ FAULTS = [
     ),
     Fault(
         "linear: over rows the first block is forgotten",
-        "csrc/linear.c",
+        "csrc/linear_tile.h",
         "if (t->n == 1) return vload_all(t->S + at) + x;",
         "if (t->n == 1) return x;",
     ),
@@ -185,7 +185,7 @@ FAULTS = [
     ),
     Fault(
         "linear: a gradient's chain is the whole block",
-        "csrc/linear.c",
+        "csrc/linear_tile.h",
         "HAVE_PAIRS ? ROW_CHAIN : 2 * ROW_CHAIN",
         "ROW_BLOCK",
         first=MODEL,
@@ -199,7 +199,7 @@ FAULTS = [
     ),
     Fault(
         "linear: bias gradient forgets its last, short chain",
-        "csrc/linear.c",
+        "csrc/linear_pack.h",
         "for (int v = 0; sums && v < vectors; v++)",
         "for (int v = 0; sums && k1 - k0 == chain && v < vectors; v++)",
     ),
@@ -211,31 +211,31 @@ FAULTS = [
     ),
     Fault(
         "linear: a gradient has as many rows as its tiles",
-        "csrc/linear.c",
+        "csrc/linear_tile.h",
         "if (row >= t->rows || k <= 0) return;",
         "if (k <= 0) return;",
     ),
     Fault(
         "linear: a gradient of half a tile lies where the first half does",
-        "csrc/linear.c",
+        "csrc/linear_tile.h",
         "late->to.c = c + i0 * late->to.row,",
         "late->to.c = c,",
     ),
     Fault(
         "linear: from the third block of rows on sums wait in one place",
-        "csrc/linear.c",
+        "csrc/linear_tile.h",
         "late->to.D = D + i0 * NR;",
         "late->to.D = D;",
     ),
     Fault(
         "linear: a square of a transposing pack is whole where its last rows are not there",
-        "csrc/linear.c",
+        "csrc/linear_pack.h",
         "if (columns >= W && left >= square)",
         "if (left >= square)",
     ),
     Fault(
         "linear: the last columns of a straight pack are read as if all were there",
-        "csrc/linear.c",
+        "csrc/linear_pack.h",
         "if (valid >= vectors * W && values % per_unit == 0)",
         "if (values % per_unit == 0)",
     ),
@@ -247,7 +247,7 @@ FAULTS = [
     ),
     Fault(
         "linear: two panels of A in one place",
-        "csrc/linear.c",
+        "csrc/linear_pack.h",
         "vstore_halves(at, at + panel, x)",
         "vstore_halves(at, at, x)",
         isa="avx512",
@@ -266,7 +266,7 @@ FAULTS = [
     ),
     Fault(
         "linear: bias gradient of every other row, where two are packed as pairs",
-        "csrc/linear.c",
+        "csrc/linear_pack.h",
         "if (sums && next) sum[v]",
         "if (0) sum[v]",
         isa="avx512_bf16",
@@ -293,7 +293,7 @@ FAULTS = [
     ),
     Fault(
         "linear: few rows: of two rows only one is multiplied",
-        "csrc/linear.c",
+        "csrc/linear_tile.h",
         "tile(2, NV, pairs",
         "tile(1, NV, pairs",
         first=PACKED,
