@@ -288,13 +288,16 @@ static void fetch_block_of_b(const Gemm *g, const Work *w, int j, int k, int tim
                  held_at(g->b, g->held, g->b_row, row + 1, first) - p, g->k_along ? columns : values, times);
 }
 
-/* What finish_tile will read and write of the tile at i, j. */
+/* What leaves the tile at i, j, and what its epilogue reads. */
 static void begin_outputs(const Gemm *g, Ahead *a, int i, int j) {
     const Epilogue *e = &g->end;
     const float *arrays[OUTPUTS] = {g->streams ? NULL : e->c, e->pre, e->dpre, e->residual};
-    for (int n = 0; n < OUTPUTS; n++) a->out[n] = arrays[n] ? arrays[n] + (int64_t)i * g->N + j : NULL;
-    if (!arrays[0] && !e->pre && !e->dpre && !e->residual) return;
-    a->out_stride = g->N, a->out_rows = min_int(MR, g->M - i), a->left = 1;
+    int any = 0;
+    for (int n = 0; n < OUTPUTS; n++) {
+        a->out[n] = arrays[n] ? arrays[n] + (int64_t)i * g->N + j : NULL;
+        any |= arrays[n] != NULL;
+    }
+    if (any) a->out_stride = g->N, a->out_rows = min_int(MR, g->M - i), a->left = 1;
 }
 
 static void finish_tile(const Gemm *g, const Work *w, const float *S, int i, int j, int columns) {
