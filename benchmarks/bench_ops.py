@@ -64,9 +64,9 @@ def shown(c):
 
 def in_memory(a):
     """A copy on whole pages, huge ones where the system grants them, as the model's arrays lie (the tests' own end at a
-    page instead)."""
+    page instead).  Private: what processes could share is on small pages whatever is asked for."""
     a = np.ascontiguousarray(a)
-    room = mmap.mmap(-1, max(a.nbytes, 1))
+    room = mmap.mmap(-1, max(a.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         room.madvise(mmap.MADV_HUGEPAGE)
     out = np.frombuffer(room, np.uint8, a.nbytes).view(a.dtype).reshape(a.shape)

@@ -34,6 +34,20 @@ def test_it_times_what_it_is_asked_for(tmp_path):
     assert {r["bytes"] >= bench.BEYOND_CACHES for r in timed} == {False, True}
 
 
+def test_arrays_are_private_memory():
+    """Shared memory has no huge pages, and random rows of it took half as long again."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("asks Linux how memory lies")
+    a = bench.in_memory(np.ones(1 << 20, np.float32))
+    for line in maps.read_text().splitlines():
+        begin, end = (int(x, 16) for x in line.split()[0].split("-"))
+        if begin <= a.ctypes.data < end:
+            assert line.split()[1] == "rw-p"
+            return
+    raise AssertionError("the array is nowhere")
+
+
 def test_the_copy_that_takes_turns_copies_all(threads):
     """For any number of threads, whatever the number of cache lines; what it could not copy is refused."""
     for n in (1, 2, 3):
