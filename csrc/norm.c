@@ -91,7 +91,8 @@ typedef struct {
 
 /* With norm = (in - mean) * rstd and dnorm = dout * weight, and averages over the row,
  * din = dres + rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)).  `sums`: (SUMS, C).  Rows ahead are
- * fetched: the second pass over a row finds most of it in a cache, and memory would wait for it. */
+ * fetched: the second pass over a row finds most of it in a cache, and memory would wait for it; and where all comes
+ * from memory the next row from L2 as well. */
 INLINE void backward_row(const Backward *b, int n, float *sums, const int with_mean) {
     const int C = b->C;
     const int64_t at = (int64_t)n * C, ahead = n + ROWS_AHEAD < b->N ? (int64_t)ROWS_AHEAD * C : 0;
@@ -102,6 +103,7 @@ INLINE void backward_row(const Backward *b, int n, float *sums, const int with_m
         int k = min_int(W, C - c);
         vf norm = (vload(x + c, k) - mean) * rstd, dy = vload(dout + c, k), dnorm = dy * vload(b->weight + c, k);
         fetch(x + ahead + c), fetch(dout + ahead + c);
+        if (b->streams) fetch_near(x + C + c), fetch_near(dout + C + c);
         dnorm_sum = dnorm_sum + dnorm;
         dnorm_norm = vfma(dnorm, norm, dnorm_norm);
         if (b->grads[DWEIGHT]) vstore(sums + c, vfma(dy, norm, vload(sums + c, k)), k);
@@ -114,6 +116,7 @@ INLINE void backward_row(const Backward *b, int n, float *sums, const int with_m
         vf norm = (vload(x + c, k) - mean) * rstd, dnorm = vload(dout + c, k) * vload(b->weight + c, k);
         vf din = rstd * vnfma(norm, through_rstd, dnorm - through_mean);
         if (dres) din = din + vload(dres + c, k), fetch(dres + ahead + c);
+        if (dres && b->streams) fetch_near(dres + C + c);
         vput(b->din + at + c, din, k, b->streams);
         if (b->grads[DBIAS_IN]) vstore(sums + 2 * C + c, vload(sums + 2 * C + c, k) + din, k);
     }

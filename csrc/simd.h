@@ -287,6 +287,7 @@ INLINE void vput(float *p, vf x, int k, int past) {
 /* A line that will be needed, into L2: so many rows ahead where rows lie anywhere, or memory waits for arithmetic. */
 enum { ROWS_AHEAD = 4 };
 INLINE void fetch(const float *p) { __builtin_prefetch(p, 0, 2); }
+INLINE void fetch_near(const float *p) { __builtin_prefetch(p, 0, 3); } /* into L1 */
 
 /* Rows of so many floats that one task should take: 64 KB of them, so that a task outweighs its start and a few short
  * rows stay on the calling thread. */
