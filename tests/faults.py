@@ -285,13 +285,6 @@ FAULTS = [
         "packs && j == w->j0 && k == 0 ?",
     ),
     Fault(
-        "linear: wide strips reach beyond the rows of a block",
-        "csrc/linear.c",
-        "i + SIDE_BY_SIDE * ROWS_PACKED <= end",
-        "i < end",
-        isa="avx512_bf16",
-    ),
-    Fault(
         "linear: few rows: of two rows only one is multiplied",
         "csrc/linear_tile.h",
         "tile(2, NV, pairs",
