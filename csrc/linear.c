@@ -67,26 +67,27 @@ static __attribute__((noinline)) void pack_b(float *out, float *space, const Gem
                                 g->k_along ? values : columns);
         p = space;
     }
-    pack(out, NR, 0, NV, W, p, g->k_along ? row : 1, g->k_along ? 1 : row, columns, values, values_a_unit(g), g->prec,
-         NULL, values);
+    if (g->k_along) pack_along(out, NR, 0, p, row, columns, values, values_a_unit(g), g->prec);
+    else pack_across(out, NR, 0, NV, W, p, row, columns, values, values_a_unit(g), g->prec, NULL, values);
 }
 
-INLINE void pack_some_rows(float *out, int64_t panel, const int vectors, const Gemm *g, int i, int k, int values,
-                           double *sums, int chain) {
-    const float *p = g->a + i * g->a_i + k * g->a_k;
+INLINE void pack_columns_of_a(float *out, int64_t panel, const int vectors, const Gemm *g, int i, int k, int values,
+                              double *sums, int chain) {
     int rows = min_int(vectors * ROWS_PACKED, g->M - i);
-    pack(out, MR, panel, vectors, ROWS_PACKED / MR * panel, p, g->a_i, g->a_k, rows, values, values_a_unit(g), g->prec,
-         sums, chain);
+    pack_across(out, MR, panel, vectors, ROWS_PACKED / MR * panel, g->a + i + k * g->a_k, g->a_k, rows, values,
+                values_a_unit(g), g->prec, sums, chain);
 }
 
 /* `vectors` times ROWS_PACKED rows of A, 1 or SIDE_BY_SIDE, as panels that lie `panel` apart. */
 static __attribute__((noinline)) void pack_a(float *out, int64_t panel, int vectors, const Gemm *g, int i, int k,
                                              int values, double *sums) {
-    int chain = values_of_units(g, ROW_CHAIN);
-    if (vectors > 1 && sums) pack_some_rows(out, panel, SIDE_BY_SIDE, g, i, k, values, sums, chain);
-    else if (vectors > 1) pack_some_rows(out, panel, SIDE_BY_SIDE, g, i, k, values, NULL, values);
-    else if (sums) pack_some_rows(out, panel, 1, g, i, k, values, sums, chain);
-    else pack_some_rows(out, panel, 1, g, i, k, values, NULL, values);
+    const int chain = values_of_units(g, ROW_CHAIN), rows = min_int(ROWS_PACKED, g->M - i);
+    if (g->a_i != 1)
+        pack_along(out, MR, panel, g->a + i * g->a_i + k * g->a_k, g->a_i, rows, values, values_a_unit(g), g->prec);
+    else if (vectors > 1 && sums) pack_columns_of_a(out, panel, SIDE_BY_SIDE, g, i, k, values, sums, chain);
+    else if (vectors > 1) pack_columns_of_a(out, panel, SIDE_BY_SIDE, g, i, k, values, NULL, values);
+    else if (sums) pack_columns_of_a(out, panel, 1, g, i, k, values, sums, chain);
+    else pack_columns_of_a(out, panel, 1, g, i, k, values, NULL, values);
 }
 
 /* ---- all of B, packed once ----------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ static void begin_stream(Ahead *a, int n, const void *first, int64_t bytes, int6
     a->of[n] = s, a->left = 1;
 }
 
+/* Into L2, for it waits there.  Returns whether there is more. */
 INLINE int fetch_some(Stream *s, int lines) {
     for (; lines && s->rows; lines--) {
-        __builtin_prefetch(s->at + s->line * 64, 0, 2); /* into L2, for it waits there */
+        fetch((const float *)(s->at + s->line * 64));
         if (++s->line == s->lines) s->line = 0, s->at += s->stride, s->rows--;
     }
     return s->rows;

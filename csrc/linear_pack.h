@@ -53,7 +53,7 @@ INLINE void pack_transposed(float *out, const int width, int64_t panel, const fl
         }
 }
 
-/* To the sums of W columns, 0 where none are wanted, those of a chain. */
+/* sums[i] += lane i of a finished chain. */
 INLINE void add_chain(double *sums, vf chain) {
     vdstore(sums, vdload(sums) + vdlow(chain)), vdstore(sums + W / 2, vdload(sums + W / 2) + vdhigh(chain));
 }
@@ -83,7 +83,7 @@ INLINE void pack_straight(float *out, const int width, int64_t panel, const int 
     }
 }
 
-/* The same for any number of vectors, without masks where all columns are there. */
+/* The same, without masks where all columns are there. */
 INLINE void pack_vectors(float *out, const int width, int64_t panel, const int vectors, int64_t apart, const float *p,
                          int64_t stride, int valid, int values, const int per_unit, int prec, double *sums, int chain) {
     if (valid >= vectors * W && values % per_unit == 0)
@@ -91,12 +91,16 @@ INLINE void pack_vectors(float *out, const int width, int64_t panel, const int v
     else pack_straight(out, width, panel, vectors, apart, p, stride, valid, values, per_unit, prec, sums, chain);
 }
 
-INLINE void pack(float *out, const int width, int64_t panel, const int vectors, int64_t apart, const float *p,
-                 int64_t along, int64_t along_k, int valid, int values, int per_unit, int prec, double *sums,
-                 int chain) {
-    if (along != 1 && per_unit == 2) pack_transposed(out, width, panel, p, along, valid, values, 2, prec);
-    else if (along != 1) pack_transposed(out, width, panel, p, along, valid, values, 1, prec);
-    else if (per_unit == 2)
-        pack_vectors(out, width, panel, vectors, apart, p, along_k, valid, values, 2, prec, sums, chain);
-    else pack_vectors(out, width, panel, vectors, apart, p, along_k, valid, values, 1, prec, sums, chain);
+/* What lies along k. */
+INLINE void pack_along(float *out, const int width, int64_t panel, const float *p, int64_t stride, int valid,
+                       int values, int per_unit, int prec) {
+    if (per_unit == 2) pack_transposed(out, width, panel, p, stride, valid, values, 2, prec);
+    else pack_transposed(out, width, panel, p, stride, valid, values, 1, prec);
+}
+
+/* What lies across it, for any number of vectors. */
+INLINE void pack_across(float *out, const int width, int64_t panel, const int vectors, int64_t apart, const float *p,
+                        int64_t stride, int valid, int values, int per_unit, int prec, double *sums, int chain) {
+    if (per_unit == 2) pack_vectors(out, width, panel, vectors, apart, p, stride, valid, values, 2, prec, sums, chain);
+    else pack_vectors(out, width, panel, vectors, apart, p, stride, valid, values, 1, prec, sums, chain);
 }

@@ -96,6 +96,7 @@ typedef struct {
 INLINE void backward_row(const Backward *b, int n, float *sums, const int with_mean) {
     const int C = b->C;
     const int64_t at = (int64_t)n * C, ahead = n + ROWS_AHEAD < b->N ? (int64_t)ROWS_AHEAD * C : 0;
+    const int next = n + 1 < b->N ? C : 0;
     const float *x = b->in + at, *dout = b->dout + at, *dres = b->dres ? b->dres + at : NULL;
     const vf mean = vset(with_mean ? b->mean[n] : 0.0f), rstd = vset(b->rstd[n]);
     vf dnorm_sum = vset(0.0f), dnorm_norm = vset(0.0f);
@@ -103,7 +104,7 @@ INLINE void backward_row(const Backward *b, int n, float *sums, const int with_m
         int k = min_int(W, C - c);
         vf norm = (vload(x + c, k) - mean) * rstd, dy = vload(dout + c, k), dnorm = dy * vload(b->weight + c, k);
         fetch(x + ahead + c), fetch(dout + ahead + c);
-        if (b->streams) fetch_near(x + C + c), fetch_near(dout + C + c);
+        if (b->streams) fetch_near(x + next + c), fetch_near(dout + next + c);
         dnorm_sum = dnorm_sum + dnorm;
         dnorm_norm = vfma(dnorm, norm, dnorm_norm);
         if (b->grads[DWEIGHT]) vstore(sums + c, vfma(dy, norm, vload(sums + c, k)), k);
@@ -116,7 +117,7 @@ INLINE void backward_row(const Backward *b, int n, float *sums, const int with_m
         vf norm = (vload(x + c, k) - mean) * rstd, dnorm = vload(dout + c, k) * vload(b->weight + c, k);
         vf din = rstd * vnfma(norm, through_rstd, dnorm - through_mean);
         if (dres) din = din + vload(dres + c, k), fetch(dres + ahead + c);
-        if (dres && b->streams) fetch_near(dres + C + c);
+        if (dres && b->streams) fetch_near(dres + next + c);
         vput(b->din + at + c, din, k, b->streams);
         if (b->grads[DBIAS_IN]) vstore(sums + 2 * C + c, vload(sums + 2 * C + c, k) + din, k);
     }

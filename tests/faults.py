@@ -274,8 +274,8 @@ FAULTS = [
     Fault(
         "linear: panels of A that are packed side by side lie in one place",
         "csrc/linear.c",
-        "vectors, ROWS_PACKED / MR * panel, p",
-        "vectors, 0, p",
+        "vectors, ROWS_PACKED / MR * panel, g->a",
+        "vectors, 0, g->a",
         isa="avx512_bf16",
     ),
     Fault(
