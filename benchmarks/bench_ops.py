@@ -75,15 +75,19 @@ def in_memory(a):
 
 
 def prepare(op, c):
-    """The operator's arguments, in order."""
+    """The operator's arguments, in order.  What memory bounds and may work in place does so, as in a model: there an
+    output's lines are at hand when they are written."""
     call = test_ops.OPERATORS[op](np.random.default_rng(0), c)
-    arguments = []
-    for a in call.args.values():
+    arguments = {}
+    for name, a in call.args.items():
         if isinstance(a, test_ops.Out):
             shape, mode, dtype = a.spec
             a = shape if mode == "in place" else np.zeros(shape, dtype)
-        arguments.append(in_memory(a) if isinstance(a, np.ndarray) else a)
-    return arguments
+        arguments[name] = in_memory(a) if isinstance(a, np.ndarray) else a
+    if op in LARGE and call.aliases:
+        output, given = call.aliases
+        arguments[output] = arguments[given]
+    return list(arguments.values())
 
 
 def measure(function, seconds, between=None):

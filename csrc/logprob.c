@@ -1,6 +1,7 @@
 /* logprob.c -- log-probability of the targets.  A row is read twice, once for its maximum and once for the sum of
- * exponentials; the second time it comes from the cache, as does the third for its gradient.  Rows are shared out among
- * the threads, a row is never split: its sums run in W lanes whatever the batch. */
+ * exponentials; the second time it comes from the cache, as does the third for its gradient, and the next row is
+ * fetched while exponentials are made.  Rows are shared out among the threads, a row is never split: its sums run in W
+ * lanes whatever the batch. */
 #include "simd.h"
 #include "threads.h"
 
@@ -50,11 +51,14 @@ INLINE void add_exps(Sums *s, vf y, const int with_entropy) {
 INLINE void forward_row(const Job *job, int n, const int with_entropy) {
     const float *x = job->logits + (int64_t)n * job->Vp;
     const float max = row_max(x, job->invtemp, job->V);
-    const int V = job->V;
+    const int V = job->V, next = n + 1 < job->N ? job->Vp : 0;
     const vf invtemp = vset(job->invtemp), most = vset(max);
     Sums sums = {vset(0.0f), vset(0.0f)};
     int v = 0;
-    for (; v + W <= V; v += W) add_exps(&sums, shifted(x + v, invtemp, most, W), with_entropy);
+    for (; v + W <= V; v += W) {
+        fetch(x + next + v);
+        add_exps(&sums, shifted(x + v, invtemp, most, W), with_entropy);
+    }
     if (v < V) add_exps(&sums, shifted(x + v, invtemp, most, V - v), with_entropy);
     const float total = vsum(sums.exps), log_total = logf(total);
     const int target = job->targets[n];

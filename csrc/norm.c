@@ -86,7 +86,7 @@ typedef struct {
     float *din, *grads[SUMS]; /* grads[i] NULL: that sum is not wanted */
     const float *dout, *dres, *in, *weight, *mean, *rstd;
     double *partial; /* (chunks, SUMS, C) */
-    int N, C, rows, chunks, streams;
+    int N, C, rows, chunks, from_memory, streams;
 } Backward;
 
 /* With norm = (in - mean) * rstd and dnorm = dout * weight, and averages over the row,
@@ -104,7 +104,7 @@ INLINE void backward_row(const Backward *b, int n, float *sums, const int with_m
         int k = min_int(W, C - c);
         vf norm = (vload(x + c, k) - mean) * rstd, dy = vload(dout + c, k), dnorm = dy * vload(b->weight + c, k);
         fetch(x + ahead + c), fetch(dout + ahead + c);
-        if (b->streams) fetch_near(x + next + c), fetch_near(dout + next + c);
+        if (b->from_memory) fetch_near(x + next + c), fetch_near(dout + next + c);
         dnorm_sum = dnorm_sum + dnorm;
         dnorm_norm = vfma(dnorm, norm, dnorm_norm);
         if (b->grads[DWEIGHT]) vstore(sums + c, vfma(dy, norm, vload(sums + c, k)), k);
@@ -117,7 +117,7 @@ INLINE void backward_row(const Backward *b, int n, float *sums, const int with_m
         vf norm = (vload(x + c, k) - mean) * rstd, dnorm = vload(dout + c, k) * vload(b->weight + c, k);
         vf din = rstd * vnfma(norm, through_rstd, dnorm - through_mean);
         if (dres) din = din + vload(dres + c, k), fetch(dres + ahead + c);
-        if (dres && b->streams) fetch_near(dres + next + c);
+        if (dres && b->from_memory) fetch_near(dres + next + c);
         vput(b->din + at + c, din, k, b->streams);
         if (b->grads[DBIAS_IN]) vstore(sums + 2 * C + c, vload(sums + 2 * C + c, k) + din, k);
     }
@@ -161,7 +161,8 @@ static void backward(Backward *b) {
     b->rows = rows < 1 ? CHAIN : (rows + CHAIN - 1) / CHAIN * CHAIN;
     b->chunks = tasks_for(b->N, b->rows);
     b->partial = scratch(SCRATCH_CALL);
-    b->streams = streams(b->din, b->N, b->C);
+    b->from_memory = streams(b->din, b->N, b->C);
+    b->streams = b->from_memory && b->din != b->dres; /* in place the line is at hand: past the caches it would leave */
     parallel_for(backward_chunk, b, b->chunks);
     parallel_for(add_chunks, b, tasks_for(b->C, STRIP));
 }

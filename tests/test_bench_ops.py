@@ -34,6 +34,15 @@ def test_it_times_what_it_is_asked_for(tmp_path):
     assert {r["bytes"] >= bench.BEYOND_CACHES for r in timed} == {False, True}
 
 
+@pytest.mark.parametrize("op", ["rmsnorm_backward", "logprob_backward"])
+def test_what_memory_bounds_works_in_place_as_in_a_model(op):
+    small = next(c for c in cases.CASES[op] if not c.big)
+    output, given = bench.test_ops.OPERATORS[op](np.random.default_rng(0), small).aliases
+    names = list(bench.test_ops.OPERATORS[op](np.random.default_rng(0), small).args)
+    arguments = dict(zip(names, bench.prepare(op, small), strict=True))
+    assert arguments[output] is arguments[given] is not None
+
+
 def test_arrays_are_private_memory():
     """Shared memory has no huge pages, and random rows of it took half as long again."""
     maps = Path("/proc/self/maps")
