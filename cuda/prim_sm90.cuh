@@ -63,12 +63,14 @@ __device__ inline int cluster_rank() {
 __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-/* At that block's mbarrier which lies where `b` does in this one. */
+/* At that block's mbarrier which lies where `b` does in this one.  It says that what was read there may be overwritten;
+ * of ordinary stores that the other block is to see it says nothing: in the scope of a cluster the word waits for all
+ * stores of the thread, a fence of the whole GPU, hundreds of clocks each time. */
 __device__ inline void barrier_arrive_at(Shared<uint64_t> b, int rank) {
     asm volatile(
         "{\n.reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
         "r"(rank)
         : "memory");
 }

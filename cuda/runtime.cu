@@ -26,7 +26,7 @@ bool worked(cudaError_t e, const char *op) {
 
 __global__ void nothing() {}
 
-/* More than the 48 KB that every kernel may have must be asked for; once for each kernel would do, but it is cheap. */
+/* More than the 48 KB that every kernel may have must be asked for. */
 enum { WITHOUT_ASKING = 48 << 10 };
 
 }  // namespace
@@ -52,11 +52,20 @@ void *scratch(size_t bytes) {
     return memory;
 }
 
+/* A kernel may have what its greatest launch so far asked for: a smaller one takes nothing from a recording. */
+static void allow_shared(const Grid &g, const void *kernel) {
+    static std::map<const void *, size_t> allowed;
+    if (g.shared <= WITHOUT_ASKING) return;
+    size_t &most = allowed[kernel];
+    if (g.shared <= most) return;
+    if (worked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)g.shared), g.op))
+        most = g.shared;
+}
+
 bool may_launch(const Grid &g, const void *kernel) {
     if (message[0] || g.blocks <= 0) return false;
     if (g.blocks > INT32_MAX) fail(g.op, "more blocks than a launch can have");
-    else if (g.shared > WITHOUT_ASKING)
-        worked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)g.shared), g.op);
+    else allow_shared(g, kernel);
     return !message[0];
 }
 
