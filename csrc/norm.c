@@ -95,7 +95,7 @@ typedef struct {
  * from memory the next row from L2 as well. */
 INLINE void backward_row(const Backward *b, int n, float *sums, const int with_mean) {
     const int C = b->C;
-    const int64_t at = (int64_t)n * C, ahead = n + ROWS_AHEAD < b->N ? (int64_t)ROWS_AHEAD * C : 0;
+    const int64_t at = (int64_t)n * C, ahead = rows_ahead(n, b->N) * C;
     const int next = n + 1 < b->N ? C : 0;
     const float *x = b->in + at, *dout = b->dout + at, *dres = b->dres ? b->dres + at : NULL;
     const vf mean = vset(with_mean ? b->mean[n] : 0.0f), rstd = vset(b->rstd[n]);

@@ -1,5 +1,6 @@
 /* rope.c -- rotary positions, in place: as the plain version, a vector of pairs at a time, rows shared out among the
- * threads.  Reads and writes the queries and keys once; bound by memory. */
+ * threads.  Reads and writes the queries and keys once; bound by memory, from which rows ahead are fetched: the values
+ * between a row's keys and the next row end what the processor would fetch by itself. */
 #include "simd.h"
 #include "threads.h"
 
@@ -13,6 +14,7 @@ typedef struct {
 
 static void turn_row(const Job *job, int n) {
     const int half = job->HS / 2, p = n % job->T - (job->starts ? job->starts[n] : 0);
+    const int64_t ahead = rows_ahead(n, job->N) * job->heads * job->HS;
     const float *cos_p = job->cos + (int64_t)p * half, *sin_p = job->sin + (int64_t)p * half;
     for (int h = 0; h < job->turned; h++) {
         float *x = job->qkv + ((int64_t)n * job->heads + h) * job->HS, *y = x + half;
@@ -20,6 +22,7 @@ static void turn_row(const Job *job, int n) {
             int k = min_int(W, half - i);
             vf c = vload(cos_p + i, k), s = vload(sin_p + i, k) * vset(job->direction);
             vf x_i = vload(x + i, k), y_i = vload(y + i, k);
+            fetch(x + ahead + i), fetch(y + ahead + i);
             vstore(x + i, vnfma(y_i, s, x_i * c), k);
             vstore(y + i, vfma(x_i, s, y_i * c), k);
         }

@@ -286,6 +286,7 @@ INLINE void vput(float *p, vf x, int k, int past) {
 
 /* A line that will be needed, into L2: so many rows ahead where rows lie anywhere, or memory waits for arithmetic. */
 enum { ROWS_AHEAD = 4 };
+INLINE int64_t rows_ahead(int n, int N) { return n + ROWS_AHEAD < N ? ROWS_AHEAD : 0; } /* of row n, if there are any */
 INLINE void fetch(const float *p) { __builtin_prefetch(p, 0, 2); }
 INLINE void fetch_near(const float *p) { __builtin_prefetch(p, 0, 3); } /* into L1 */
 

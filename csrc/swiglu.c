@@ -1,5 +1,5 @@
 /* swiglu.c -- SwiGLU: as the plain version, a vector at a time, rows shared out among the threads.  One exp and one
- * division a value; at the model's sizes bound by memory. */
+ * division a value; at the model's sizes bound by memory, from which rows ahead are fetched. */
 #include "simd.h"
 #include "threads.h"
 
@@ -13,11 +13,13 @@ static void forward(void *context, int task) {
     const Job *job = context;
     const int F = job->F, end = min_int(job->N, (task + 1) * job->rows);
     for (int n = task * job->rows; n < end; n++) {
+        const int64_t ahead = rows_ahead(n, job->N) * F;
         const float *gate = job->in + (int64_t)n * 2 * F, *up = gate + F;
         float *out = job->out + (int64_t)n * F;
         for (int f = 0; f < F; f += W) {
             int k = min_int(W, F - f);
             vf g = vload(gate + f, k);
+            fetch(gate + 2 * ahead + f), fetch(up + 2 * ahead + f);
             vput(out + f, g / (vset(1.0f) + vexp(vset(0.0f) - g)) * vload(up + f, k), k, job->streams);
         }
     }
@@ -28,11 +30,13 @@ static void backward(void *context, int task) {
     const Job *job = context;
     const int F = job->F, end = min_int(job->N, (task + 1) * job->rows);
     for (int n = task * job->rows; n < end; n++) {
+        const int64_t ahead = rows_ahead(n, job->N) * F;
         const float *gate = job->in + (int64_t)n * 2 * F, *up = gate + F, *dout = job->dout + (int64_t)n * F;
         float *dgate = job->out + (int64_t)n * 2 * F, *dup = dgate + F;
         for (int f = 0; f < F; f += W) {
             int k = min_int(W, F - f);
             vf g = vload(gate + f, k), dy = vload(dout + f, k);
+            fetch(gate + 2 * ahead + f), fetch(up + 2 * ahead + f), fetch(dout + ahead + f);
             vf s = vset(1.0f) / (vset(1.0f) + vexp(vset(0.0f) - g));
             vput(dgate + f, dy * vload(up + f, k) * s * vfma(g, vset(1.0f) - s, vset(1.0f)), k, job->streams);
             vput(dup + f, dy * g * s, k, job->streams);

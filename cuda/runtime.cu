@@ -169,8 +169,11 @@ void *cuda_alloc(size_t bytes) {
     return p;
 }
 
-/* cudaFree waits for the device. */
-void cuda_free(void *p, size_t) { worked(cudaFree(p), "cuda_free"); }
+/* cudaFree may wait for what still runs, and may not: kernels and recordings under way may use these bytes. */
+void cuda_free(void *p, size_t) {
+    worked(cudaStreamSynchronize(cuda_stream()), "cuda_free");
+    worked(cudaFree(p), "cuda_free");
+}
 
 static void move(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, const char *op) {
     if (bytes) worked(cudaMemcpyAsync(dst, src, bytes, kind, cuda_stream()), op);
