@@ -1,6 +1,8 @@
 #!/bin/sh
 # gpu.sh [FOLDER] -- on a machine with an NVIDIA GPU, nvcc and PyTorch: build, check and measure everything, in under eight
-# minutes.  What it says and the JSON files go to FOLDER (default build/gpu); then copy them into benchmarks/.
+# minutes.  What it says and the JSON files go to FOLDER (default build/gpu); then copy them into benchmarks/.  barelm and
+# what its tests want are installed beside that PyTorch, in an environment of their own (pip's PIP_FIND_LINKS and
+# PIP_NO_INDEX help where there is no network).
 #   ARCH  what nvcc compiles for (default 90a-real: an H100 or H200; 90-real: there without Hopper's own kernels)
 #   PYTHON  (default python3)
 #   LLMC  llm.c's program and its options, if steps are to be measured beside it: "llm.c/train_gpt2cu -r 0"
@@ -8,8 +10,8 @@
 set -u
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
-python=${PYTHON:-python3}
-export BARELM_CUDA_LIBRARY=$PWD/build/gpu/cuda/libbarelm_cuda.so PYTHONPATH=$PWD/python PYTHONUNBUFFERED=1
+python=$PWD/build/gpu/venv/bin/python
+export BARELM_CUDA_LIBRARY=$PWD/build/gpu/cuda/libbarelm_cuda.so PYTHONUNBUFFERED=1
 began=$(date +%s) failed=""
 
 part() { # name, command ...: its output goes to a file of that name, its end to the screen
@@ -21,11 +23,17 @@ part() { # name, command ...: its output goes to a file of that name, its end to
     tail -n 40 "$out/$name.txt"
 }
 
+# An environment that sees what $1 has, pip too, even where that is an environment itself.
+environment() {
+    "$1" -m venv --clear --without-pip build/gpu/venv &&
+        "$1" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+            >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+}
+
 build() {
-    cmake -S cuda -B build/gpu/cuda -DBARELM_WERROR=ON "-DCMAKE_CUDA_ARCHITECTURES=${ARCH:-90a-real}" &&
-        cmake -S . -B build/gpu/core -DBARELM_CUDA=OFF -DCMAKE_BUILD_TYPE=Release "-DPython_EXECUTABLE=$(command -v "$python")" &&
-        cmake --build build/gpu/cuda -j8 && cmake --build build/gpu/core -j8 && cp build/gpu/core/_core*.so python/barelm/ &&
-        "$python" -m barelm doctor
+    environment "${PYTHON:-python3}" && "$python" -m pip install -q ".[test]" &&
+        cmake -S cuda -B build/gpu/cuda -DBARELM_WERROR=ON "-DCMAKE_CUDA_ARCHITECTURES=${ARCH:-90a-real}" &&
+        cmake --build build/gpu/cuda -j8 && "$python" -m barelm doctor
 }
 
 # Each has a limit: what waits for ever on the device must not cost what comes after.

@@ -24,16 +24,18 @@ static void forward(void *context, int task) {
     for (int n = task * f->rows; n < end; n++) {
         const float *wpe_p = f->wpe ? f->wpe + (int64_t)position(f->starts, n, f->T) * C : NULL;
         float *out = f->out + (int64_t)n * C;
-        const float *wte_v = out, *ahead = NULL;
+        const float *wte_v = out, *ahead = NULL, *next = NULL;
         if (f->packed) CAT(packed_row, ISA)(out, f->packed, f->prec, C, f->tokens[n]);
         else if (f->prec == PREC_FP32) {
             wte_v = (const float *)f->wte + (int64_t)f->tokens[n] * C;
             ahead = (const float *)f->wte + (int64_t)f->tokens[min_int(n + ROWS_AHEAD, f->N - 1)] * C;
+            if (f->streams) next = (const float *)f->wte + (int64_t)f->tokens[min_int(n + 1, f->N - 1)] * C;
         } else CAT(held_part, ISA)(out, f->wte, f->prec, C, f->tokens[n], 0, C);
         for (int c = 0; c < C; c += W) {
             int k = min_int(W, C - c);
             vf x = vload(wte_v + c, k);
             if (ahead) fetch(ahead + c);
+            if (next) fetch_near(next + c);
             if (wpe_p) x = x + vload(wpe_p + c, k);
             vput(out + c, x, k, f->streams);
         }
@@ -64,18 +66,26 @@ typedef struct {
     const float *dout;
     int32_t *at; /* (rows of dtable) how many rows of dout belong here, then where the next one goes */
     int32_t *order, *rows, *begin;
-    int C, count, at_once;
+    int C, count, at_once, from_memory;
 } Scatter;
 
-/* One row of dout joins `sums`; the last of a list takes them to its row of dtable.  Rows lie anywhere, and memory
- * would wait for each: `ahead` is fetched meanwhile, and `behind`, if it is not NULL. */
-INLINE void add_row(double *sums, float *d, const float *row, const float *ahead, const float *behind, int C,
-                    const int first, const int last) {
+/* What is fetched while a row is added, for rows lie anywhere and memory would wait for each. */
+typedef struct {
+    const float *ahead;  /* a later row of dout */
+    const float *next;   /* the next one, from L2; or NULL */
+    const float *behind; /* of dtable; or NULL */
+} Fetched;
+
+/* One row of dout joins `sums`; the last of a list takes them to its row of dtable. */
+INLINE void add_row(double *sums, float *d, const float *row, const Fetched *fetched, int C, const int first,
+                    const int last) {
+    const float *ahead = fetched->ahead, *next = fetched->next, *behind = fetched->behind;
     for (int c = 0; c < C; c += W) {
         const int k = min_int(W, C - c);
         const vf x = vload(row + c, k);
         vd low = first ? vdset(0.0) : vdload(sums + c), high = first ? vdset(0.0) : vdload(sums + c + W / 2);
         fetch(ahead + c);
+        if (next) fetch_near(next + c);
         if (behind) fetch(behind + c);
         low = low + vdlow(x), high = high + vdhigh(x);
         if (last) vstore(d + c, vload(d + c, k) + vdround(low, high), k);
@@ -89,11 +99,13 @@ static void add_list(const Scatter *s, int u, const float *behind, double *sums)
     for (int i = begin; i < end; i++) {
         const int first = i == begin, last = i + 1 == end;
         const float *row = s->dout + (int64_t)s->order[i] * C;
-        const float *ahead = s->dout + (int64_t)s->order[min_int(i + ROWS_AHEAD, all - 1)] * C;
-        if (first && last) add_row(sums, d, row, ahead, behind, C, 1, 1);
-        else if (first) add_row(sums, d, row, ahead, behind, C, 1, 0);
-        else if (last) add_row(sums, d, row, ahead, NULL, C, 0, 1);
-        else add_row(sums, d, row, ahead, NULL, C, 0, 0);
+        Fetched fetched = {.ahead = s->dout + (int64_t)s->order[min_int(i + ROWS_AHEAD, all - 1)] * C};
+        if (s->from_memory) fetched.next = s->dout + (int64_t)s->order[min_int(i + 1, all - 1)] * C;
+        if (first) fetched.behind = behind;
+        if (first && last) add_row(sums, d, row, &fetched, C, 1, 1);
+        else if (first) add_row(sums, d, row, &fetched, C, 1, 0);
+        else if (last) add_row(sums, d, row, &fetched, C, 0, 1);
+        else add_row(sums, d, row, &fetched, C, 0, 0);
     }
 }
 
@@ -131,6 +143,7 @@ void CAT(embedding_backward, ISA)(float *dwte, float *dwpe, const float *dout, c
     const int N = B * T;
     int32_t *memory = scratch(SCRATCH_CALL);
     Scatter s = {.dtable = dwte, .dout = dout, .C = C, .at_once = rows_per_task(C)};
+    s.from_memory = beyond_caches(N, C);
     s.order = memory, s.rows = s.order + N, s.begin = s.rows + N, s.at = s.begin + N + 1;
     scatter(&s, tokens, starts, N, T, V);
     s.dtable = dwpe;

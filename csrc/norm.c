@@ -161,8 +161,9 @@ static void backward(Backward *b) {
     b->rows = rows < 1 ? CHAIN : (rows + CHAIN - 1) / CHAIN * CHAIN;
     b->chunks = tasks_for(b->N, b->rows);
     b->partial = scratch(SCRATCH_CALL);
-    b->from_memory = streams(b->din, b->N, b->C);
-    b->streams = b->from_memory && b->din != b->dres; /* in place the line is at hand: past the caches it would leave */
+    b->from_memory = beyond_caches(b->N, b->C);
+    /* In place the line has just been read: past the caches it would have to leave them. */
+    b->streams = b->din != b->dres && streams(b->din, b->N, b->C);
     parallel_for(backward_chunk, b, b->chunks);
     parallel_for(add_chunks, b, tasks_for(b->C, STRIP));
 }

@@ -275,8 +275,9 @@ INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
 /* From so many floats of an output on, more than caches hold, it is written past them: nobody would find it there. */
 enum { BEYOND_CACHES = 1 << 23 };
+INLINE int beyond_caches(int64_t rows, int columns) { return rows * columns >= BEYOND_CACHES; }
 INLINE int streams(const float *out, int64_t rows, int columns) {
-    return rows * columns >= BEYOND_CACHES && (uintptr_t)out % 64 == 0 && columns % 16 == 0;
+    return beyond_caches(rows, columns) && (uintptr_t)out % 64 == 0 && columns % 16 == 0;
 }
 /* k lanes, or, past the caches, all. */
 INLINE void vput(float *p, vf x, int k, int past) {
