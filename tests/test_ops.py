@@ -1190,6 +1190,20 @@ def test_bits_do_not_change_where_no_cache_holds_them(backend, op, more):
     assert whole.nbytes >= 32 << 20 > whole[: N // 2].nbytes
     for rows in (slice(0, N // 2), slice(N // 2, N)):
         assert same_bits(call.part(list(range(N))[rows]).run(backend)[name], whole[rows])
+    if call.aliases:
+        check_in_place(call, backend)
+
+
+def test_embeddings_add_up_where_no_cache_holds_them(backend):
+    if backend == "ref":
+        pytest.skip("the plain backend fetches nothing, and takes seconds")
+    big = next(c for c in CASES["embedding_backward"] if c.big).sizes
+    sizes = big | dict(B=11)
+    call = OPERATORS["embedding_backward"](np.random.default_rng(0), case("beyond caches", big=True, **sizes))
+    assert call.args["dout"].nbytes >= 32 << 20
+    results = call.run(backend)
+    for name, (value, tol) in call.want().items():
+        assert_close(name, results[name], value, tol)
 
 
 def test_rows_that_begin_between_cache_lines_where_no_cache_holds_them(backend):
@@ -1214,7 +1228,11 @@ def test_no_rows(which, backend):
 
 @every_case(keep=may_share)
 def test_in_place_where_the_contract_permits(which, backend):
-    call = call_of(which)
+    check_in_place(call_of(which), backend)
+
+
+def check_in_place(call, backend):
+    """An output that is the array of an input has the bits that it has by itself."""
     output, given = call.aliases
     whole = call.run(backend)
     shared = guarded(call.args[given])
