@@ -46,7 +46,7 @@ typedef struct { /* an adapter (Hu et al. 2021, arXiv:2106.09685) */
 
 /* What training with batches of B x T takes; with training 0 what inference takes.  `held`: as model_create; lora: NULL
  * where there is none. */
-Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training, int held, const Lora *lora);
+Memory model_memory(const Config *c, const Ops *ops, int prec, int B, int T, int training, int held, const Lora *lora);
 
 /* ---- life ---- */
 

@@ -37,6 +37,7 @@ struct Asked {
     Lora lora;
 };
 
+static int precision_as(const std::string &precision) { return choice("precision", precision, {"fp32", "bf16"}); }
 static int held_as(const std::string &weights) { return choice("weights", weights, {"fp32", "bf16", "int8"}); }
 
 // Hugging Face's.
@@ -51,13 +52,12 @@ class PyModel {
     // No seed: the weights are zero, to be written.
     PyModel(const Config &config, const std::string &precision, const std::optional<uint64_t> &seed,
             const std::string &weights, const std::string &device)
-        : ops_(ops_of(device, precision)), gate_(ops_) {
-        const int held = held_as(weights);
+        : ops_(ops_on(device, precision)), gate_(ops_) {
+        const int prec = precision_as(precision), held = held_as(weights);
         char error[512];
         gate_.run(
             [&] {
-                model_ = model_create(&config, &ops_, precision == "bf16" ? PREC_BF16 : PREC_FP32, held,
-                                      seed ? &*seed : nullptr, error, sizeof error);
+                model_ = model_create(&config, &ops_, prec, held, seed ? &*seed : nullptr, error, sizeof error);
                 return model_ ? OK : NO_MEMORY;
             },
             [&] { return error; });
@@ -352,12 +352,6 @@ class PyModel {
         gate_.run(f, [this] { return model_error(model_); });
     }
 
-    static const Ops &ops_of(const std::string &device, const std::string &precision) {
-        if (precision != "fp32" && precision != "bf16")
-            throw py::value_error("precision: is '" + precision + "', must be 'fp32' or 'bf16'");
-        return ops_on(device, precision);
-    }
-
     const Ops &ops_;
     Model *model_ = nullptr;
     Gate gate_;
@@ -375,8 +369,8 @@ void bind_model(py::module_ &m) {
             Config c = config_of(config);
             std::optional<Asked> asked;
             if (rank) asked.emplace(c, rank, 1.0, targets);
-            Memory b = model_memory(&c, &ops_on(device, precision), B, T, training, held_as(weights),
-                                    asked ? &asked->lora : nullptr);
+            Memory b = model_memory(&c, &ops_on(device, precision), precision_as(precision), B, T, training,
+                                    held_as(weights), asked ? &asked->lora : nullptr);
             py::dict d;
             d["weights"] = b.weights, d["gradients"] = b.gradients, d["moments"] = b.moments;
             d["activations"] = b.activations, d["head"] = b.head, d["tables"] = b.tables;

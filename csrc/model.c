@@ -26,7 +26,7 @@ static void round_weights(Model *m) {
 
 static Status prepare(Model *m, int B, int T, int training) {
     m->kept = 0;
-    m->b = model_buffers(&m->c, m->ops, &m->adapter, (int64_t)B * T, training);
+    m->b = model_buffers(&m->c, m->ops, m->prec, &m->adapter, (int64_t)B * T, training);
     m->B = B, m->T = T;
     if (m->low_stale) round_weights(m);
     if (m->b.bytes <= m->arena_bytes) return OK;
@@ -111,7 +111,16 @@ static void linear(const Model *m, int w, int b, int l, act *out, act *pre, cons
     if (apart) m->ops->gelu_forward(out, pre, fn, N, OC);
 }
 
+/* What is read by products in bf16 alone, rounded as they will round it. */
+static int qkv_columns(const Config *c) { return (c->n_head + 2 * c->n_kv_head) * c->head_size; }
+static void keep_qkv(const Model *m, int l) {
+    m->ops->held_write(AT(narrow), AT(qkv), PREC_BF16, qkv_columns(&m->c), m->B * m->T);
+}
+
 /* What backward may make again. */
+static void make_qkv(const Model *m, int l) {
+    m->ops->held_read(AT(qkv), AT(narrow), PREC_BF16, qkv_columns(&m->c), m->B * m->T);
+}
 static void make_ln1(const Model *m, int l) {
     norm_forward(m, AT(ln1), AT(ln1_mean), AT(ln1_rstd), AT(residual), WEIGHT(ln1_w), WEIGHT(ln1_b));
 }
@@ -135,6 +144,7 @@ static void block_forward(const Model *m, int l, act *out) {
     linear(m, P_qkv_w, P_qkv_b, l, AT(qkv), NULL, AT(ln1), NULL, FN_NONE);
     if (c->pos == POS_ROPE) ops->rope_forward(AT(qkv), m->cos, m->sin, starts, B, T, NH, NKV, HS);
     ops->attention_forward(AT(att), AT(lse), AT(qkv), starts, m->prec, B, T, NH, NKV, HS);
+    if (m->b.narrows) keep_qkv(m, l);
     linear(m, P_proj_w, P_proj_b, l, AT(mid), NULL, AT(att), AT(residual), FN_NONE);
 
     make_ln2(m, l);
@@ -359,6 +369,7 @@ static void block_backward(const Model *m, int l) {
     norm_backward(m, GRAD(ln2_w), GRAD(ln2_b), GRAD(proj_b), AT(mid), WEIGHT(ln2_w), AT(ln2_mean), AT(ln2_rstd), dres);
 
     linear_backward(m, P_proj_w, l, AT(datt), NULL, dres, AT(att), NULL, FN_NONE);
+    if (m->b.narrows) make_qkv(m, l);
     ops->attention_backward(AT(dqkv), AT(datt), AT(qkv), AT(att), AT(lse), starts_of(m), m->prec, B, T, NH, NKV, HS);
     if (c->pos == POS_ROPE) ops->rope_backward(AT(dqkv), m->cos, m->sin, starts_of(m), B, T, NH, NKV, HS);
     if (m->b.recomputes) make_ln1(m, l);
@@ -581,6 +592,7 @@ Status model_trace(Model *m, float *out, int i, int layer) {
     model_trace_entries(m, all);
     const int columns = all[i].columns, b = TRACED[i].buffer;
     if (m->b.recomputes && b == A_ln1) make_ln1(m, layer);
+    if (m->b.narrows && b == A_qkv) make_qkv(m, layer);
     if (m->b.recomputes && b == A_ln2) make_ln2(m, layer);
     if (m->b.recomputes && b == A_fch) make_fch(m, layer);
     return read_acts(m->ops, m->error, out, buffer(m, b, layer), m->B * m->T, columns, columns);

@@ -18,15 +18,15 @@ enum {
     N_BUFFERS
 };
 
-enum { ONCE, LAYERS, BODY, AGAIN }; /* how long one is kept, see model.def */
+enum { ONCE, LAYERS, BODY, AGAIN, NARROW }; /* how long one is kept, see model.def */
 
 typedef struct {
     int64_t offset[N_BUFFERS], stride[N_BUFFERS], bytes, head_bytes; /* stride: from one layer to the next */
-    int recomputes; /* whether backward has to make again what is kept AGAIN */
+    int recomputes, narrows; /* whether backward has to make again what is kept AGAIN, and what is NARROW */
 } Buffers;
 
-/* Where each lies for N tokens.  Inference keeps one layer. */
-Buffers model_buffers(const Config *c, const Ops *ops, const Adapter *adapter, int64_t N, int training);
+/* Where each lies for N tokens, where products are of precision prec.  Inference keeps one layer. */
+Buffers model_buffers(const Config *c, const Ops *ops, int prec, const Adapter *adapter, int64_t N, int training);
 
 /* The base's weights in bf16, at the same places, where the backend's products want them so and an update changes them;
  * as a matrix of rows that every tensor has a whole number of. */

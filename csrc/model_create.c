@@ -8,7 +8,7 @@
 /* ---- how much memory it takes ------------------------------------------------------------------------------------ */
 
 typedef struct {
-    int kept; /* ONCE, LAYERS, BODY, AGAIN */
+    int kept; /* ONCE, LAYERS, BODY, AGAIN, NARROW */
     int64_t bytes;
 } Need;
 
@@ -31,7 +31,7 @@ static void place(Buffers *b, const Need *needs, int64_t layers) {
     }
 }
 
-Buffers model_buffers(const Config *c, const Ops *ops, const Adapter *adapter, int64_t N, int training) {
+Buffers model_buffers(const Config *c, const Ops *ops, int prec, const Adapter *adapter, int64_t N, int training) {
     LIST_SIZES;
     const int64_t A = (int64_t)ops->act_bytes, LOW = adapter_total(adapter), LOW_MOST = adapter_most(adapter);
     Need needs[A_logits] = {
@@ -43,8 +43,12 @@ Buffers model_buffers(const Config *c, const Ops *ops, const Adapter *adapter, i
     for (int i = 0; i < A_logits; i++) needs[i].bytes = aligned(N * needs[i].bytes);
     Buffers b = {.head_bytes = (N < ops->head_rows ? N : ops->head_rows) * Vp * A};
     b.recomputes = training && L * kept_bytes(needs, AGAIN) > ops->recompute_above;
-    for (int i = 0; i < A_logits; i++)
+    b.narrows = b.recomputes && prec == PREC_BF16 && ops->act_bytes == sizeof(float);
+    for (int i = 0; i < A_logits; i++) {
         if (needs[i].kept == AGAIN) needs[i].kept = b.recomputes ? BODY : LAYERS;
+        if (needs[i].kept == NARROW) needs[i].kept = b.narrows ? BODY : LAYERS;
+    }
+    if (!b.narrows) needs[A_narrow].bytes = 0;
     place(&b, needs, training ? L : 1);
     return b;
 }
@@ -53,10 +57,10 @@ static int64_t low_bytes(const Ops *ops, const Layout *y, int held) {
     return ops->rounds_weights && held == PREC_FP32 ? ops->held_bytes(PREC_BF16, LOW_ROW, low_rows(y)) : 0;
 }
 
-Memory model_memory(const Config *c, const Ops *ops, int B, int T, int training, int held, const Lora *lora) {
+Memory model_memory(const Config *c, const Ops *ops, int prec, int B, int T, int training, int held, const Lora *lora) {
     Layout y = held_layout(c, ops, held);
     Adapter a = lora ? adapter_of(c, lora->rank, lora->scale, lora->chosen) : (Adapter){0};
-    Buffers b = model_buffers(c, ops, &a, (int64_t)B * T, training);
+    Buffers b = model_buffers(c, ops, prec, &a, (int64_t)B * T, training);
     int64_t base = y.floats * (int64_t)sizeof(float), added = a.layout.floats * (int64_t)sizeof(float);
     int64_t trained = !training ? 0 : lora ? added : base;
     return (Memory){

@@ -165,6 +165,27 @@ FAULTS = [
         first=MODEL,
     ),
     Fault(
+        "model: queries, keys and values are not made again for their layer",
+        "csrc/model.c",
+        "if (m->b.narrows) make_qkv(m, l);",
+        "",
+        first=MODEL,
+    ),
+    Fault(
+        "model: queries, keys and values are kept in bf16 for products in fp32",
+        "csrc/model_create.c",
+        "prec == PREC_BF16 && ops->act_bytes",
+        "ops->act_bytes",
+        first=MODEL,
+    ),
+    Fault(
+        "model: a trace shows the last layer's queries everywhere",
+        "csrc/model.c",
+        "if (m->b.narrows && b == A_qkv) make_qkv(m, layer);",
+        "",
+        first=MODEL,
+    ),
+    Fault(
         "model: a trace shows the last layer's norm everywhere",
         "csrc/model.c",
         "if (m->b.recomputes && b == A_ln1) make_ln1(m, layer);",

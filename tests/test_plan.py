@@ -83,15 +83,16 @@ def test_the_run_is_as_asked():
 # ---- memory -------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_the_models_on_whole_pages_and_the_rest():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_is_the_models_on_whole_pages_and_the_rest(precision):
     config = Config.preset("gpt2")
-    purposes, model = memory(config, 4, 4096), config.memory(4)
+    purposes, model = memory(config, 4, 4096, How(precision)), config.memory(4, precision=precision)
     for purpose, size in model.items():
         assert size <= purposes[purpose] < size + 2**21
         assert purposes[purpose] % (2**21 if size >= 2**21 else 2**12) == 0
     assert purposes["batches"] == 4096 * 8 + 4 * 1024 * 12
     assert set(purposes) == {*model, "batches", "kernels", "program"}
-    found = plan(PlanConfig(**COUNTED, preset="gpt2", batch=4))["memory"]
+    found = plan(PlanConfig(**COUNTED, preset="gpt2", batch=4, precision=precision))["memory"]
     assert found["total"] == sum(found["purposes"].values())
 
 

@@ -284,7 +284,8 @@ class Model:
         return self._core.logits(np.asarray(tokens), last, _maybe(starts))
 
     def trace(self, tokens, starts=None) -> dict[str, np.ndarray]:
-        """Every intermediate that exists, by name: "h.0.ln_1", "h.0.attn.qkv", ..., "hidden", each (B, T, columns)."""
+        """Every intermediate that exists, by name: "h.0.ln_1", "h.0.attn.qkv", ..., "hidden", each (B, T, columns).
+        With precision="bf16", "attn.qkv" of a large batch is kept, and shown, rounded as products read it."""
         entries = self._core.trace(np.asarray(tokens), _maybe(starts))
         return {name if layer is None else f"h.{layer}.{name}": a for name, layer, a in entries}
 

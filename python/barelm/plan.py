@@ -227,7 +227,7 @@ class How(NamedTuple):
         return model
 
     def memory(self, config: Config, B: int, T: int) -> dict[str, int]:
-        return config.memory(B, T, weights=self.weights, lora=self.lora)
+        return config.memory(B, T, weights=self.weights, lora=self.lora, precision=self.precision)
 
 
 PLAIN = How()

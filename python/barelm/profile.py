@@ -121,6 +121,8 @@ def _scores(B, T, NH, HS, **_):  # one product of attention, its causal half
     return 1.0 * B * NH * HS * T * (T + 1)
 
 
+_HELD = (4, 2, 1)  # bytes a value of fp32, bf16, int8
+
 _FLOPS = {
     "linear_forward": _product,
     "linear_packed": _product,
@@ -144,4 +146,6 @@ _BYTES = {
     "logprob_backward": lambda N, V, Vp: 8.0 * N * V,
     "logprob_forward_backward": lambda N, V, Vp: 8.0 * N * V,
     "adamw": lambda size, **_: 28.0 * size,
+    "held_write": lambda held, C, OC: (4.0 + _HELD[held]) * C * OC,
+    "held_read": lambda held, C, OC: (4.0 + _HELD[held]) * C * OC,
 }
