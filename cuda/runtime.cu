@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <map>
+#include <set>
 #include <tuple>
 
 namespace {
@@ -28,6 +29,7 @@ __global__ void nothing() {}
 
 /* More than the 48 KB that every kernel may have must be asked for. */
 enum { WITHOUT_ASKING = 48 << 10 };
+enum { REGISTERS = 64 << 10 }; /* of an SM */
 
 }  // namespace
 
@@ -62,10 +64,20 @@ static void allow_shared(const Grid &g, const void *kernel) {
         most = g.shared;
 }
 
+/* Warpgroups that give and take registers share out all that a block can have (prim_sm90.cuh): had the compiler asked
+ * for fewer, the last to take would wait for ever. */
+static void check_registers(const Grid &g, const void *kernel) {
+    static std::set<const void *> checked;
+    if (!g.sm90 || !checked.insert(kernel).second) return;
+    cudaFuncAttributes of = {};
+    if (worked(cudaFuncGetAttributes(&of, kernel), g.op) && of.numRegs < REGISTERS / g.threads / 8 * 8)
+        fail(g.op, "was compiled to fewer registers than its warps take");
+}
+
 bool may_launch(const Grid &g, const void *kernel) {
     if (message[0] || g.blocks <= 0) return false;
     if (g.blocks > INT32_MAX) fail(g.op, "more blocks than a launch can have");
-    else allow_shared(g, kernel);
+    else allow_shared(g, kernel), check_registers(g, kernel);
     return !message[0];
 }
 

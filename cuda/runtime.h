@@ -19,7 +19,7 @@ struct Grid {
     int threads;
     size_t shared;
     const char *op;
-    bool sm90 = false;  /* the kernel uses words of prim_sm90.cuh */
+    bool sm90 = false;  /* the kernel uses words of prim_sm90.cuh, and its warpgroups share out all registers */
     bool early = false; /* it may begin before the one in front of it has ended: see launch_early */
     int cluster =
         1; /* of Hopper: so many blocks, neighbours by number, run at once and reach each other's shared memory */
