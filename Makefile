@@ -17,7 +17,7 @@ HALVES := -n 2 --dist worksteal
 # And a thread for each, but where a test asks for more: threads that find no core of their own spin more than they work.
 ALONE := env BARELM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test test-peers asan tsan fuzz faults bench lint format clean help
+.PHONY: demo test test-peers asan tsan neon fuzz faults bench lint format clean help
 
 demo: $(VENV)/.installed ## build, train a small GPT-2 on the standard library, sample from it
 	$(BIN)/barelm demo
@@ -29,10 +29,13 @@ test-peers: $(VENV)/.peers ## the tests against torch, transformers and tokenize
 	$(ALONE) $(BIN)/python -m pytest $(HALVES) -m peers
 
 asan: $(VENV)/.test ## quick tests under the address and undefined-behaviour sanitizers
-	$(ALONE) sh tests/sanitize.sh asan $(BIN)/python $(HALVES)
+	$(ALONE) sh tests/variant.sh asan $(BIN)/python $(HALVES)
 
 tsan: $(VENV)/.test ## tests with several threads under the thread sanitizer
-	sh tests/sanitize.sh tsan $(BIN)/python $(HALVES)
+	sh tests/variant.sh tsan $(BIN)/python $(HALVES)
+
+neon: $(VENV)/.test ## the kernels of 64-bit ARM on this machine; needs SIMDe (Debian: libsimde-dev)
+	$(ALONE) sh tests/variant.sh neon $(BIN)/python $(HALVES)
 
 fuzz: $(VENV)/.fuzz ## changed files for every reader, guided by what they reach, under the sanitizers; RUNS=100000 SEED=1
 	sh tests/fuzz.sh $(BIN)/python -runs=$(RUNS) $(SEED:%=-seed=%)

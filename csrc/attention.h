@@ -11,8 +11,8 @@
 #include "tile.h"
 
 /* Queries a block: one row of S.  STRIP: rows of a product at a time.  NV_MAX vectors wide, a product of 4 rows fills
- * the registers. */
-enum { QUERY_BLOCK = 64, STRIP = 8, NV_MAX = W == 16 ? 4 : 2 };
+ * the registers.  LANES: lanes of queries that are begun together, for a product reads those of a whole strip. */
+enum { QUERY_BLOCK = 64, STRIP = 8, NV_MAX = REGISTERS == 32 ? 4 : 2, LANES = W / STRIP ? W : STRIP };
 
 #define LN2 0.69314718055994531f
 
@@ -156,7 +156,7 @@ INLINE void strip_of(const int pairs, int nv, int kc, const float *A, int64_t rs
     for (int n; nv > 0; nv -= n, B += n * W, C += n * W) {
         n = nv <= NV_MAX ? nv : nv < 2 * NV_MAX ? (nv + 1) / 2 : NV_MAX;
         if (n == 1) TILES(8, 1);
-        else if (n == 2 && W == 16) TILES(8, 2);
+        else if (n == 2 && REGISTERS == 32) TILES(8, 2);
         else if (n == 2) TILES(4, 2);
         else if (n == 3) TILES(8, 3);
         else TILES(4, 4);
@@ -188,15 +188,16 @@ static void strip(const Attention *a, int nv, int kc, const float *A, int64_t rs
 /* S[key][query] = keys . queries for a strip of keys from row i on, over the vectors of lanes that see any of them.
  * S (STRIP, 64), QT (units, 64).  Returns the first of these lanes. */
 static int scores(const Attention *a, float *S, Rows keys, int i, const float *QT, int nq, int ahead) {
-    int lane = max_int(0, ahead + i) / W * W, nv = (nq + W - 1 - lane) / W;
+    int lane = max_int(0, ahead + i) / LANES * LANES, nv = (nq + W - 1 - lane) / W;
     strip(a, nv, a->units, keys.p + i * keys.ld, keys.ld, keys.step, (Rows){QT + lane, QUERY_BLOCK, 1}, S + lane,
           QUERY_BLOCK, NULL);
     return lane;
 }
 
-/* How many key rows the lanes lane .. lane+W-1 have to look at: all of any strip that one of them sees a key of. */
+/* How many key rows the lanes lane .. lane+W-1 have to look at: all of any strip that one begun with them sees a key
+ * of. */
 static int rows_seen(int nk, int lane, int ahead) {
-    int seen = max_int(0, lane + W - ahead);
+    int seen = max_int(0, lane / LANES * LANES + LANES - ahead);
     return min_int(nk, (seen + STRIP - 1) / STRIP * STRIP);
 }
 

@@ -3,7 +3,8 @@
 #include <string.h>
 #include "ops.h"
 
-/* CMake lists the instruction sets that were compiled, best first: BARELM_ISAS = X(avx512_bf16) X(avx512) X(avx2) */
+/* CMake lists the instruction sets that were compiled, best first: BARELM_ISAS = X(avx512_bf16) X(avx512) X(avx2), or
+ * X(neon) */
 #define X(isa) extern const Ops ops_##isa;
 BARELM_ISAS
 #undef X
@@ -23,6 +24,11 @@ int ops_usable(const Ops *ops) {
     if (!strcmp(ops->name, "avx512")) return avx512;
     if (!strcmp(ops->name, "avx512_bf16"))
         return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#endif
+#if defined(BARELM_SIMDE)
+    if (!strcmp(ops->name, "neon")) return avx2;
+#elif defined(__aarch64__)
+    if (!strcmp(ops->name, "neon")) return 1;
 #endif
     return ops == &ops_ref;
 }

@@ -20,7 +20,15 @@
 #include "linear_tile.h"
 #include "threads.h"
 
-enum { MC = 64 * MR, ROWS_PACKED = W / MR * MR, SIDE_BY_SIDE = 2 * MR == W ? 4 : 1, PACKED_A_UNITS = 16 << 20 };
+enum { MC = 64 * MR, PACKED_A_UNITS = 16 << 20 };
+/* Rows of A that are packed together: a vector of whole panels, or a panel of whole vectors; and how often that, where
+ * rows lie side by side. */
+enum {
+    ROWS_PACKED = W / MR ? W / MR * MR : MR,
+    VECTORS_PACKED = W / MR ? 1 : MR / W,
+    SIDE_BY_SIDE = 2 * MR == W ? 4 : 1
+};
+_Static_assert(ROWS_PACKED % MR == 0 && ROWS_PACKED <= VECTORS_PACKED * W, "whole panels out of whole vectors");
 /* From so many units of A on K is cut; units of A in a piece, half of an L2 cache; and floats of the sums that wait. */
 enum { LONG_A = 1 << 20, PIECE_OF_A = 128 << 10, SUMS = 2 << 20 };
 /* From so many floats of a gradient on, the size of two L2 caches, it is written past them: it is not read before all
@@ -48,7 +56,9 @@ static int values_a_unit(const Gemm *g) { return pairs_of(g) ? 2 : 1; }
 static int values_of_units(const Gemm *g, int units) { return units * (g->prec == PREC_BF16 ? 2 : 1); }
 static int chain_units(const Gemm *g) { return values_of_units(g, ROW_CHAIN) / values_a_unit(g); }
 static int values_a_block(const Gemm *g) { return values_of_units(g, g->over_rows ? ROW_BLOCK : K_BLOCK); }
-static int packs_a(const Gemm *g) { return g->prec == PREC_BF16 || g->a_k != 1 || g->over_rows || g->rows; }
+static int packs_a(const Gemm *g) {
+    return LANE_OPERANDS || g->prec == PREC_BF16 || g->a_k != 1 || g->over_rows || g->rows;
+}
 static int units_of_values(const Gemm *g, int values) { return (values + values_a_unit(g) - 1) / values_a_unit(g); }
 
 /* ---- packing ----------------------------------------------------------------------------------------------------- */
@@ -71,21 +81,22 @@ static __attribute__((noinline)) void pack_b(float *out, float *space, const Gem
     else pack_across(out, NR, 0, NV, W, p, row, columns, values, values_a_unit(g), g->prec, NULL, values);
 }
 
-INLINE void pack_columns_of_a(float *out, int64_t panel, const int vectors, const Gemm *g, int i, int k, int values,
+INLINE void pack_columns_of_a(float *out, int64_t panel, const int times, const Gemm *g, int i, int k, int values,
                               double *sums, int chain) {
-    int rows = min_int(vectors * ROWS_PACKED, g->M - i);
-    pack_across(out, MR, panel, vectors, ROWS_PACKED / MR * panel, g->a + i + k * g->a_k, g->a_k, rows, values,
+    const int rows = min_int(times * ROWS_PACKED, g->M - i);
+    const int64_t apart = W / MR ? W / MR * panel : W;
+    pack_across(out, MR, panel, times * VECTORS_PACKED, apart, g->a + i + k * g->a_k, g->a_k, rows, values,
                 values_a_unit(g), g->prec, sums, chain);
 }
 
-/* `vectors` times ROWS_PACKED rows of A, 1 or SIDE_BY_SIDE, as panels that lie `panel` apart. */
-static __attribute__((noinline)) void pack_a(float *out, int64_t panel, int vectors, const Gemm *g, int i, int k,
+/* `times` ROWS_PACKED rows of A, 1 or SIDE_BY_SIDE, as panels that lie `panel` apart. */
+static __attribute__((noinline)) void pack_a(float *out, int64_t panel, int times, const Gemm *g, int i, int k,
                                              int values, double *sums) {
     const int chain = values_of_units(g, ROW_CHAIN), rows = min_int(ROWS_PACKED, g->M - i);
     if (g->a_i != 1)
         pack_along(out, MR, panel, g->a + i * g->a_i + k * g->a_k, g->a_i, rows, values, values_a_unit(g), g->prec);
-    else if (vectors > 1 && sums) pack_columns_of_a(out, panel, SIDE_BY_SIDE, g, i, k, values, sums, chain);
-    else if (vectors > 1) pack_columns_of_a(out, panel, SIDE_BY_SIDE, g, i, k, values, NULL, values);
+    else if (times > 1 && sums) pack_columns_of_a(out, panel, SIDE_BY_SIDE, g, i, k, values, sums, chain);
+    else if (times > 1) pack_columns_of_a(out, panel, SIDE_BY_SIDE, g, i, k, values, NULL, values);
     else if (sums) pack_columns_of_a(out, panel, 1, g, i, k, values, sums, chain);
     else pack_columns_of_a(out, panel, 1, g, i, k, values, NULL, values);
 }
@@ -205,16 +216,16 @@ static float *panel_of_a(const Gemm *g, const Work *w, int i, int k) {
 /* Rows i and on of A, before `end`, that are packed together.  Where values of neighbouring rows follow each other in
  * memory it is several vectors of them: where those of a row lie a multiple of 4 KB apart, as in GPT-2's MLP, they
  * share one place of the cache, and a line would leave it before all of it is read. */
-static int vectors_of_strip(const Gemm *g, int i, int end) {
+static int times_of_strip(const Gemm *g, int i, int end) {
     return g->a_i == 1 && i + SIDE_BY_SIDE * ROWS_PACKED <= end ? SIDE_BY_SIDE : 1;
 }
 
 /* Packs the rows from i on that are packed together, in the K block at k.  Returns where the next ones begin. */
 static int pack_strip(const Gemm *g, const Work *w, int i, int k) {
-    int values = min_int(values_a_block(g), w->k1 - k), vectors = vectors_of_strip(g, i, w->i1);
+    int values = min_int(values_a_block(g), w->k1 - k), times = times_of_strip(g, i, w->i1);
     double *sums = w->row_sums ? w->row_sums + (i - w->i0) : NULL;
-    pack_a(panel_of_a(g, w, i, k), (int64_t)units_of_values(g, values) * MR, vectors, g, i, k, values, sums);
-    return i + vectors * ROWS_PACKED;
+    pack_a(panel_of_a(g, w, i, k), (int64_t)units_of_values(g, values) * MR, times, g, i, k, values, sums);
+    return i + times * ROWS_PACKED;
 }
 
 static void pack_rows(const Gemm *g, const Work *w) {
@@ -242,7 +253,7 @@ static int strip_behind(const Gemm *g, const Work *w, int j, int *i, int *k) {
 static void fetch_strip(const Gemm *g, const Work *w, int j, int i, int k, int times) {
     if (!strip_behind(g, w, j, &i, &k)) return;
     int values = min_int(values_a_block(g), g->K - k),
-        rows = min_int(vectors_of_strip(g, i, w->m1) * ROWS_PACKED, w->m1 - i);
+        rows = min_int(times_of_strip(g, i, w->m1) * ROWS_PACKED, w->m1 - i);
     const float *p = g->a + i * g->a_i + k * g->a_k;
     if (g->a_i != 1) begin_stream(w->ahead, NEXT_A, p, values * 4, g->a_i * 4, rows, times);
     else begin_stream(w->ahead, NEXT_A, p, rows * 4, g->a_k * 4, values, times);

@@ -2,11 +2,8 @@
 #pragma once
 #include "gelu.h"
 
-#if defined(__AVX512F__)
-enum { NV = 3 };
-#else
-enum { NV = 2 };
-#endif
+/* A tile: MR rows of NV vectors in registers, and what they are made of. */
+enum { MR = REGISTERS == 32 ? 8 : 6, NV = REGISTERS == 32 ? 3 : 2 };
 enum { NR = NV * W }; /* columns of a panel: what is packed and multiplied together */
 /* Where a weight is read at the speed of memory: many, so that the threads end together. */
 enum { TASKS_A_THREAD = 16 };

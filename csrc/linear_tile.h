@@ -4,11 +4,7 @@
 #include "linear_ahead.h"
 #include "tile.h"
 
-#if defined(__AVX512F__)
-enum { MR = 8, ROWS_OF_CHAINS = 4 };
-#else
-enum { MR = 6, ROWS_OF_CHAINS = 3 };
-#endif
+enum { ROWS_OF_CHAINS = MR / 2 };
 
 /* A whole tile. */
 INLINE void sums_of_tile(const int pairs, int units, const float *A, int64_t rs, int64_t ks, const float *B, float *S,

@@ -1,4 +1,5 @@
 /* ops_isa.c -- the operator table of one instruction set, and its peak. */
+#include "linear.h"
 #include "tile.h"
 #include "memory.h"
 #include "system.h"
@@ -7,11 +8,6 @@
 /* Multiply-adds that never leave the registers: as many independent chains as the micro-kernel of matmul has.  The
  * empty asm makes the compiler believe that the operands change and the result is read, else it would skip the loop. */
 static double peak_flops(int prec, double seconds) {
-#if defined(__AVX512F__)
-    enum { MR = 8, NV = 3 };
-#else
-    enum { MR = 6, NV = 2 };
-#endif
     enum { STEPS = 1 << 16 };
     const int pairs = prec == PREC_BF16 && HAVE_PAIRS;
     float a[MR] = {0}, b[NV * W] = {0}, c[MR * NV * W];

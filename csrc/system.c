@@ -5,6 +5,9 @@
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #if defined(__linux__)
 
@@ -83,11 +86,36 @@ int64_t system_memory_free(void) {
 
 #else
 
-int system_cpus(void) {
+static int cpus_online(void) {
     long n = sysconf(_SC_NPROCESSORS_ONLN);
     return n < 1 ? 1 : (int)n;
 }
 
+#if defined(__APPLE__)
+
+/* 0: macOS has no such number here. */
+static int64_t number_of(const char *name) {
+    int64_t n = 0; /* some are 4 bytes long */
+    size_t size = sizeof n;
+    return sysctlbyname(name, &n, &size, NULL, 0) ? 0 : n;
+}
+
+/* The fast ones, where there are two kinds: a product waits for its slowest part. */
+int system_cpus(void) {
+    int64_t fast = number_of("hw.perflevel0.logicalcpu");
+    return fast > 0 ? (int)fast : cpus_online();
+}
+
+int64_t system_memory_free(void) {
+    int64_t all = number_of("hw.memsize");
+    return all > 0 ? all : INT64_MAX;
+}
+
+#else
+
+int system_cpus(void) { return cpus_online(); }
 int64_t system_memory_free(void) { return INT64_MAX; }
+
+#endif
 
 #endif

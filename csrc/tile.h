@@ -48,6 +48,7 @@ INLINE void tile_clear(const int MR, const int NV, vf c[8][4]) {
 /* The chains go on by kc steps. */
 INLINE void tile_steps(const int MR, const int NV, const int pairs, int kc, const float *A, int64_t rs, int64_t ks,
                        const float *B, int64_t ldb, vf c[8][4]) {
+    const int lanes = LANE_OPERANDS && __builtin_constant_p(rs) && rs == 1 && MR % W == 0;
 #pragma GCC unroll 2
     for (int k = 0; k < kc; k++) {
         vf b[4];
@@ -55,7 +56,7 @@ INLINE void tile_steps(const int MR, const int NV, const int pairs, int kc, cons
         for (int j = 0; j < NV; j++) b[j] = vload_all(B + k * ldb + j * W);
 #pragma GCC unroll 8
         for (int i = 0; i < MR; i++) {
-            vf a = vset(A[i * rs + k * ks]);
+            vf a = lanes ? vlane(A + k * ks, i) : vset(A[i * rs + k * ks]);
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) c[i][j] = pairs ? vdot_pairs(a, b[j], c[i][j]) : vfma(a, b[j], c[i][j]);
         }

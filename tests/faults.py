@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("csrc", "cuda", "python", "tests", "CMakeLists.txt", "pyproject.toml")
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
+SIMDE = Path("/usr/include/simde/arm/neon.h")  # the instructions of NEON on another machine
 ALL = tuple(
     f"tests/test_{name}.py"
     for name in (
@@ -79,16 +80,58 @@ class Fault:
 FAULTS = [
     Fault(
         "tail mask one lane too wide",
-        "csrc/simd.h",
+        "csrc/simd_avx2.h",
         "_mm256_cmpgt_epi32(_mm256_set1_epi32(k),",
         "_mm256_cmpgt_epi32(_mm256_set1_epi32(k + 1),",
     ),
     Fault(
         "tail mask one lane too wide (512 bits)",
-        "csrc/simd.h",
+        "csrc/simd_avx512.h",
         "{ return (__mmask16)((1u << k) - 1); }",
         "{ return (__mmask16)((2u << k) - 1); }",
         isa="avx512_bf16",
+    ),
+    Fault(
+        "tail one lane too long (NEON)",
+        "csrc/simd_neon.h",
+        "for (int i = 0; i < k; i++) x[i] = p[i];",
+        "for (int i = 0; i <= k; i++) x[i] = p[i];",
+        isa="neon",
+    ),
+    Fault(
+        "lanes of the wrong vector (NEON)",
+        "csrc/simd_neon.h",
+        "vld1q_f32(p + i / W * W)",
+        "vld1q_f32(p)",
+        isa="neon",
+    ),
+    Fault(
+        "bf16: halves are rounded up (NEON)",
+        "csrc/simd_neon.h",
+        "vdupq_n_u32(0x7fff)",
+        "vdupq_n_u32(0x8000)",
+        isa="neon",
+    ),
+    Fault(
+        "attention: queries of a strip see keys that were not weighed (vectors narrower than a strip)",
+        "csrc/attention.h",
+        "lane / LANES * LANES + LANES - ahead",
+        "lane + W - ahead",
+        isa="neon",
+    ),
+    Fault(
+        "attention: scores of a strip begin with its second vector (vectors narrower than a strip)",
+        "csrc/attention.h",
+        "max_int(0, ahead + i) / LANES * LANES",
+        "max_int(0, ahead + i) / W * W",
+        isa="neon",
+    ),
+    Fault(
+        "linear: the second vector of a panel lies on the first (vectors narrower than a panel)",
+        "csrc/linear.c",
+        "apart = W / MR ? W / MR * panel : W;",
+        "apart = W / MR * panel;",
+        isa="neon",
     ),
     Fault(
         "norm: lanes behind the end take part in the variance",
@@ -295,8 +338,8 @@ FAULTS = [
     Fault(
         "linear: panels of A that are packed side by side lie in one place",
         "csrc/linear.c",
-        "vectors, ROWS_PACKED / MR * panel, g->a",
-        "vectors, 0, g->a",
+        "apart = W / MR ? W / MR * panel : W;",
+        "apart = W / MR ? 0 : W;",
         isa="avx512_bf16",
     ),
     Fault(
@@ -3418,6 +3461,7 @@ class Tree:
         """Compile what changed; the text of the errors, or None."""
         build = self.folder / f"build_{isa}"
         others = [f"-DBARELM_CAN_BUILD_{name}=0" for name in INSTRUCTION_SETS if name != isa]
+        others.append(f"-DBARELM_SIMDE={'ON' if isa == 'neon' else 'OFF'}")
         configure = [
             "cmake",
             "-S",
@@ -3521,6 +3565,7 @@ def main():
     parser.add_argument("--skip-clean", action="store_true", help="do not run the tests without a fault first")
     args = parser.parse_args()
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    flags += " neon" if SIMDE.exists() else ""
     faults = [f for f in FAULTS if not args.words or any(word in f.what for word in args.words)]
     with tempfile.TemporaryDirectory(prefix="faults") as folder:
         tree = Tree((args.keep or Path(folder)).resolve())

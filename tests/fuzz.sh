@@ -5,7 +5,7 @@ set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 shift
 cd "$(dirname "$0")/.."
-sh tests/sanitize.sh asan "$python" --version >/dev/null # builds it
+sh tests/variant.sh asan "$python" --version >/dev/null # builds it
 # The sanitizers bring functions by the names of libFuzzer's, which do nothing: libFuzzer must be in the process before
 # them, and atheris' mutator, which it looks for when it is loaded.
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')

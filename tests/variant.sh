@@ -1,9 +1,10 @@
 #!/bin/sh
-# Build the extension with sanitizers beside the package and run the quick tests on that copy.
-#   sanitize.sh asan|tsan PYTHON [pytest arguments]
-# A sanitizer's run time must be in the process before Python starts, hence LD_PRELOAD.
+# Build the extension in another way beside the package and run quick tests on that copy.
+#   variant.sh asan|tsan|neon PYTHON [pytest arguments]
+# asan, tsan: with sanitizers.  Their run time must be in the process before Python starts, hence LD_PRELOAD.
+# neon: with the kernels of 64-bit ARM, which SIMDe makes run here; as no other is built, every test takes them.
 set -eu
-kind=$1 python=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
+kind=$1 python=$(cd "$(dirname "$2")" && pwd)/$(basename "$2") preload=
 shift 2
 cd "$(dirname "$0")/.."
 folder=build/$kind
@@ -38,7 +39,12 @@ tsan)
     set -- -m "not slow and not peers" -k "(thread or fork or same_bits) and not ref-" tests/test_threads.py tests/test_model.py \
         tests/test_ops.py tests/test_bpe.py tests/test_session.py tests/test_packed.py "$@"
     ;;
-*) echo "sanitize.sh: asan or tsan, not $kind" >&2 && exit 2 ;;
+neon)
+    option=-DBARELM_SIMDE=ON runs=neon
+    set -- -m "not slow and not peers" -k "not ref-" tests/test_ops.py tests/test_model.py tests/test_packed.py tests/test_session.py \
+        tests/test_sampling.py tests/test_held.py tests/test_lora.py tests/test_threads.py "$@"
+    ;;
+*) echo "variant.sh: asan, tsan or neon, not $kind" >&2 && exit 2 ;;
 esac
 # Left out: what measures the process itself, whose memory and time are the sanitizer's here; and of what runs long one of
 # two patterns, which are the same code.
