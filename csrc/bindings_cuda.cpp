@@ -2,6 +2,9 @@
 // extension needs no driver.
 #include <dlfcn.h>
 #include "bindings.h"
+extern "C" {
+#include "gpu.h"
+}
 
 namespace {
 struct Cuda {
@@ -30,15 +33,23 @@ const Ops &ops_on(const std::string &device, const std::string &precision) {
     return *ops;
 }
 
+// What plans count on is what the library does.
+static bool as_planned(const Ops &ops, int prec) {
+    const Ops &sizes = *gpu_sizes(prec);
+    return ops.act_bytes == sizes.act_bytes && ops.head_rows == sizes.head_rows &&
+           ops.rounds_weights == sizes.rounds_weights && ops.recompute_above == sizes.recompute_above;
+}
+
 // Open the library, and the GPU of that number.  RuntimeError says what is missing.
 static void open(const std::string &path, int device) {
     void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) throw std::runtime_error(std::string("device: ") + dlerror());
     auto contract = symbol<const char *(*)()>(library, path, "barelm_cuda_contract");
     auto table_bytes = symbol<size_t (*)()>(library, path, "barelm_cuda_table_bytes");
-    if (std::string(contract()) != CONTRACT || table_bytes() != sizeof(Ops))
-        throw std::runtime_error(path + ": was built for another version of barelm; build it again");
     auto ops = symbol<const Ops *(*)(int)>(library, path, "barelm_cuda_ops");
+    if (std::string(contract()) != CONTRACT || table_bytes() != sizeof(Ops) ||
+        !as_planned(*ops(PREC_FP32), PREC_FP32) || !as_planned(*ops(PREC_BF16), PREC_BF16))
+        throw std::runtime_error(path + ": was built for another version of barelm; build it again");
     auto begin = symbol<const char *(*)(int)>(library, path, "barelm_cuda_open");
     if (const char *what = begin(device)) throw std::runtime_error(std::string("device: ") + what);
     cuda = {ops(PREC_FP32), ops(PREC_BF16)};

@@ -3,6 +3,7 @@
 #include "bindings.h"
 extern "C" {
 #include "adapter.h"
+#include "gpu.h"
 }
 
 std::vector<Tensor> tensors_of(const Config &c) {
@@ -369,8 +370,9 @@ void bind_model(py::module_ &m) {
             Config c = config_of(config);
             std::optional<Asked> asked;
             if (rank) asked.emplace(c, rank, 1.0, targets);
-            Memory b = model_memory(&c, &ops_on(device, precision), precision_as(precision), B, T, training,
-                                    held_as(weights), asked ? &asked->lora : nullptr);
+            const int prec = precision_as(precision);
+            const Ops *sizes = device == "cpu" ? &ops_on(device, precision) : gpu_sizes(prec);
+            Memory b = model_memory(&c, sizes, prec, B, T, training, held_as(weights), asked ? &asked->lora : nullptr);
             py::dict d;
             d["weights"] = b.weights, d["gradients"] = b.gradients, d["moments"] = b.moments;
             d["activations"] = b.activations, d["head"] = b.head, d["tables"] = b.tables;

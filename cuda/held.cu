@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(THREADS) write_int8(Group *out, const float *w
 
 }  // namespace
 
-extern "C" int64_t OPERATOR(held_bytes)(int held, int C, int OC) { return bytes_of_held(held, C, OC); }
+extern "C" int64_t OPERATOR(held_bytes)(int held, int C, int OC) { return gpu_held_bytes(held, C, OC); }
 
 void OPERATOR(held_write)(void *out, const float *weight, int held, int C, int OC) {
     const int64_t values = (int64_t)OC * C, groups = (int64_t)OC * groups_of(C);

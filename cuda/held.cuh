@@ -2,6 +2,7 @@
  * groups of 64 values with a scale each. */
 #pragma once
 #include "ops.cuh"
+#include "../csrc/gpu.h"
 
 namespace {
 
@@ -9,13 +10,9 @@ struct Group {
     float scale;
     int8_t q[INT8_GROUP];
 };
+static_assert(sizeof(Group) == sizeof(float) + INT8_GROUP, "as gpu_held_bytes counts it");
 
 __host__ __device__ inline int groups_of(int C) { return (C + INT8_GROUP - 1) / INT8_GROUP; }
-
-inline int64_t bytes_of_held(int held, int C, int64_t OC) {
-    if (held == PREC_INT8) return OC * groups_of(C) * (int64_t)sizeof(Group);
-    return OC * C * (held == PREC_BF16 ? 2 : 4);
-}
 
 /* Value c of row o. */
 __device__ inline float held_value(const void *weight, int held, int C, int64_t o, int c) {

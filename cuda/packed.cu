@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(TERM)
 
 }  // namespace
 
-extern "C" int64_t OPERATOR(packed_bytes)(int prec, int C, int OC) { return bytes_of_held(prec, C, OC); }
+extern "C" int64_t OPERATOR(packed_bytes)(int prec, int C, int OC) { return gpu_held_bytes(prec, C, OC); }
 
 void OPERATOR(linear_pack)(void *packed, const float *weight, int prec, int C, int OC) {
     OPERATOR(held_write)(packed, weight, prec, C, OC);

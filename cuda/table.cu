@@ -1,5 +1,6 @@
 /* table.cu -- the operators as the table that model.c and session.c walk. */
 #include "ops.cuh"
+#include "../csrc/gpu.h"
 
 extern "C" {
 int64_t OPERATOR(packed_bytes)(int prec, int C, int OC);
@@ -10,7 +11,6 @@ extern const Ops OPERATOR(ops_cuda);
 
 namespace {
 double no_peak(int, double) { return 0.0; } /* of a single thread: it says nothing of a GPU */
-enum { HEAD_ROWS = 4096 }; /* the gradient of the head's weight is read and written again for each so many */
 }  // namespace
 
 /* In the order of csrc/ops.h. */
@@ -18,9 +18,9 @@ const Ops OPERATOR(ops_cuda) = {
     sizeof(act) == sizeof(float) ? "cuda, fp32" : "cuda, bf16",
     sizeof(act),
     0,
-    HEAD_ROWS,
+    GPU_HEAD_ROWS,
     sizeof(act) == sizeof(bf16),
-    INT64_MAX,
+    GPU_RECOMPUTE_ABOVE,
     cuda_enter,
     cuda_memory_free,
     cuda_error,

@@ -3426,6 +3426,13 @@ FAULTS = [
         EMULATE_SM90,
     ),
     Fault(
+        "plan: of a GPU's activations each takes four bytes",
+        "csrc/gpu.c",
+        "bf16 = {.act_bytes = 2,",
+        "bf16 = {.act_bytes = 4,",
+        DEVICE,
+    ),
+    Fault(
         "emulate sm90: the swizzle of narrow tiles turns other bits",
         "cuda/emulate/async.h",
         "? 7 : 3;",

@@ -163,8 +163,8 @@ class Config:
         device: str = "cpu",
     ) -> dict[str, int]:
         """Bytes by purpose for batches of B x T (T = 0: the whole context), before anything is allocated.  weights,
-        lora, precision, device: as Model has them.  Kernels of a GPU take working memory besides."""
-        open_device(device)
+        lora, precision, device: as Model has them; a GPU does not have to be there.  Its kernels take working memory
+        besides."""
         for letter, value, low in (("B", B, 1), ("T", T, 0)):
             if not _is_int(value) or not low <= value < 2**31:
                 raise ValueError(f"{letter}: is {value!r}, must be an int, at least {low}")
@@ -427,18 +427,17 @@ class Copies(Mapping):
 
 
 def kind_of(device: str) -> str:
-    """ "cpu" or "cuda"."""
-    return device.partition(":")[0]
+    """ "cpu" or "cuda".  ValueError: there is no device of that name."""
+    kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if device == "cpu" or (kind == "cuda" and (number.isdigit() or device == kind)):
+        return kind
+    raise ValueError(f"device: is {device!r}, must be 'cpu', 'cuda' or 'cuda:1' ...")
 
 
 def open_device(device: str) -> None:
     """Make a device ready.  ValueError: there is none of that name.  RuntimeError says what it lacks."""
-    kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
-    if kind == "cpu" and device == kind:
-        return
-    if kind != "cuda" or not (number.isdigit() or device == kind):
-        raise ValueError(f"device: is {device!r}, must be 'cpu', 'cuda' or 'cuda:1' ...")
-    _core.cuda_open(str(cuda_library()), int(number or 0))
+    if kind_of(device) == "cuda":
+        _core.cuda_open(str(cuda_library()), int(device.partition(":")[2] or 0))
 
 
 def cuda_library() -> Path:

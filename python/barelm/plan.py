@@ -226,8 +226,8 @@ class How(NamedTuple):
             model.adapt(self.lora)
         return model
 
-    def memory(self, config: Config, B: int, T: int) -> dict[str, int]:
-        return config.memory(B, T, weights=self.weights, lora=self.lora, precision=self.precision)
+    def memory(self, config: Config, B: int, T: int, device: str = "cpu") -> dict[str, int]:
+        return config.memory(B, T, weights=self.weights, lora=self.lora, precision=self.precision, device=device)
 
 
 PLAIN = How()
@@ -432,8 +432,8 @@ def _on_this_machine(config: PlanConfig, model: Config, run: dict[str, Any], how
 
 
 def _on_gpu(config: PlanConfig, model: Config, run: dict[str, Any], how: How) -> dict[str, Any]:
-    gpu = GPUS[config.gpu]
-    needed = how.memory(model, run["batch"], model.context)
+    gpu, how = GPUS[config.gpu], how._replace(precision="bf16")  # which the peak is of
+    needed = how.memory(model, run["batch"], model.context, device="cuda")
     total, share = sum(needed.values()), gpu.reference.share
     flops = flops_per_token(model, model.context, how.lora) * run["tokens_per_step"]
     step = flops / (config.gpus * gpu.flops * share)
@@ -511,7 +511,7 @@ def _memory_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     verdict = "it fits" if memory["fits"] else "it does not fit: a lower --batch or --context needs less"
     if "gpu" in found:
         there = f"of the {count(memory['there'], 'B')} of {found['gpu']['name']}"
-        note = "activations counted in fp32, as this version keeps them; bf16 halves them"
+        note = "in bf16, as barelm train --device cuda --precision bf16; kernels take some working memory besides"
     else:
         there = f"of the {count(memory['there'], 'B')} that there are"
         note = "the text that is trained on is not counted"
@@ -533,7 +533,7 @@ def _time_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     if gpu:
         peak = f"{gpu['n']} x {gpu['name']}: {count(gpu['flops'], 'FLOP/s')} each ({gpu['source']})"
         money = f"${spent['dollars']:,.2f} at ${gpu['price']:g} an hour ({gpu['price_source']}; prices are examples)"
-        note = "this version has no CUDA kernels: a trainer as good as llm.c is assumed"
+        note = "a trainer as good as llm.c is assumed: barelm's own kernels have not been measured yet"
         return [*lines, ("", f"{peak}, {spent['how']}"), ("", note), ("money", money)]
     dollars = spent["dollars"]
     money = "unknown: --price says what an hour of this machine costs" if dollars is None else f"${dollars:,.2f}"
