@@ -20,7 +20,7 @@ INLINE uint32x4_t vmask(int k) {
 }
 INLINE vf vload_all(const float *p) { return vld1q_f32(p); }
 INLINE void vstore_all(float *p, vf x) { vst1q_f32(p, x); }
-INLINE void vstream(float *p, vf x) { vst1q_f32(p, x); }
+INLINE void vstream(float *p, vf x) { vst1q_f32(p, x); } /* intrinsics have no store past the caches */
 INLINE void stream_end(void) {}
 INLINE vf vload(const float *p, int k) {
     if (k == W) return vload_all(p);
@@ -66,7 +66,7 @@ INLINE vf vreciprocal(vf x) { return vset(1.0f) / x; }
 INLINE vf vround(vf x) { return vrndnq_f32(x); }
 INLINE vf vfirst(vf x, vf other, int k) { return vbslq_f32(vmask(k), x, other); }
 INLINE vf vpick_lt(vf a, vf b, vf yes, vf no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
-INLINE vf vscale2(vf x, vf n) { /* in two steps, as above */
+INLINE vf vscale2(vf x, vf n) { /* in two steps, so that n down to -252 does not wrap round */
     int32x4_t e = vcvtq_s32_f32(n), h = vshrq_n_s32(e, 1), bias = vdupq_n_s32(127);
     vf a = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(h, bias), 23));
     vf b = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vsubq_s32(e, h), bias), 23));
