@@ -7,9 +7,9 @@ enum { GPU_HEAD_ROWS = 4096 }; /* the gradient of the head's weight is read and 
 #define GPU_RECOMPUTE_ABOVE INT64_MAX
 
 /* As Ops has it: rows of floats, of bf16, or of groups of 64 bytes with a scale each. */
-static inline int64_t gpu_held_bytes(int held, int C, int64_t OC) {
-    if (held == PREC_INT8) return OC * ((C + INT8_GROUP - 1) / INT8_GROUP) * (int64_t)(sizeof(float) + INT8_GROUP);
-    return OC * C * (held == PREC_BF16 ? 2 : 4);
+static inline int64_t gpu_held_bytes(int held, int C, int OC) {
+    const int64_t groups = (C + INT8_GROUP - 1) / INT8_GROUP, group = sizeof(float) + INT8_GROUP;
+    return held == PREC_INT8 ? OC * groups * group : (int64_t)OC * C * (held == PREC_BF16 ? 2 : 4);
 }
 
 /* The sizes of the backend for products of precision prec, for model_memory: a table without operators. */

@@ -112,14 +112,13 @@ static void linear(const Model *m, int w, int b, int l, act *out, act *pre, cons
 }
 
 /* What is read by products in bf16 alone, rounded as they will round it. */
-static int qkv_columns(const Config *c) { return (c->n_head + 2 * c->n_kv_head) * c->head_size; }
 static void keep_qkv(const Model *m, int l) {
-    m->ops->held_write(AT(narrow), AT(qkv), PREC_BF16, qkv_columns(&m->c), m->B * m->T);
+    m->ops->held_write(AT(narrow), AT(qkv), PREC_BF16, (int)m->base.layout.p[P_qkv_w].rows, m->B * m->T);
 }
 
 /* What backward may make again. */
 static void make_qkv(const Model *m, int l) {
-    m->ops->held_read(AT(qkv), AT(narrow), PREC_BF16, qkv_columns(&m->c), m->B * m->T);
+    m->ops->held_read(AT(qkv), AT(narrow), PREC_BF16, (int)m->base.layout.p[P_qkv_w].rows, m->B * m->T);
 }
 static void make_ln1(const Model *m, int l) {
     norm_forward(m, AT(ln1), AT(ln1_mean), AT(ln1_rstd), AT(residual), WEIGHT(ln1_w), WEIGHT(ln1_b));

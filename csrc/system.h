@@ -2,6 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-int system_cpus(
-    void); /* CPUs this process may use: affinity, cut by the cgroup's quota; of a Mac's its fast ones; at least 1 */
-int64_t system_memory_free(void); /* bytes that can still be taken; INT64_MAX where nothing says */
+/* CPUs this process may use: affinity, cut by the cgroup's quota; of a Mac's the fast ones.  At least 1. */
+int system_cpus(void);
+/* Bytes that can still be taken; on a Mac all that it has.  INT64_MAX where nothing says. */
+int64_t system_memory_free(void);

@@ -207,6 +207,8 @@ def test_an_update_never_makes_weights_that_are_not_finite(options):
         (lambda _: Config.preset(["gpt2"]), "preset"),
         (lambda _: Config(n_layer=1).memory(B=-1), "B"),
         (lambda _: Config(n_layer=1).memory(T=-5), "T"),
+        (lambda _: Config(n_layer=1).memory(device="gpu"), "device"),
+        (lambda _: Config(n_layer=1).memory(precision="fp64"), "precision"),
     ],
 )
 def test_errors_name_the_argument_first(model, call, name):
