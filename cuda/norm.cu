@@ -98,12 +98,13 @@ void forward(act *out, float *mean, float *rstd, const act *in, const float *wei
     auto kernel = norm_forward<with_mean>;
     if (whole && C <= 4 * WARP * VEC) kernel = norm_forward_short<with_mean, 4>;
     else if (whole && C <= 8 * WARP * VEC) kernel = norm_forward_short<with_mean, 8>;
+    else if (whole && C <= 16 * WARP * VEC) kernel = norm_forward_short<with_mean, 16>;
     launch_early(grid, kernel, out, mean, rstd, in, weight, bias, eps, N, C);
 }
 
 /* ---- backward ---- */
 
-enum { MOST_THREADS = 256, MOST_WARPS = MOST_THREADS / WARP };
+enum { MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / WARP };
 enum { DWEIGHT, DBIAS, DBIAS_IN, SUMS };
 enum { CHUNKS = 1024, FEWEST_ROWS = 4, MOST_ROWS = 32 }; /* a chain of floats is no longer than a chunk */
 
@@ -129,8 +130,9 @@ __device__ void clear(Shared<Two> parts) {
     __syncthreads();
 }
 
-/* Sums of a and b over the block, the same bits in each thread.  `turn` alternates between 0 and 1 from call to call.
- */
+/* Sums of a and b over the block of at most `warps`, the same bits in each thread.  `turn` alternates between 0 and 1
+ * from call to call. */
+template <int warps>
 __device__ Two block_sums(Two x, Shared<Two> parts, int turn) {
     const Shared<Two> now = parts + turn * MOST_WARPS;
     x.a = warp_sum(x.a), x.b = warp_sum(x.b);
@@ -138,7 +140,7 @@ __device__ Two block_sums(Two x, Shared<Two> parts, int turn) {
     __syncthreads();
     Two sum = {0.0f, 0.0f};
 #pragma unroll
-    for (int w = 0; w < MOST_WARPS; w++) {
+    for (int w = 0; w < warps; w++) {
         const Two part = now[w];
         sum.a += part.a, sum.b += part.b;
     }
@@ -171,7 +173,7 @@ __device__ void backward_row(const Backward &p, int64_t n, Shared<Two> parts, in
             if (p.grads[DBIAS]) sums[place(p, DBIAS, i, k)] += dy[i];
         }
     }
-    two = block_sums(two, parts, turn);
+    two = block_sums<MOST_WARPS>(two, parts, turn);
     const float through_mean = with_mean ? two.a * p.inverse : 0.0f, through_rstd = two.b * p.inverse;
     for (int k = (int)threadIdx.x; k < p.vectors; k += (int)blockDim.x) {
         const int c = k * VEC, count = p.C - c;
@@ -239,8 +241,8 @@ __device__ Part part_of_row(const Backward &p, int64_t n, int64_t at, int count)
     return part;
 }
 
-template <bool with_mean, bool whole>
-__global__ void __launch_bounds__(MOST_THREADS) norm_backward_short(Backward p) {
+template <bool with_mean, bool whole, int warps>
+__global__ void __launch_bounds__(warps *WARP) norm_backward_short(Backward p) {
     const int k = (int)threadIdx.x, c = k * VEC, count = k < p.vectors ? p.C - c : 0;
     const int64_t begin = (int64_t)blockIdx.x * p.rows;
     const int rows = (int)(end_of_chunk(p, begin) - begin);
@@ -263,7 +265,7 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_backward_short(Backward p) 
             two.a += dnorm[i], two.b += dnorm[i] * norm[i];
             sums[DWEIGHT][i] += row.dout[i] * norm[i], sums[DBIAS][i] += row.dout[i];
         }
-        two = block_sums(two, parts, r % 2);
+        two = block_sums<warps>(two, parts, r % 2);
         const float through_mean = with_mean ? two.a * p.inverse : 0.0f, through_rstd = two.b * p.inverse;
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
@@ -273,10 +275,13 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_backward_short(Backward p) 
         if (count > 0) vector_to<whole>(p.din + at, din, count);
     }
     float *partial = p.partial + blockIdx.x * place(p, SUMS, 0, 0);
-    for (int i = 0; count > 0 && i < SUMS * VEC; i++) partial[place(p, 0, i, k)] = sums[i / VEC][i % VEC];
+#pragma unroll
+    for (int sum = 0; sum < SUMS; sum++)
+        if (count > 0 && p.grads[sum])
+            for (int i = 0; i < VEC; i++) partial[place(p, sum, i, k)] = sums[sum][i];
 }
 
-enum { GROUPS = 16 }; /* warps of a block, each with its share of the chunks of 32 places */
+enum { GROUPS = 32 }; /* warps of a block, each with its share of the chunks of 32 places */
 
 /* Add the chunks, and the finished sums to the gradients. */
 __global__ void __launch_bounds__(GROUPS *WARP) add_chunks(Backward p) {
@@ -286,10 +291,11 @@ __global__ void __launch_bounds__(GROUPS *WARP) add_chunks(Backward p) {
     float *grad = sum_index == DWEIGHT ? p.grads[DWEIGHT] : sum_index == DBIAS ? p.grads[DBIAS] : p.grads[DBIAS_IN];
     if (at >= width || c >= p.C) grad = NULL;
     const int share = (p.chunks + GROUPS - 1) / GROUPS, begin = warp_index() * share;
-    const int end = begin + share < p.chunks ? begin + share : p.chunks;
+    const int end = !grad ? begin : begin + share < p.chunks ? begin + share : p.chunks;
     double sum = 0.0;
     launch_next(), wait_earlier();
-    for (int chunk = begin; grad && chunk < end; chunk++) sum += (double)p.partial[chunk * width + at];
+#pragma unroll 8 /* so many reads are under way at a time */
+    for (int chunk = begin; chunk < end; chunk++) sum += (double)p.partial[chunk * width + at];
     parts[threadIdx.x] = sum;
     __syncthreads();
     if (warp_index() > 0 || !grad) return;
@@ -314,12 +320,14 @@ void backward(Backward p, const char *op) {
     const size_t bytes = (size_t)width * sizeof(float);
     p.partial = (float *)scratch((size_t)p.chunks * bytes);
     const int threads = threads_for(p.vectors, MOST_THREADS);
-    if (p.vectors <= MOST_THREADS && p.C % VEC == 0 && all_on_16_bytes(p))
-        launch_early(Grid(p.chunks, threads, 0, op), norm_backward_short<with_mean, true>, p);
-    else if (p.vectors <= MOST_THREADS)
-        launch_early(Grid(p.chunks, threads, 0, op), norm_backward_short<with_mean, false>, p);
-    else if (bytes <= 40 << 10) launch_early(Grid(p.chunks, threads, bytes, op), norm_backward<with_mean, true>, p);
-    else launch_early(Grid(p.chunks, threads, 0, op), norm_backward<with_mean, false>, p);
+    const bool is_short = p.vectors <= MOST_THREADS, whole = p.C % VEC == 0 && all_on_16_bytes(p);
+    const bool in_shared = !is_short && bytes <= 96 << 10;
+    auto kernel = in_shared ? norm_backward<with_mean, true> : norm_backward<with_mean, false>;
+    if (is_short && !whole) kernel = norm_backward_short<with_mean, false, MOST_WARPS>;
+    else if (is_short && threads <= 4 * WARP) kernel = norm_backward_short<with_mean, true, 4>;
+    else if (is_short && threads <= 8 * WARP) kernel = norm_backward_short<with_mean, true, 8>;
+    else if (is_short) kernel = norm_backward_short<with_mean, true, MOST_WARPS>;
+    launch_early(Grid(p.chunks, threads, in_shared ? bytes : 0, op), kernel, p);
     launch_early(Grid(divide_up(width, WARP), GROUPS * WARP, 0, op), add_chunks, p);
 }
 

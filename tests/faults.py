@@ -1923,8 +1923,8 @@ FAULTS = [
     Fault(
         "cuda norm: the sums of a row in registers overwrite those of the row before",
         "cuda/norm.cu",
-        "block_sums(two, parts, r % 2)",
-        "block_sums(two, parts, 0)",
+        "block_sums<warps>(two, parts, r % 2)",
+        "block_sums<warps>(two, parts, 0)",
         CUDA,
     ),
     Fault(
@@ -1944,22 +1944,29 @@ FAULTS = [
     Fault(
         "cuda norm: sums of columns behind the end of a row are written",
         "cuda/norm.cu",
-        "for (int i = 0; count > 0 && i < SUMS * VEC; i++) partial",
-        "for (int i = 0; i < SUMS * VEC; i++) partial",
+        "if (count > 0 && p.grads[sum])",
+        "if (p.grads[sum])",
         CUDA,
     ),
     Fault(
         "cuda norm: a row too long for registers is taken for a short one, forward",
         "cuda/norm.cu",
-        "C <= 8 * WARP * VEC",
-        "C <= 32 * WARP * VEC",
+        "C <= 16 * WARP * VEC",
+        "C <= 64 * WARP * VEC",
         CUDA,
     ),
     Fault(
         "cuda norm: a row too long for registers is taken for a short one, backward",
         "cuda/norm.cu",
-        "if (p.vectors <= MOST_THREADS && p.C % VEC == 0",
-        "if (p.vectors <= 4 * MOST_THREADS && p.C % VEC == 0",
+        "is_short = p.vectors <= MOST_THREADS",
+        "is_short = p.vectors <= 4 * MOST_THREADS",
+        CUDA,
+    ),
+    Fault(
+        "cuda norm: of many warps only the first are added",
+        "cuda/norm.cu",
+        "is_short && threads <= 8 * WARP",
+        "is_short && threads <= 16 * WARP",
         CUDA,
     ),
     Fault(
