@@ -127,9 +127,9 @@ __device__ void multiply_stage(float (&sum)[MT][NT][4], Shared<bf16> stage, int 
 }
 
 __device__ void add_to(float &total, float x) { total += x; }
-__device__ void add_to(Exact &total, float x) { total.add(x); }
+__device__ void add_to(Kahan &total, float x) { total.add(x); }
 __device__ float value(float total) { return total; }
-__device__ float value(Exact total) { return total.high + total.low; }
+__device__ float value(Kahan total) { return total.value(); }
 
 template <Product product>
 struct Total {
@@ -137,7 +137,7 @@ struct Total {
 };
 template <>
 struct Total<WEIGHT> {
-    using type = Exact;
+    using type = Kahan;
 };
 
 template <Product product>

@@ -59,14 +59,16 @@ __device__ void write(const Output &o, float (&x)[VEC], int m, int n, int N, int
     store(o.out + at, x, count);
 }
 
-/* A sum that keeps the error of its additions (Knuth, TAOCP 2, 4.2.2, theorem B). */
-struct Exact {
-    float high, low;
+/* A sum that gives each addition's error to the next (Kahan 1965, doi:10.1145/363707.363723): off by two units in the
+ * last place of the sum of magnitudes, for any number of terms. */
+struct Kahan {
+    float sum, excess;
     __device__ void add(float x) {
-        const float sum = high + x, part = sum - high;
-        low += (high - (sum - part)) + (x - part);
-        high = sum;
+        const float term = x - excess, next = sum + term;
+        excess = (next - sum) - term;
+        sum = next;
     }
+    __device__ float value() const { return sum - excess; }
 };
 
 }  // namespace

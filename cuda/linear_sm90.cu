@@ -17,7 +17,7 @@
  * Order of summation, see csrc/ops.def: a chain is one sequence of wgmma.  Forward and towards the input it is a block
  * of 512 values of k, and blocks are added in order.  Gradients of weights: 128 rows, a block of the contract, 8 wgmma
  * that add 16 rows each: as many roundings as the contract's chains and their sums.  Blocks are added in pairs of
- * floats (Exact), so a long sum loses no more than those chains do: at most 8 units in the last place of a block's
+ * floats (Kahan), so a long sum loses no more than those chains do: at most 8 units in the last place of a block's
  * largest partial sum.  Where tiles are few the rows are split, by the sizes alone, and the parts, rounded to float,
  * are added in double in order. */
 #include "linear.cuh"
@@ -46,7 +46,7 @@ struct Tiling {
     static_assert(EACH <= 96, "beside as many of the chains before");
     /* Steps by which the second consumer begins behind the first: while one writes a tile, or adds a chain of WEIGHT,
      * the other multiplies, at twice the speed. */
-    static constexpr int LAG = product == WEIGHT ? 1 : 2;
+    static constexpr int LAG = 2;
     static_assert(LAG < STAGES, "the stages between them are held");
     static constexpr int ONES = product == WEIGHT ? 8 * BK : 0; /* values */
     static constexpr int BOX_WIDTH = BN % TILE_WIDTH ? TILE_WIDTH / 2 : TILE_WIDTH;
@@ -80,6 +80,7 @@ struct Places {
 struct Work {
     int M, N, steps, part_steps, parts, pairs_m, tiles_n, items;
     bool lags; /* every part has more steps than the second consumer waits for */
+    bool adds; /* of WEIGHT: rows of 16 bytes are added to */
 };
 
 struct Item {
@@ -251,7 +252,7 @@ struct Total {
 
 template <class S>
 struct Total<S, WEIGHT> {
-    Exact kept[S::EACH];
+    Kahan kept[S::EACH];
     __device__ void begin() {
 #pragma unroll
         for (int i = 0; i < S::EACH; i++) kept[i] = {};
@@ -259,9 +260,9 @@ struct Total<S, WEIGHT> {
     __device__ void add(int i, float x, bool) { kept[i].add(x); }
     __device__ void finish() {
 #pragma unroll
-        for (int i = 0; i < S::EACH; i++) kept[i].high += kept[i].low;
+        for (int i = 0; i < S::EACH; i++) kept[i].sum = kept[i].value();
     }
-    __device__ float read(int i) const { return kept[i].high; }
+    __device__ float read(int i) const { return kept[i].sum; }
 };
 
 }  // namespace
@@ -271,7 +272,7 @@ namespace {
 /* The sums of a tile that `columns` asks for, in pairs of floats; each is there in four lanes. */
 template <class S>
 struct ColumnTotal {
-    Exact kept[S::SLICES][2] = {};
+    Kahan kept[S::SLICES][2] = {};
     __device__ void add(TileSums<S> &sum) {
 #pragma unroll
         for (int i = 0; i < 2 * S::SLICES; i++) kept[i / 2][i % 2].add(sum.ones[i / 2][i % 2 * 2]);
@@ -283,8 +284,8 @@ struct ColumnTotal {
 #pragma unroll
         for (int i = 0; i < 2 * S::SLICES; i++) {
             const int m = m0 + i / 2 * SLICE + row + i % 2 * 8;
-            const Exact &sum = kept[i / 2][i % 2];
-            if (m < M) out[m] = fresh ? sum.high + sum.low : out[m] + (sum.high + sum.low);
+            const float sum = kept[i / 2][i % 2].value();
+            if (m < M) out[m] = fresh ? sum : out[m] + sum;
         }
     }
 };
@@ -302,16 +303,17 @@ __device__ void consume(const Places<S> &at, const Output &o, const Boxes &boxes
         const bool columns = S::product == WEIGHT && o.dbias && it.n0 == 0;
         ColumnTotal<S> column_total;
         total.begin();
+#pragma unroll(S::product == WEIGHT ? 2 : 1) /* by twos a sum needs not be moved; more there is no room for */
         for (int step = it.first; step < it.last; step += S::CHAIN) {
             const int left = it.last - step, steps = left < S::CHAIN ? left : S::CHAIN;
-            auto hand_back = [&] {
-                if (tile > 0 && step == it.first) writer.hand_back();
+            auto meanwhile = [&] {
+                if (step == it.first) writer.begin_tile(it, it.m0 + row, tile);
             };
             if (columns) {
-                multiply_chain<S, true>(sum, at, ring, row, steps, hand_back);
+                multiply_chain<S, true>(sum, at, ring, row, steps, meanwhile);
                 column_total.add(sum);
             } else {
-                multiply_chain<S, false>(sum, at, ring, row, steps, hand_back);
+                multiply_chain<S, false>(sum, at, ring, row, steps, meanwhile);
             }
 #pragma unroll
             for (int i = 0; i < S::EACH; i++) total.add(i, sum.of[i / (S::BN / 2)][i % (S::BN / 2)], step == it.first);
@@ -452,6 +454,7 @@ void run(const ProductSm90 &p, const Output &o, int each) {
     work.parts = (int)divide_up(work.steps, each);
     work.pairs_m = (int)divide_up(p.M, CLUSTER * S::BM), work.tiles_n = (int)divide_up(p.N, S::BN);
     work.items = work.pairs_m * work.tiles_n * work.parts;
+    work.adds = product == WEIGHT && o.accumulate && on_16_bytes(o.grad) && p.N % 4 == 0;
     work.lags = work.steps - (work.parts - 1) * each > S::LAG;
     const int count = work.items < clusters_at_most ? work.items : clusters_at_most;
     Grid grid(count * CLUSTER, THREADS, S::BYTES, p.op);

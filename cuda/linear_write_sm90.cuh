@@ -104,14 +104,19 @@ struct Writer {
         }
     }
 
+    __device__ void add_bias(float (&x)[2 * PAIRS], const Spot<S> &spot) const {
+#pragma unroll
+        for (int i = 0; i < 2 * PAIRS; i += 4) { /* two pairs of the same columns */
+            const int n = spot.n(i / 2);
+            const float one = n < spot.N ? o.bias[n] : 0.0f, other = n + 1 < spot.N ? o.bias[n + 1] : 0.0f;
+            x[i] += one, x[i + 1] += other, x[i + 2] += one, x[i + 3] += other;
+        }
+    }
+
     /* The same of sums as `write` of linear.cuh. */
     __device__ void write_box(float (&x)[2 * PAIRS], Shared<bf16> box, int &turn, const Spot<S> &spot) const {
         if (S::product == FORWARD) {
-#pragma unroll
-            for (int i = 0; i < 2 * PAIRS; i++) {
-                const int n = spot.n(i / 2) + i % 2;
-                if (o.bias && n < spot.N) x[i] += o.bias[n];
-            }
+            if (o.bias) add_bias(x, spot);
             if (o.pre) {
                 send(o.pre, boxes.pre, box, x, spot);
                 box = next_box(turn);
@@ -134,7 +139,7 @@ struct Writer {
     __device__ void write(const Total<S> &total, const Item &it, int m0, int tile) const {
         int turn = 0;
         if (boxes.come != NOTHING) barrier_wait(places.room_full(consumer), (uint32_t)tile & 1);
-        else if (boxes.go) sync_consumer<S>(consumer); /* hand_back has waited */
+        else if (boxes.go) sync_consumer<S>(consumer); /* begin_tile has waited */
 #pragma unroll 1                                       /* the code of the functions is there once */
         for (int i = 0; i < S::BOXES; i++) {
             const Spot<S> spot(m0 + i / S::ROW_BOXES * SLICE, it.n0 + i % S::ROW_BOXES * S::BOX_WIDTH, work.M, work.N);
@@ -150,10 +155,10 @@ struct Writer {
         }
     }
 
-    /* Behind a tile, which may still be under way: when all of it has left, the room is free.  Each warp says so for
-     * itself: one that has not yet looked for what came must not find the next. */
-    __device__ void hand_back() const {
-        if (!boxes.go) return;
+    /* The tile before may still be under way: when all of it has left, the room is free.  Each warp says so for itself:
+     * one that has not yet looked for what came must not find the next. */
+    __device__ void begin_tile(const Item &, int, int tile) const {
+        if (tile == 0 || !boxes.go) return;
         if (first()) tile_store_wait_read<0>();
         if (boxes.come != NOTHING && lane_index() == 0) barrier_arrive(places.room_empty(consumer));
     }
@@ -222,7 +227,15 @@ struct Writer<S, WEIGHT> {
         }
     }
 
-    __device__ void hand_back() const {}
+    /* What the tile will be added to, into the L2, half a row a thread: when the sums are there, nobody multiplies
+     * until they are written. */
+    __device__ void begin_tile(const Item &it, int m0, int) const {
+        const int t = from_here((int)threadIdx.x) % WARPGROUP, m = m0 + t / 2, n = it.n0 + t % 2 * (S::BN / 2);
+        static_assert((int)S::SLICES * SLICE * 2 == (int)WARPGROUP, "a thread for each half of a row");
+        if (!work.adds || m >= work.M || n >= work.N) return;
+        const int columns = work.N - n < S::BN / 2 ? work.N - n : S::BN / 2;
+        prefetch_l2(o.grad + (int64_t)m * work.N + n, (size_t)columns * sizeof(float));
+    }
     __device__ void finish() const {}
 };
 

@@ -2729,8 +2729,22 @@ FAULTS = [
     Fault(
         "cuda sm90: the first tile's boxes are not waited for by all",
         "cuda/linear_write_sm90.cuh",
-        "        else if (boxes.go) sync_consumer<S>(consumer); /* hand_back has waited */\n",
+        "        else if (boxes.go) sync_consumer<S>(consumer); /* begin_tile has waited */\n",
         "",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: rows behind the last are prefetched",
+        "cuda/linear_write_sm90.cuh",
+        "if (!work.adds || m >= work.M || n >= work.N) return;",
+        "if (!work.adds || n >= work.N) return;",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: what an addition of rows lost is forgotten",
+        "cuda/linear.cuh",
+        "excess = (next - sum) - term;",
+        "excess = 0.0f;",
         SM90,
     ),
     Fault(

@@ -205,6 +205,17 @@ def check_rows_behind_a_norm(cuda, seeds=SEEDS):
             assert same_bits(out, want), (N, C, seed)
 
 
+def check_small_behind_large(cuda):
+    """Gradients of weights: one row of 2^24, and in each of 20 later blocks of rows a 1, which plain floats would lose."""
+    rows, block = 21 * 128, 128
+    d, x = np.ones((rows, 8), np.float32), np.zeros((rows, 8), np.float32)
+    x[::block] = 1
+    x[0] = 2.0**24
+    dweight = np.zeros((8, 8), np.float32)
+    cuda("linear_backward_weight", dweight, None, d, x, 0, BF16, rows, 8, 8)
+    assert (dweight == 2.0**24 + 20).all()
+
+
 def check_int8(cuda, seeds=SEEDS):
     """As test_packed.py, whose tolerances these are: tails of rows, columns and groups, and more groups than are added
     at a time.  A row alone has the bits that it has among others."""
@@ -253,6 +264,11 @@ def test_products_in_int8(cuda):
 
 
 @pytest.mark.parametrize("cuda", ACTS, indirect=True)
+def test_small_values_behind_large_ones(cuda):
+    check_small_behind_large(cuda)
+
+
+@pytest.mark.parametrize("cuda", ACTS, indirect=True)
 def test_rows_behind_a_norm(cuda):
     check_rows_behind_a_norm(cuda)
 
@@ -283,6 +299,7 @@ def test_a_planted_fault_is_caught(fault, cuda_objects, tmp_path):
                 check_values(cuda, build(act, op, i), seeds)
             if source.name == "linear.cu":
                 check_rows_behind_a_norm(cuda, seeds)
+                check_small_behind_large(cuda)
             if source.name == "packed.cu":
                 check_int8(cuda, seeds)
     print(found.value)

@@ -13,7 +13,7 @@ import pytest
 from cases import CASES
 from emulated import COMPILER, ROOT, Backend, compile_object, link
 from faults import FAULTS, planted_always
-from test_cuda import build, check_in_place, check_values, run, small_cases
+from test_cuda import build, check_in_place, check_small_behind_large, check_values, run, small_cases
 from test_ops import may_share, same_bits
 
 pytestmark = [
@@ -118,6 +118,10 @@ def test_a_long_sum_over_rows_loses_no_more_than_a_short_one(hopper, rng, rows):
     hopper("linear_backward_weight", dweight, None, d, x, 0, 1, rows, 8, 8)
     exact = d.astype(np.float64).T @ x
     assert np.max(np.abs(dweight / exact - 1)) < 8 * np.finfo(np.float32).eps
+
+
+def test_small_values_behind_large_ones(hopper):
+    check_small_behind_large(hopper)
 
 
 def test_other_gpus_and_products_of_nothing_go_the_other_way(hopper):
