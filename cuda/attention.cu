@@ -100,14 +100,44 @@ struct Backward {
     __device__ int64_t dout_row() const { return (int64_t)a.NH * a.HS; }
 };
 
-__global__ void __launch_bounds__(TILE_THREADS) averages(Backward p) {
-    const Place at(p.a.NH, p.a.T);
-    if (at.head >= p.a.NH) return;
-    const int64_t row = (at.bt * p.a.NH + at.head) * p.a.HS;
-    float sum = 0.0f;
-    for (int i = lane_index(); i < p.a.HS; i += WARP) sum += to_float(p.dout[row + i]) * to_float(p.out[row + i]);
-    sum = warp_sum(sum);
-    if (lane_index() == 0) p.averages[((int64_t)at.b * p.a.NH + at.head) * p.a.T + at.t] = sum;
+/* Rows of heads that a group of lanes reads at a time. */
+enum { AVERAGED = 4 };
+/* Lanes of a row of HS values, a vector each. */
+int averaging_lanes(int HS) {
+    int lanes = 1;
+    while (lanes < WARP && lanes * VEC < HS) lanes *= 2;
+    return lanes;
+}
+int64_t averages_of_block(int lanes) { return (int64_t)AVERAGED * TILE_THREADS / lanes; }
+
+template <bool whole>
+__global__ void __launch_bounds__(TILE_THREADS) averages(Backward p, int lanes) {
+    const int NH = p.a.NH, HS = p.a.HS, apart = WARP / lanes, lane = lane_index() % lanes;
+    const int64_t rows = (int64_t)p.a.B * p.a.T * NH;
+    const int64_t first = ((int64_t)blockIdx.x * TILE_WARPS + warp_index()) * AVERAGED * apart + lane_index() / lanes;
+    float sum[AVERAGED] = {};
+    for (int c = lane * VEC; c < HS; c += lanes * VEC) {
+        Pack<act, VEC> x[AVERAGED] = {}, y[AVERAGED] = {};
+#pragma unroll
+        for (int i = 0; i < AVERAGED; i++) {
+            const int64_t row = first + i * apart;
+            if (row >= rows) continue;
+            x[i] = vector_at<whole>(p.dout + row * HS + c, HS - c);
+            y[i] = vector_at<whole>(p.out + row * HS + c, HS - c);
+        }
+#pragma unroll
+        for (int i = 0; i < AVERAGED; i++)
+#pragma unroll
+            for (int j = 0; j < VEC; j++) sum[i] += x[i][j] * y[i][j];
+    }
+    for (int across = lanes / 2; across > 0; across /= 2)
+#pragma unroll
+        for (int i = 0; i < AVERAGED; i++) sum[i] += shuffle_xor(sum[i], across);
+#pragma unroll
+    for (int i = 0; i < AVERAGED; i++) {
+        const int64_t row = first + i * apart, bt = row / NH, h = row - bt * NH, b = bt / p.a.T, t = bt - b * p.a.T;
+        if (row < rows && lane == 0) p.averages[(b * NH + h) * p.a.T + t] = sum[i];
+    }
 }
 
 enum { MOST_STRIP = 32 }; /* scores of so many columns are in registers at a time */
@@ -440,7 +470,10 @@ void OPERATOR(attention_backward)(act *dqkv, const act *dout, const act *qkv, co
         (float *)scratch(values * sizeof(float) + (sm90 ? OPERATOR(attention_backward_sm90_room)(B, T, NH, NKV) : 0));
     const Attention a = {NULL, NULL, qkv, starts, B, T, NH, NKV, HS, score_scale(HS), LOG2_E * score_scale(HS)};
     const Backward p = {a, dqkv, dout, out, lse, d};
-    launch(Grid(blocks_for(a, NH), TILE_THREADS), averages, p);
+    const int lanes = averaging_lanes(HS);
+    const bool whole = HS % VEC == 0 && on_16_bytes(out) && on_16_bytes(dout);
+    launch(Grid(divide_up((int64_t)B * T * NH, averages_of_block(lanes)), TILE_THREADS),
+           whole ? averages<true> : averages<false>, p, lanes);
     if (!on_tensor_cores(prec, HS)) {
         const size_t bytes = plain_backward_bytes(HS);
         launch(Grid(blocks_for(a, NH), TILE_THREADS, bytes),

@@ -21,8 +21,9 @@ namespace {
 
 /* JOINT: KEYS, and gradients of queries beside them. */
 enum Of { QUERIES, KEYS, JOINT };
-enum { W = TILE_WIDTH, STAGES = 4, STATS = 3 * SLICE }; /* of each query: lse, average, start */
-enum { SLOTS = 2 };                                     /* of ds on its way to the third warpgroup */
+/* Of each query: lse, average, start; and the last of the starts, for its place a chunk of 16 bytes. */
+enum { W = TILE_WIDTH, STAGES = 4, LAST_START = 3 * SLICE, STATS = LAST_START + 4 };
+enum { SLOTS = 2 }; /* of ds on its way to the third warpgroup */
 
 /* Threads and shared memory of a block. */
 template <Of of>
@@ -48,6 +49,11 @@ struct Work {
     float factor, scale;
 
     __device__ int group() const { return NH / NKV; }
+    /* Of this block, of the 64 queries of head h from t on. */
+    __device__ float *sums_of(int h, int t) const {
+        const int tiles = (T + SLICE - 1) / SLICE;
+        return sums + (((int64_t)blockIdx.x * group() + h % group()) * tiles + t / SLICE) * SLICE * SLICE;
+    }
 };
 
 /* The shared memory of a block.  Barriers: a stage of others has come, is free; own rows have come, their place is
@@ -136,16 +142,30 @@ struct Others {
 
 /* ---- the producer, a warp ---- */
 
+/* The greatest of all lanes. */
+__device__ inline int last_of_warp(int x) {
+    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
+        const int other = shuffle_xor(x, lanes);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
 /* Of 64 queries: the logarithm of the sum of weights, to the base of 2, dout.out, and where their keys start. */
 __device__ inline void fetch_stats(Shared<float> to, const Work &work, int b, int h, int t0) {
     const Shared<int32_t> starts = shared_cast<int32_t>(to + 2 * SLICE);
+    int last = 0;
     for (int i = lane_index(); i < SLICE; i += WARP) {
         const int64_t at = ((int64_t)b * work.NH + h) * work.T + t0 + i;
         const bool there = t0 + i < work.T;
+        const int start = there && work.starts ? work.starts[(int64_t)b * work.T + t0 + i] : 0;
         to[i] = there ? work.lse[at] * LOG2_E : 0.0f;
         to[SLICE + i] = there ? work.averages[at] : 0.0f;
-        starts[i] = there && work.starts ? work.starts[(int64_t)b * work.T + t0 + i] : 0;
+        starts[i] = start;
+        last = start > last ? start : last;
     }
+    last = last_of_warp(last);
+    if (lane_index() == 0) shared_cast<int32_t>(to)[LAST_START] = last;
 }
 
 template <Of of>
@@ -185,6 +205,8 @@ __device__ void produce(const Places<of> &at, const TensorMap &qkv, const Tensor
                 barrier_expect(full, 2 * bytes);
                 if (of == QUERIES) fetch_keys(a, b, full, it.b, walk.h, walk.t);
                 else fetch_queries(a, b, full, it.b, walk.h, walk.t);
+                /* What all blocks keep there is as much as the L2 holds. */
+                if (of == JOINT && it.t0 > 0) prefetch_l2(work.sums_of(walk.h, walk.t), TILE * sizeof(float));
             }
             ring.advance();
         }
@@ -214,11 +236,12 @@ struct RowStats {
             start[r] = there && work.starts ? work.starts[(int64_t)b * work.T + t + 8 * r] : 0;
         }
     }
+    __device__ int last_start() const { return start[0] > start[1] ? start[0] : start[1]; }
 };
 
 /* s = scores and dp = dout.v of a block: in their place the weights p and the gradients ds of the scores.  `row`: this
- * lane's upper row, `column`: the first of the block. */
-template <Of of>
+ * lane's upper row, `column`: the first of the block.  whole: all queries see all keys. */
+template <Of of, bool whole>
 __device__ void differentiate(float (&s)[1][SLICE / 8][4], float (&dp)[1][SLICE / 8][4], const RowStats &rows,
                               Shared<float> columns, int row, int column, float factor) {
     const Shared<int32_t> starts = shared_cast<int32_t>(columns + 2 * SLICE);
@@ -226,12 +249,12 @@ __device__ void differentiate(float (&s)[1][SLICE / 8][4], float (&dp)[1][SLICE 
     for (int i = 0; i < SLICE / 4; i++) { /* of a lane's columns */
         const int n = i / 2, c = column_of(n, i);
         const float lse = of != QUERIES ? columns[c] : 0.0f, average = of != QUERIES ? columns[SLICE + c] : 0.0f;
-        const int start = of != QUERIES ? starts[c] : 0;
+        const int start = of != QUERIES && !whole ? starts[c] : 0;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int j = 2 * r + i % 2, mine = row + 8 * r, other = column + c;
             const int query = of == QUERIES ? mine : other, key = of == QUERIES ? other : mine;
-            const bool seen = key <= query && key >= (of == QUERIES ? rows.start[r] : start);
+            const bool seen = whole || (key <= query && key >= (of == QUERIES ? rows.start[r] : start));
             const float weight = exp2_fast(fmaf(s[0][n][j], factor, of == QUERIES ? -rows.lse[r] : -lse));
             const float more = dp[0][n][j] - (of == QUERIES ? rows.average[r] : average);
             s[0][n][j] = seen ? weight : 0.0f;
@@ -253,6 +276,7 @@ __device__ void consume(const Places<of> &at, const TensorMap &gradient, const W
         const int row = own0 + warp_row + lane_row;
         const Shared<bf16> own[2] = {at.own(place.stage, consumer, 0), at.own(place.stage, consumer, 1)};
         const RowStats rows(work, it.b, of == QUERIES ? it.h : 0, of == QUERIES ? row : work.T);
+        const int last_start = of == QUERIES ? last_of_warp(rows.last_start()) : 0;
         Others<of> walk(work, it);
 
         auto next = [&] {
@@ -263,6 +287,12 @@ __device__ void consume(const Places<of> &at, const TensorMap &gradient, const W
             return block;
         };
         auto wait_for = [&](const Block &block) { barrier_wait(at.full + block.at.stage, block.at.parity); };
+        /* Whether the queries of this warp and a block, or of both, see all of the keys. */
+        auto sees_all = [&](const Block &block) {
+            if (of == QUERIES) return last_start <= block.t && block.t + SLICE <= own0 + warp_row;
+            return shared_cast<int32_t>(at.stats + block.at.stage * STATS)[LAST_START] <= own0 &&
+                   block.t >= own0 + SLICE;
+        };
         /* Once for each warp, and only of what has come: the stage would be let go for what lay there before. */
         auto release = [&](const Block &block) {
             if (lane_index() == 0) barrier_arrive(at.empty + block.at.stage);
@@ -308,7 +338,9 @@ __device__ void consume(const Places<of> &at, const TensorMap &gradient, const W
             float p[1][SLICE / 8][4], ds[1][SLICE / 8][4];
 #pragma unroll
             for (int i = 0; i < SLICE / 2; i++) p[0][i / 4][i % 4] = s[i], ds[0][i / 4][i % 4] = dp[i];
-            differentiate<of>(p, ds, rows, at.stats + block.at.stage * STATS, row, block.t, work.factor);
+            const Shared<float> stats = at.stats + block.at.stage * STATS;
+            if (sees_all(block)) differentiate<of, true>(p, ds, rows, stats, row, block.t, work.factor);
+            else differentiate<of, false>(p, ds, rows, stats, row, block.t, work.factor);
             uint32_t p16[1][SLICE / 16][4], ds16[1][SLICE / 16][4];
             if (of != QUERIES) round_weights(p16, p);
             round_weights(ds16, ds);
@@ -350,23 +382,27 @@ struct QuerySums {
     Sums<SLICE> of;
 
     __device__ void load(const float *from, bool fresh) {
-        const int t = from_here((int)threadIdx.x) % WARPGROUP;
+        from += from_here((int)threadIdx.x) % WARPGROUP * 4;
+        if (fresh) {
+#pragma unroll
+            for (int i = 0; i < SLICE / 2; i++) of[i] = 0.0f;
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < SLICE / 2; i += 4) {
-            Pack<float, 4> four = {};
-            if (!fresh) four = ::load<4>(from + (i / 4 * WARPGROUP + t) * 4, 4);
+            const Pack<float, 4> four = load_all<4>(from + i * WARPGROUP);
 #pragma unroll
             for (int j = 0; j < 4; j++) of[i + j] = four[j];
         }
     }
     __device__ void keep(float *to) {
-        const int t = from_here((int)threadIdx.x) % WARPGROUP;
+        to += from_here((int)threadIdx.x) % WARPGROUP * 4;
 #pragma unroll
         for (int i = 0; i < SLICE / 2; i += 4) {
-            float four[4];
+            Pack<float, 4> four;
 #pragma unroll
-            for (int j = 0; j < 4; j++) four[j] = of[i + j];
-            store(to + (i / 4 * WARPGROUP + t) * 4, four, 4);
+            for (int j = 0; j < 4; j++) four.x[j] = of[i + j];
+            store_all(to + i * WARPGROUP, four);
         }
     }
     /* Row 0 of the tile is at `to`, of rows that there are. */
@@ -392,7 +428,6 @@ __device__ inline void multiply_columns_of(Sums<SLICE> &sums, Shared<bf16> A, Sh
 }
 
 __device__ inline void add_queries(const Places<JOINT> &at, const Work &work) {
-    const int tiles = (work.T + SLICE - 1) / SLICE;
     const int64_t width = (int64_t)(work.NH + 2 * work.NKV) * W;
     Ring<ITEMS> place;
     Ring<SLOTS> slot;
@@ -403,8 +438,8 @@ __device__ inline void add_queries(const Places<JOINT> &at, const Work &work) {
         for (Others<JOINT> walk(work, it); walk.more(); walk.next()) {
             const int rows = work.T - walk.t < SLICE ? work.T - walk.t : SLICE;
             const int first_key = least_start(walk.starts ? walk.starts + walk.t : NULL, rows);
-            const int64_t mine = ((int64_t)blockIdx.x * work.group() + walk.h % work.group()) * tiles + walk.t / SLICE;
-            dq.load(work.sums + mine * SLICE * SLICE, it.t0 <= first_key);
+            float *sums = work.sums_of(walk.h, walk.t);
+            dq.load(sums, it.t0 <= first_key);
             barrier_wait(at.ds_full + slot.stage, slot.parity);
             const int second = it.t0 + SLICE; /* key of the second consumer, whose ds may not be there */
             wgmma_fence();
@@ -419,7 +454,7 @@ __device__ inline void add_queries(const Places<JOINT> &at, const Work &work) {
             if (lane_index() == 0) barrier_arrive(at.ds_empty + slot.stage);
             slot.advance();
             if (walk.t >= it.t0 + ROWS) {
-                dq.keep(work.sums + mine * SLICE * SLICE);
+                dq.keep(sums);
             } else { /* no later key is seen */
                 act *to = work.dqkv + ((int64_t)it.b * work.T + walk.t) * width + walk.h * W;
                 dq.write(to, width, rows, work.scale);
