@@ -155,7 +155,30 @@ __device__ void add_to(float *d, const double (&sum)[VEC], int count) {
     store(d, x, count);
 }
 
+__device__ double value(const Pack<act, VEC> &x, int i) { return (double)x[i]; }
+__device__ double value(const Pack<double, VEC> &x, int i) { return x.x[i]; } /* [] gives a float */
+
+enum { AHEAD = 4 };
+
+/* sum += n vectors, one after the other; vector i is the `count` values at(i), or VEC if they are more.  AHEAD of them
+ * are asked for before the first is waited for.  whole: as in vector_at. */
+template <bool whole, class T, class At>
+__device__ void add_vectors(double (&sum)[VEC], int n, int count, At at) {
+    for (int first = 0; first < n; first += AHEAD) {
+        Pack<T, VEC> x[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (first + i < n) x[i] = vector_at<whole>((const T *)at(first + i), count);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (first + i < n)
+#pragma unroll
+                for (int j = 0; j < VEC; j++) sum[j] += value(x[i], j);
+    }
+}
+
 /* Each place of the order, and each strip of columns, has a warp, which works where a piece begins. */
+template <bool whole>
 __global__ void __launch_bounds__(WARPS *WARP)
     add_rows(float *dtable, double *sums, const act *dout, Runs runs, int C, int strips) {
     const int64_t task = (int64_t)blockIdx.x * WARPS + warp_index(), first = task / strips;
@@ -166,18 +189,14 @@ __global__ void __launch_bounds__(WARPS *WARP)
     if ((first - begin) % PIECE) return;
     const int rows = end - first < PIECE ? (int)(end - first) : PIECE;
     Pack<double, VEC> sum = {};
-#pragma unroll 4
-    for (int i = 0; i < rows; i++) {
-        const Pack<act, VEC> x = load<VEC>(dout + (int64_t)runs.order[first + i] * C + c, C - c);
-#pragma unroll
-        for (int j = 0; j < VEC; j++) sum.x[j] += (double)x[j];
-    }
+    add_vectors<whole, act>(sum.x, rows, C - c, [=](int i) { return dout + (int64_t)runs.order[first + i] * C + c; });
     if (end - begin <= PIECE) add_to(dtable + (int64_t)key * C + c, sum.x, C - c);
     else store(sums + place_of_sum(first, first == begin) * C + c, sum, C - c);
 }
 
 /* Of PIECE places of the order at most one begins a longer run: a warp for each strip of its columns adds its pieces.
  */
+template <bool whole>
 __global__ void __launch_bounds__(WARPS *WARP)
     add_pieces(float *dtable, const double *sums, Runs runs, int C, int strips) {
     const int64_t task = (int64_t)blockIdx.x * WARPS + warp_index(), window = task / strips * PIECE;
@@ -193,12 +212,8 @@ __global__ void __launch_bounds__(WARPS *WARP)
     if (begin < 0 || c >= C) return;
     const int32_t key = runs.at(begin), end = runs.end[key];
     double sum[VEC] = {};
-#pragma unroll 4
-    for (int64_t place = begin; place < end; place += PIECE) {
-        const Pack<double, VEC> x = load<VEC>(sums + place_of_sum(place, place == begin) * C + c, C - c);
-#pragma unroll
-        for (int j = 0; j < VEC; j++) sum[j] += x.x[j]; /* [] gives a float */
-    }
+    add_vectors<whole, double>(sum, (end - begin + PIECE - 1) / PIECE, C - c,
+                               [=](int i) { return sums + place_of_sum(begin + (int64_t)i * PIECE, i == 0) * C + c; });
     add_to(dtable + (int64_t)key * C + c, sum, C - c);
 }
 
@@ -224,13 +239,14 @@ Adding working_memory(int N, int C, int64_t keys) {
 void add_by_key(float *dtable, const act *dout, const Adding &w, const int32_t *key, int N, int C, int64_t keys,
                 const char *op) {
     const int64_t strips = divide_up(C, WARP * VEC);
+    const bool whole = C % VEC == 0 && on_16_bytes(dout);
     const Runs runs = {key, sort(w.sorting, key, N, keys, op), w.begin, w.end, N};
     launch_early(Grid(divide_up(N, MOST_THREADS), MOST_THREADS, 0, op), find_runs, runs);
-    launch_early(Grid(divide_up(N * strips, WARPS), WARPS * WARP, 0, op), add_rows, dtable, w.sums, dout, runs, C,
-                 (int)strips);
+    launch_early(Grid(divide_up(N * strips, WARPS), WARPS * WARP, 0, op), whole ? add_rows<true> : add_rows<false>,
+                 dtable, w.sums, dout, runs, C, (int)strips);
     if (N > PIECE)
-        launch_early(Grid(divide_up(divide_up(N, PIECE) * strips, WARPS), WARPS * WARP, 0, op), add_pieces, dtable,
-                     w.sums, runs, C, (int)strips);
+        launch_early(Grid(divide_up(divide_up(N, PIECE) * strips, WARPS), WARPS * WARP, 0, op),
+                     whole ? add_pieces<true> : add_pieces<false>, dtable, w.sums, runs, C, (int)strips);
 }
 
 }  // namespace

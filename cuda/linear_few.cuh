@@ -4,22 +4,29 @@
  * A tile of product_bf16 would leave most of the GPU idle: of 128 rows one is there, and of 768 columns 12 blocks get
  * 64 each.  Here a block has 8 columns, and each of its warps a block of 512 values of k: 8 KB of weights, all on their
  * way at once; they are asked for, as far as the L2, while the kernel before still runs.  The chains are those of
- * product_bf16, by the same instruction, added in the same order: a row has the bits that it has among many. */
+ * product_bf16, by the same instruction, added in the same order: a row has the bits that it has among many, and by
+ * however many warps. */
 #pragma once
 #include "linear.cuh"
 #include "norm.cuh"
 
 namespace {
 
-enum { FEW = 16, FEW_COLUMNS = 8, FEW_K = K_BLOCK * 2, FEW_WARPS = 4, FEW_GROUPS = 4, FEW_EARLY = 1024 };
+enum { FEW = 16, FEW_COLUMNS = 8, FEW_K = K_BLOCK * 2, FEW_WARPS = 4, FEW_GROUPS = 4, FEW_MEMORY = 96 << 10 };
+enum { FEW_EARLY = 1024, FEW_EARLY_BYTES = 24 << 20 }; /* what is asked for early: by so many blocks, half of an L2 */
 enum { FEW_NORMED = 4 }; /* rows whose norm every block makes for itself, sooner than a kernel of its own would */
 
-/* Blocks of k; warps; and of each warp: rows of weights, then of activations. */
-inline __device__ __host__ int few_blocks(int K) { return (K + FEW_K - 1) / FEW_K; }
-inline __device__ __host__ int few_warps(int K) { return few_blocks(K) < FEW_WARPS ? few_blocks(K) : FEW_WARPS; }
-inline size_t few_bytes(int M, int K) {
-    const size_t rows = (size_t)few_warps(K) * (size_t)(FEW_COLUMNS + M) * FEW_K * sizeof(bf16);
+inline __device__ __host__ int few_blocks(int K) { return (K + FEW_K - 1) / FEW_K; } /* of k */
+/* Shared memory: of each warp rows of weights, and of activations; zeros; sums of chains. */
+inline size_t few_bytes(int warps, int M, int K) {
+    const size_t rows = (size_t)warps * (size_t)(FEW_COLUMNS + M) * FEW_K * sizeof(bf16);
     return rows + CHUNK * sizeof(bf16) + (size_t)few_blocks(K) * FEW * FEW_COLUMNS * sizeof(float);
+}
+/* As many warps as have something to do and as there is shared memory for; 0: not even for one. */
+inline int few_warps(int M, int K) {
+    int warps = few_blocks(K) < FEW_WARPS ? few_blocks(K) : FEW_WARPS;
+    while (warps > 0 && few_bytes(warps, M, K) > FEW_MEMORY) warps--;
+    return warps;
 }
 
 __device__ inline int few_place(int r, int c) { return r * FEW_K + ((c / CHUNK ^ r % 8) * CHUNK); }
@@ -81,19 +88,19 @@ struct NormedRows {
 };
 
 /* What this block reads besides the rows, which the kernel before may still be writing: of blocks that may be there
- * before that has ended.  Rows of weights lie one behind the other. */
+ * before that has ended, as long as the L2 keeps it.  Rows of weights lie one behind the other. */
 __device__ inline void few_prefetch(const Output &o, const Matrix<bf16> &b, int n0, int N) {
-    if (threadIdx.x > 0 || blockIdx.x >= FEW_EARLY) return;
+    if (threadIdx.x > 0 || blockIdx.x >= FEW_EARLY || n0 * b.ld * (int)sizeof(bf16) >= FEW_EARLY_BYTES) return;
     const int columns = N - n0 < FEW_COLUMNS ? N - n0 : FEW_COLUMNS;
     prefetch_l2(b.p + n0 * b.ld, (size_t)(columns * b.ld) * sizeof(bf16));
     if (o.bias && on_16_bytes(o.bias) && columns == FEW_COLUMNS) prefetch_l2(o.bias + n0, FEW_COLUMNS * sizeof(float));
 }
 
-/* out (M, N) of M <= FEW rows a and N rows b. */
+/* out (M, N) of M <= FEW rows a and N rows b, by blocks of any number of warps. */
 template <class Rows>
 __global__ void __launch_bounds__(FEW_WARPS *WARP) product_few(Output o, Rows a, Matrix<bf16> b, int M, int N, int K) {
     SHARED_DYNAMIC(bf16, memory);
-    const int blocks = few_blocks(K), warps = few_warps(K), warp = warp_index(), lane = lane_index();
+    const int blocks = few_blocks(K), warps = (int)blockDim.x / WARP, warp = warp_index(), lane = lane_index();
     const int n0 = (int)blockIdx.x * FEW_COLUMNS;
     const Shared<bf16> zeros = memory + warps * (FEW_COLUMNS + M) * FEW_K,
                        columns = memory + warp * FEW_COLUMNS * FEW_K;
@@ -153,11 +160,12 @@ __global__ void __launch_bounds__(FEW_WARPS *WARP) product_few(Output o, Rows a,
 }
 
 /* Whether there are so few rows that it pays, and few enough sums of chains. */
-inline bool are_few(int M, int K) { return M > 0 && M <= FEW && few_bytes(M, K) <= 96 << 10; }
+inline bool are_few(int M, int K) { return M > 0 && M <= FEW && few_warps(M, K) > 0; }
 
 template <class Rows>
 inline void multiply_few(const Output &o, const Rows &a, const Matrix<bf16> &b, int M, int N, int K, const char *op) {
-    const Grid grid(divide_up(N, FEW_COLUMNS), few_warps(K) * WARP, few_bytes(M, K), op);
+    const int warps = few_warps(M, K);
+    const Grid grid(divide_up(N, FEW_COLUMNS), warps * WARP, few_bytes(warps, M, K), op);
     launch_early(grid, product_few<Rows>, o, a, b, M, N, K);
 }
 

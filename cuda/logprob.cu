@@ -11,14 +11,9 @@
 
 namespace {
 
-/* 1024: two blocks on an SM, so that L2 keeps their rows from the first reading to the second.  They have 32 registers
- * a thread; SMs of 1,536 threads take one block. */
-enum { FORWARD_THREADS = 1024, BACKWARD_THREADS = 256 };
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
-enum { TOGETHER = 1 };
-#else
-enum { TOGETHER = 2 };
-#endif
+/* 768: two blocks on an SM, so that L2 keeps their rows from the first reading to the second.  They have 40 registers a
+ * thread, enough for a vector under way while another is worked on. */
+enum { FORWARD_THREADS = 768, BACKWARD_THREADS = 256, TOGETHER = 2 };
 
 /* Over some values x: the greatest, and of below = (x - max) * factor the sum of 2^below, and of 2^below * below. */
 struct Tally {
@@ -50,13 +45,33 @@ __device__ Tally warp_tally(Tally t, float factor) {
     return t;
 }
 
-/* whole: all vectors of a row are. */
+/* work(v, vector) for each vector of a row of V values, up to v = end, that is this thread's, with the next one under
+ * way.  They take turns in two variables: a vector that is moved is waited for.  Behind the last that one is read
+ * again: a load that may or may not happen would have its place moved too.  whole: all vectors of a row are. */
+template <int THREADS, bool whole, class Work>
+__device__ void each_vector(const act *row, int V, int end, Work work) {
+    enum { STEP = THREADS * VEC };
+    auto at = [=](int v) {
+        const int there = v < end ? v : v - STEP;
+        return vector_at<whole>(row + there, V - there);
+    };
+    int v = (int)threadIdx.x * VEC;
+    if (v >= end) return;
+    Pack<act, VEC> even = at(v), odd;
+#pragma unroll 1
+    for (; v < end; v += 2 * STEP) {
+        odd = at(v + STEP);
+        work(v, even);
+        if (v + STEP >= end) return;
+        even = at(v + 2 * STEP);
+        work(v + STEP, odd);
+    }
+}
+
 template <bool entropy, bool whole>
 __device__ Tally thread_tally(const act *row, float factor, int V) {
     Tally t = {-INFINITY, 0.0f, 0.0f};
-#pragma unroll 1 /* 32 registers a thread are all there are */
-    for (int v = (int)threadIdx.x * VEC; v < V; v += FORWARD_THREADS * VEC) {
-        const Pack<act, VEC> pack = vector_at<whole>(row + v, V - v);
+    each_vector<FORWARD_THREADS, whole>(row, V, V, [&](int v, const Pack<act, VEC> &pack) {
         float x[VEC], max = t.max;
 #pragma unroll
         for (int i = 0; i < VEC; i++) x[i] = pack[i];
@@ -75,7 +90,7 @@ __device__ Tally thread_tally(const act *row, float factor, int V) {
             t.sum += e;
             if (entropy && e > 0.0f) t.weighted += e * below; /* a logit of -infinity would make 0 * infinity */
         }
-    }
+    });
     return t;
 }
 
@@ -117,10 +132,8 @@ __device__ void backward_row(act *dx, float dlogprob, const act *x, int32_t targ
     /* Of the target's logit, by the thread that has it in its vectors, and before dx may take the place of x. */
     const bool has_target = target >= 0 && target / VEC % THREADS == (int)threadIdx.x;
     const float at_target = has_target ? d - d * exp2_fast(fmaf(to_float(x[target]), factor, -from)) : 0.0f;
-#pragma unroll 1
-    for (int v = (int)threadIdx.x * VEC; v < Vp; v += THREADS * VEC) {
+    each_vector<THREADS, whole>(x, V, Vp, [&](int v, const Pack<act, VEC> &pack) {
         float dy[VEC];
-        const Pack<act, VEC> pack = vector_at<whole>(x + v, V - v);
 #pragma unroll
         for (int i = 0; i < VEC; i++) dy[i] = -d * exp2_fast(fmaf(pack[i], factor, -from));
         if (target < 0 || V - v < VEC) { /* 0 whatever is in the row */
@@ -129,7 +142,7 @@ __device__ void backward_row(act *dx, float dlogprob, const act *x, int32_t targ
                 if (target < 0 || v + i >= V) dy[i] = 0.0f;
         }
         vector_to<whole>(dx + v, dy, Vp - v);
-    }
+    });
     if (has_target) from_float(dx[target], at_target);
 }
 
@@ -151,7 +164,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS)
 }
 
 template <bool whole>
-__global__ void __launch_bounds__(FORWARD_THREADS, whole ? TOGETHER : 1)
+__global__ void __launch_bounds__(FORWARD_THREADS, TOGETHER)
     both(act *dlogits, float *logprobs, float *lse, const float *dlogprobs, const act *logits, const int32_t *targets,
          float invtemp, int V, int Vp) {
     const int64_t n = blockIdx.x;

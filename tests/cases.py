@@ -76,6 +76,7 @@ EMBEDDING = [
     case("no positions", B=2, T=5, C=9, V=7, P=5, wpe=False, starts=None),
     *(case("one past a vector", B=3, T=23, C=17, V=5, P=31, wpe=True, starts=kind) for kind in STARTS),
     case("many tokens of few kinds", B=4, T=100, C=33, V=3, P=100, wpe=True, starts="packed"),
+    case("one token, whole vectors", B=4, T=100, C=40, V=1, P=100, wpe=True, starts=None),
     case("more rows than tokens", B=1, T=3, C=8, V=1000, P=64, wpe=True, starts=None),
     case("wider than a block of threads", B=1, T=3, C=2051, V=4, P=3, wpe=True, starts=None),
     case("several tiles and digits of a sort", B=3, T=400, C=5, V=700, P=400, wpe=True, starts="packed"),
@@ -119,6 +120,7 @@ def linear_cases():
         yield case("several K blocks of OC", N=6, C=19, OC=1025, fn="gelu_tanh", prec=prec, **on)
         yield case("several K blocks of N", N=1031, C=13, OC=21, fn="gelu_tanh", prec=prec, **on)
         yield case("few rows, five K blocks", N=5, C=2100, OC=9, fn="none", prec=prec, **(off | dict(bias=True)))
+        yield case("most of few rows, five K blocks", N=16, C=2100, OC=9, fn="none", prec=prec, **on)
         yield case("decode: one row", N=1, C=600, OC=131, fn="gelu_erf", prec=prec, **on)
         yield case("all edges", N=70, C=300, OC=203, fn="gelu_tanh", prec=prec, **on)
         yield case("rows on 16 bytes", N=140, C=136, OC=200, fn="gelu_tanh", prec=prec, **on)
@@ -218,7 +220,8 @@ LOGPROB = [
     case("one past two vectors of 16", N=4, V=33, Vp=40, invtemp=0.6, entropy=True),
     case("one past a vector of 8", N=2, V=9, Vp=64, invtemp=1.0, entropy=True),
     case("many rows", N=131, V=100, Vp=128, invtemp=1.3, entropy=True),
-    case("wider than a block of threads", N=3, V=4999, Vp=5003, invtemp=1.0, entropy=True),
+    case("wider than a block of threads", N=3, V=6999, Vp=7003, invtemp=1.0, entropy=True),
+    case("three vectors a thread, whole", N=2, V=12999, Vp=13008, invtemp=1.0, entropy=True),
     case("GPT-2", big=True, N=16, V=50257, Vp=50304, invtemp=1.0, entropy=True),
 ]
 
