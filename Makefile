@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc')
-FORMATTED := csrc/*.c csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h cuda/*.cpp cuda/emulate/* tests/*.cu
+FORMATTED := csrc/*.c csrc/*.h csrc/*.cpp cuda/*.cu cuda/*.cuh cuda/*.h cuda/*.cpp cuda/emulate/* tests/*.cu tests/*.cpp
 # --no-compile: of thousands of modules few are imported, and those are compiled then.
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # WERROR=ON: warnings are errors, as in .ci/run.

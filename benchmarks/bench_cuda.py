@@ -2,17 +2,20 @@
 
 Ceilings are a copy within the GPU's memory, and the matrix products of PyTorch's library (cuBLAS) at the same shapes,
 with random values: zeros take less power and are faster.  Arrays are greater than the caches.  A time is the median of
-several runs of many launches each, between two waits for the device.  Whole steps beside PyTorch are
+several runs of many launches each, between two waits for the device.  Each row is printed and written to the JSON when
+it has been measured; an operator that fails is a row that says so.  Whole steps beside PyTorch are
 `bench_model.py --device cuda`.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +25,10 @@ import machine  # noqa: E402
 from barelm import Config, Model, Session  # noqa: E402
 from barelm.drawing import Sampling  # noqa: E402
 from barelm.model import cuda_library, open_device  # noqa: E402
-from emulated import FUNCTIONS, signatures, to_bf16  # noqa: E402
+from emulated import FUNCTIONS, lost, recover, signatures, to_bf16  # noqa: E402
 
 GELU_TANH, FP32, BF16, HYPER_COUNT = 1, 0, 1, 11  # of csrc/ops.h
 BYTES = {"act": 2, "float": 4, "double": 8, "int32_t": 4, "bf16": 2}
-HEADER = ("operator", "sizes", "ms", "GB/s or TFLOP/s", "% of copy", "% of library", "by tile", "spread %")
 
 
 @dataclass
@@ -79,7 +81,8 @@ class Device:
         size = n * BYTES[kind]
         pointer = self.library.cuda_alloc(size)
         if not pointer:
-            raise MemoryError(f"{size:,} bytes of {kind}")
+            self.wait()  # where something else failed it says so
+            raise MemoryError(f"no memory for {size:,} bytes of {kind}")
         self.held.append((pointer, size))
         host = values if values is not None else self.noise * np.float32(0.02)
         if kind in ("act", "bf16"):
@@ -137,24 +140,30 @@ def copy_bandwidth(device, s, seconds):
     return 2 * s.copied / time_
 
 
-def library_products(shapes, seconds):
-    """{(M, N, K): FLOP/s} of PyTorch's bf16 products; empty where there is no PyTorch for this GPU."""
+def product_of_torch(torch, M, N, K, seconds):
+    a = torch.randn(M, K, device="cuda", dtype=torch.bfloat16) * 0.02
+    b = torch.randn(K, N, device="cuda", dtype=torch.bfloat16) * 0.02
+    out = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
+    time_, _ = seconds_of(lambda: torch.mm(a, b, out=out), torch.cuda.synchronize, seconds)
+    return 2 * M * N * K / time_
+
+
+@cache
+def library_product(M, N, K, seconds):
+    """FLOP/s of PyTorch's product in bf16; None where there is no PyTorch for this GPU."""
     try:
         import torch
     except ImportError:
-        return {}
+        return None
     if not torch.cuda.is_available():
-        return {}
-    found = {}
-    for M, N, K in shapes:
-        a = torch.randn(M, K, device="cuda", dtype=torch.bfloat16) * 0.02
-        b = torch.randn(K, N, device="cuda", dtype=torch.bfloat16) * 0.02
-        out = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
-        time_, _ = seconds_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), torch.cuda.synchronize, seconds)
-        found[M, N, K] = 2 * M * N * K / time_
-        del a, b, out
-    torch.cuda.empty_cache()
-    return found
+        return None
+    try:
+        return product_of_torch(torch, M, N, K, seconds)
+    except RuntimeError as failure:
+        print(f"PyTorch's product of {M} x {N} x {K}: {failure}", file=sys.stderr)
+        return None
+    finally:
+        torch.cuda.empty_cache()
 
 
 # ---- operators: (name, sizes in words, the call, bytes that must move, work)
@@ -246,82 +255,170 @@ def attention(d, s):
     yield "attention backward", words, back, 8 * unit, 5 * flops // 2
 
 
+KINDS = memory_bound, products, attention
+HEADER = ("operator", "sizes", "ms", "GB/s or TFLOP/s", "% of copy", "% of library", "by tile", "spread %")
+
+
 def by_tile(device, call, seconds):
     """Seconds with each kind of tile that the product may have: the choice is to be the least of them."""
     tiling, found = device.library.barelm_cuda_tiling, []
     if call[0] in ("linear_forward", "linear_backward_input"):
-        for kind in range(tiling(-1)):
-            tiling(kind)
-            found.append(seconds_of(device.call(*call), device.wait, seconds)[0])
-        tiling(-1)
+        try:
+            for kind in range(tiling(-1)):
+                tiling(kind)
+                found.append(seconds_of(device.call(*call), device.wait, seconds)[0])
+        finally:
+            tiling(-1)
     return found
 
 
-def operators(device, s, seconds, only):
-    copy = copy_bandwidth(device, s, seconds)
-    print(f"\nCopy: {copy / 1e12:.2f} TB/s, bytes read and written.\n\n| {' | '.join(HEADER)} |")
-    print("|" + "---|" * len(HEADER), flush=True)
-    found = []
-    for kind in (memory_bound, products, attention):
-        for name, sizes, call, moved, work in kind(device, s):
-            if only and not any(word in name for word in only):
-                continue
-            time_, spread = seconds_of(device.call(*call), device.wait, seconds)
-            product = work if isinstance(work, tuple) else None
-            flops = 2 * np.prod(product, dtype=float) if product else work
-            found.append(dict(name=name, sizes=sizes, seconds=time_, spread=spread, bytes=moved, flops=flops))
-            found[-1] |= dict(product=product, by_tile=by_tile(device, call, seconds))
-        device.free()
-    shapes = {r["product"] for r in found if r["product"]}
-    best = library_products(sorted(shapes), seconds)
-    for r in found:
-        r["of_copy"] = None if r["flops"] else r["bytes"] / r["seconds"] / copy
-        rate = r["flops"] / r["seconds"] if r["flops"] else r["bytes"] / r["seconds"]
-        r["of_library"] = rate / best[r["product"]] if r["product"] in best else None
-        shares = ("" if share is None else f"{100 * share:.0f}" for share in (r["of_copy"], r["of_library"]))
-        number = f"{rate / 1e12:.0f} TFLOP/s" if r["flops"] else f"{rate / 1e9:.0f} GB/s"
-        tiles = " / ".join(f"{r['flops'] / t / 1e12:.0f}" for t in r["by_tile"])
-        cells = (r["name"], r["sizes"], f"{1e3 * r['seconds']:.3f}", number, *shares, tiles)
-        cells = (*cells, f"{100 * r['spread']:.0f}")
-        print("| " + " | ".join(cells) + " |", flush=True)
-    return {"copy": copy, "operators": found, "library": {str(shape): rate for shape, rate in best.items()}}
+def measured(device, call, moved, work, copy, seconds):
+    """Of one operator."""
+    time_, spread = seconds_of(device.call(*call), device.wait, seconds)
+    product = work if isinstance(work, tuple) else None
+    flops = 2 * float(np.prod(product, dtype=float)) if product else work
+    library = library_product(*product, seconds) if product else None
+    return dict(
+        seconds=time_,
+        spread=spread,
+        bytes=moved,
+        flops=flops,
+        product=product,
+        by_tile=by_tile(device, call, seconds),
+        of_copy=None if flops else moved / time_ / copy,
+        library=library,
+        of_library=flops / time_ / library if library else None,
+    )
+
+
+def row(name, sizes, r):
+    if "error" in r:
+        return f"| {name} | {sizes} | {r['error']} |"
+    rate = (r["flops"] or r["bytes"]) / r["seconds"]
+    shares = ("" if share is None else f"{100 * share:.0f}" for share in (r["of_copy"], r["of_library"]))
+    number = f"{rate / 1e12:.0f} TFLOP/s" if r["flops"] else f"{rate / 1e9:.0f} GB/s"
+    tiles = " / ".join(f"{r['flops'] / t / 1e12:.0f}" for t in r["by_tile"])
+    cells = (name, sizes, f"{1e3 * r['seconds']:.3f}", number, *shares, tiles, f"{100 * r['spread']:.0f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def operators(device, s, seconds, only, found, kind):
+    for name, sizes, call, moved, work in kind(device, s):
+        if only and not any(word in name for word in only):
+            continue
+        r = tried(device, measured, device, call, moved, work, found.all["copy"], seconds)
+        print(row(name, sizes, r), flush=True)
+        found.keep("operators", dict(name=name, sizes=sizes) | r)
+        if lost:
+            return
 
 
 # ---- decoding ----
 
+DECODE_HEADER = ("rows", "tokens before", "ms a step", "tokens/s", "% of copy", "spread %")
 
-def decode(s, copy, tokens, counts, seconds):
+
+def steps(model, s, tokens, rows, most=200):
+    """The seconds of each step of a session."""
+    session = Session(model, rows * -(-2 * tokens // 64) * 64, "bf16")  # pages of 64 are a row's own
+    ids = [session.add() for _ in range(rows)]
+    prompt = np.random.default_rng(2).integers(0, s.V, tokens).astype(np.int32)
+    session.advance(ids, [prompt] * rows)
+    samplings, u, last = [Sampling(temperature=0)] * rows, [0.0] * rows, prompt[:rows]
+    times = []
+    for _ in range(max(2, min(tokens // 2, most))):
+        began = time.perf_counter()
+        session.advance(ids, last[:, None])
+        last, _, _ = session.draw(samplings, u, s.V)
+        times.append(time.perf_counter() - began)
+    return dict(seconds=times, bytes=2 * s.n_params + 4 * rows * tokens * s.layers * s.C)
+
+
+def decode_row(rows, tokens, r, copy):
+    if "error" in r:
+        return f"| {rows} | {tokens} | {r['error']} |"
+    low, middle, high = np.quantile(r["seconds"][1:], [0.25, 0.5, 0.75])
+    cells = (rows, tokens, f"{1e3 * middle:.3f}", f"{rows / middle:.0f}", f"{100 * r['bytes'] / middle / copy:.0f}")
+    return "| " + " | ".join(map(str, (*cells, f"{100 * (high - low) / middle:.0f}"))) + " |"
+
+
+def decode(device, s, tokens, counts, found):
     """A step of a session, by rows, from the tokens before to the most likely next ones: every weight is read once for
     all of them, and each row's keys and values."""
     config = Config(n_layer=s.layers, n_head=s.NH, n_embd=s.C, vocab_size=s.V, context=2 * tokens)
-    model, found = Model(config, precision="bf16", device="cuda"), []
-    print("\n| rows | tokens before | ms a step | tokens/s | % of copy | spread % |\n|---|---|---|---|---|---|")
+    print_header(DECODE_HEADER)
+    model = Model(config, precision="bf16", device="cuda")
     for rows in counts:
-        session = Session(model, rows * -(-2 * tokens // 64) * 64, "bf16")  # pages of 64 are a row's own
-        ids = [session.add() for _ in range(rows)]
-        prompt = np.random.default_rng(2).integers(0, s.V, tokens).astype(np.int32)
-        session.advance(ids, [prompt] * rows)
-        samplings, u, last = [Sampling(temperature=0)] * rows, [0.0] * rows, prompt[:rows]
-        n, times = max(2, min(tokens // 2, round(64 * seconds))), []
-        for _ in range(n):
-            began = time.perf_counter()
-            session.advance(ids, last[:, None])
-            last, _, _ = session.draw(samplings, u, s.V)
-            times.append(time.perf_counter() - began)
-        low, middle, high = np.quantile(times[1:], [0.25, 0.5, 0.75])
-        moved = 2 * s.n_params + 4 * rows * tokens * s.layers * s.C
-        found.append(dict(rows=rows, tokens=tokens, seconds=times, bytes=moved))
-        cells = (rows, tokens, f"{1e3 * middle:.3f}", f"{rows / middle:.0f}", f"{100 * moved / middle / copy:.0f}")
-        print("| " + " | ".join(map(str, (*cells, f"{100 * (high - low) / middle:.0f}"))) + " |", flush=True)
-    return found
+        r = tried(device, steps, model, s, tokens, rows)
+        print(decode_row(rows, tokens, r, found.all["copy"]), flush=True)
+        found.keep("decode", dict(rows=rows, tokens=tokens) | r)
+        if lost:
+            return
 
 
-def gpu_name():
+# ---- all of it ----
+
+
+class Found:
+    """What was measured so far; the file has all of it at any time."""
+
+    def __init__(self, about, path):
+        self.all, self.path = {"machine": about, "operators": [], "decode": [], "failed": []}, path
+
+    def keep(self, key, value):
+        if isinstance(self.all.get(key), list):
+            self.all[key].append(value)
+        else:
+            self.all[key] = value
+        if self.path:
+            Path(f"{self.path}.part").write_text(json.dumps(self.all, indent=1) + "\n")
+            os.replace(f"{self.path}.part", self.path)
+
+    def failures(self):
+        return [r for r in self.all["operators"] + self.all["decode"] + self.all["failed"] if "error" in r]
+
+
+def tried(device, work, *arguments):
+    """What `work` gives, or why it failed; then the next can go on, unless the GPU is lost by it."""
     try:
-        words = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        return work(*arguments)
+    except (RuntimeError, MemoryError) as failure:
+        return {"error": f"{failure}{recover(device.library)}"}
+
+
+def print_header(names):
+    print(f"\n| {' | '.join(names)} |\n|" + "---|" * len(names), flush=True)
+
+
+def measure_all(device, s, seconds, options, found):
+    copy = copy_bandwidth(device, s, seconds)
+    found.keep("copy", copy)
+    print(f"\nCopy: {copy / 1e12:.2f} TB/s, bytes read and written.")
+    print_header(HEADER)
+    parts = [(kind.__name__, operators, s, seconds, options.only, found, kind) for kind in KINDS]
+    if not options.skip_decode:
+        parts.append(("decode", decode, s, *((4, (1, 2)) if options.tiny else (1024, (1, 8, 64))), found))
+    for name, work, *arguments in parts:
+        failure = tried(device, work, device, *arguments)
+        if failure:
+            print(f"| {name} | | {failure['error']} |", flush=True)
+            found.keep("failed", dict(name=name) | failure)
+        if lost:
+            return
+        device.free()
+
+
+def asked(what):
+    """What nvidia-smi says of the GPU."""
+    try:
+        words = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "no nvidia-smi"
+
+
+def state():
+    return asked("clocks.sm,clocks.mem,power.draw,temperature.gpu")
 
 
 def main():
@@ -331,17 +428,17 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes: to see that everything runs")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON")
     options = parser.parse_args()
-    sizes, seconds = (TINY, 0.0) if options.tiny else (Sizes(), 0.3)
-    about = machine.describe() | {"gpu": gpu_name()}
+    about = machine.describe() | {"gpu": asked("name,driver_version,memory.total"), "gpu_before": state()}
     machine.show(about)
-    print(f"- GPU: {about['gpu']}")
-    device = Device()
-    found = operators(device, sizes, seconds, options.only)
-    if not options.skip_decode:
-        tokens, counts = (4, (1, 2)) if options.tiny else (1024, (1, 8, 64))
-        found["decode"] = decode(sizes, found["copy"], tokens, counts, seconds)
-    if options.json:
-        Path(options.json).write_text(json.dumps({"machine": about} | found, indent=1) + "\n")
+    print(f"- GPU: {about['gpu']}; clocks, power and temperature {about['gpu_before']}")
+    found = Found(about, options.json)
+    sizes, seconds = (TINY, 0.0) if options.tiny else (Sizes(), 0.3)
+    measure_all(Device(), sizes, seconds, options, found)
+    about["gpu_after"] = state()
+    found.keep("machine", about)
+    print(f"\nThe GPU's clocks, power and temperature: {about['gpu_before']} before, {about['gpu_after']} after.")
+    if failures := found.failures():
+        sys.exit(f"{len(failures)} failed" + (f"; {lost[0]}" if lost else ""))
 
 
 if __name__ == "__main__":

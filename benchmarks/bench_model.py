@@ -148,6 +148,8 @@ def torch_step(workload, precision, folder, compiled):
         optimizer.zero_grad(set_to_none=True)
         return total.item()
 
+    if workload.device == "cuda":
+        take.rest = torch.cuda.empty_cache  # what it would keep for its next turn has no room beside the others
     return take
 
 
@@ -158,8 +160,8 @@ def llmc_step(workload, folder, command):
 
 
 def serve(pipe, peer, workload, folder, llmc):
-    """Answer each number n with (the seconds that n steps took, the loss of the last one).  Where steps are short, one
-    that is not timed goes before: it brings back what the others drove out of the caches."""
+    """Answer each number n with (the seconds that n steps took, the loss of the last one).  Before several, one goes
+    that is not timed: it brings back what the others drove out of the caches, and memory that was given back."""
     library, *mode, precision = peer.split()
     if library == "barelm":
         take = barelm_step(workload, precision, folder)
@@ -177,7 +179,7 @@ def serve(pipe, peer, workload, folder, llmc):
             for batch in ready:
                 loss = take(batch)
             spent = time.perf_counter() - start
-            if library == "llm.c":
+            if hasattr(take, "rest"):
                 take.rest()
             pipe.send((spent, loss))
         pipe.send(peak_memory() if workload.device == "cpu" else device_memory(library, workload, take))
@@ -267,7 +269,8 @@ def race(workload, names, rounds, seconds, llmc=None):
                 print(f"{workload.name} ({workload.B}, {workload.T}): {name} warms up", file=sys.stderr, flush=True)
                 peers.append(Peer(name, workload, weights, llmc))
             check_losses(peers)
-            steps = max(1, round(seconds / float(np.median([peer.warm for peer in peers]))))
+            warm = float(np.median([peer.warm for peer in peers]))
+            steps = max(2 if workload.device == "cuda" else 1, round(seconds / warm))
             for _, peer in itertools.product(range(rounds), peers):
                 spent, loss = peer.turn(steps)
                 peer.seconds.append(spent / steps)
@@ -389,12 +392,12 @@ def main():
         for r in summarize(found, ceilings[about["backend"]]):
             print("| " + " | ".join(row(r)) + " |", flush=True)
         results += found
-    after = machine.load_average()
-    print(f"\nLoad average {about['load_average']} before, {after} after (this run keeps every core busy by itself).")
-    if options.json:
-        about |= {"load_average_after": after}
-        everything = {"machine": about, "ceilings": ceilings, "results": results}
-        Path(options.json).write_text(json.dumps(everything, indent=1) + "\n")
+        about["load_average_after"] = machine.load_average()
+        if options.json:  # of each workload as soon as there is one
+            everything = {"machine": about, "ceilings": ceilings, "results": results}
+            Path(options.json).write_text(json.dumps(everything, indent=1) + "\n")
+    before, after = about["load_average"], about["load_average_after"]
+    print(f"\nLoad average {before} before, {after} after (this run keeps every core busy by itself).")
 
 
 if __name__ == "__main__":

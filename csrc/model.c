@@ -241,12 +241,13 @@ static Status check_finite(Model *m) {
     float *lse = malloc((size_t)N * sizeof *lse);
     if (!lse) return failed(m->error, NO_MEMORY, "check of the logits: no memory");
     copy_floats_out(m, lse, A_head_lse);
+    Status s = checked_device(m->ops, m->error, OK); /* had it failed, nothing was copied */
     int bad = 0;
-    while (bad < N && isfinite(lse[bad])) bad++;
+    while (!s && bad < N && isfinite(lse[bad])) bad++;
     free(lse);
-    if (bad == N) return OK;
+    if (s || bad == N) return s;
     m->kept = 0;
-    Status s = check_weights(m);
+    s = check_weights(m);
     return s ? s : failed(m->error, NOT_FINITE, "logits of row b = %d, t = %d are not finite", bad / m->T, bad % m->T);
 }
 

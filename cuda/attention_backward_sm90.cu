@@ -274,7 +274,8 @@ __device__ void consume(const Places<of> &at, const TensorMap &gradient, const W
         const Item<of> it(work, number);
         const int own0 = it.t0 + consumer * SLICE, own_end = own0 + SLICE < work.T ? own0 + SLICE : work.T;
         const int row = own0 + warp_row + lane_row;
-        const Shared<bf16> own[2] = {at.own(place.stage, consumer, 0), at.own(place.stage, consumer, 1)};
+        const int own_place = of_warp(place.stage), mine = of_warp(consumer);
+        const Shared<bf16> own[2] = {at.own(own_place, mine, 0), at.own(own_place, mine, 1)};
         const RowStats rows(work, it.b, of == QUERIES ? it.h : 0, of == QUERIES ? row : work.T);
         const int last_start = of == QUERIES ? last_of_warp(rows.last_start()) : 0;
         Others<of> walk(work, it);
@@ -311,8 +312,9 @@ __device__ void consume(const Places<of> &at, const TensorMap &gradient, const W
         auto begin = [&](const Block &block) {
             wait_for(block);
             wgmma_fence();
-            multiply_slices<W>(s, own[0], at.others(block.at.stage, 0));
-            if (!DP_LATER) multiply_slices<W>(dp, own[1], at.others(block.at.stage, 1));
+            const int stage = of_warp(block.at.stage);
+            multiply_slices<W>(s, own[0], at.others(stage, 0));
+            if (!DP_LATER) multiply_slices<W>(dp, own[1], at.others(stage, 1));
             wgmma_commit();
         };
 
@@ -328,10 +330,11 @@ __device__ void consume(const Places<of> &at, const TensorMap &gradient, const W
                 block = next();
                 continue;
             }
+            const int stage = of_warp(block.at.stage);
             if (!begun) begin(block);
             if (DP_LATER) {
                 wgmma_fence();
-                multiply_slices<W>(dp, own[1], at.others(block.at.stage, 1));
+                multiply_slices<W>(dp, own[1], at.others(stage, 1));
                 wgmma_commit();
             }
             wgmma_wait<0>();
@@ -346,8 +349,8 @@ __device__ void consume(const Places<of> &at, const TensorMap &gradient, const W
             round_weights(ds16, ds);
             if (of == JOINT) hand_on(block, ds16[0]);
             wgmma_fence();
-            multiply_weights<true>(first, ds16, at.others(block.at.stage, 0));
-            if (of != QUERIES) multiply_weights<true>(second, p16, at.others(block.at.stage, 1));
+            multiply_weights<true>(first, ds16, at.others(stage, 0));
+            if (of != QUERIES) multiply_weights<true>(second, p16, at.others(stage, 1));
             wgmma_commit();
             const Block following = next();
             if (following.met) begin(following); /* while the weights are multiplied */

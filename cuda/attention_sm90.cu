@@ -4,8 +4,9 @@
  * A block has three warpgroups and goes from item to item, 128 queries of a head each.  A warp of the first group, the
  * producer, asks TMA for queries, two items' at a time, and for keys and values, in a ring of stages; the other two,
  * the consumers, have 64 queries each.  While a consumer weighs the scores of one block of keys, the tensor cores have
- * those of the next, or work for the other consumer.  Weights go from product to product in registers; what comes out
- * takes the place of the queries, and TMA stores it while the next item is under way.
+ * the values of the block before and, where registers are enough, the scores of the next.  Weights go from product to
+ * product in registers; what comes out takes the place of the queries, TMA stores it while the next item is under way,
+ * and nobody waits for that.
  *
  * Runs, blocks of keys and order of sums are attention.cu's, see csrc/ops.def: what a block of keys adds is one
  * sequence of wgmma. */
@@ -16,9 +17,10 @@ namespace {
 template <int W>
 struct Sizes {
     static constexpr int COLUMNS = W / TILE_WIDTH, SIDE = COLUMNS * TILE; /* of 64 rows of a head: tiles, values */
-    static constexpr int STAGES = W > 64 ? 3 : 4;
-    /* The next scores are on their way while these are weighed; else while values are multiplied, in the same
-     * registers: more there are not. */
+    /* A consumer has up to three: where values are multiplied, where it is, and whose scores come.  3 would do. */
+    static constexpr int STAGES = W > 64 ? 4 : 6;
+    /* The next scores are on their way while these are weighed; else behind, in the same registers: more there are not.
+     */
     static constexpr bool AHEAD = W <= 64;
     static constexpr int BARRIERS = 3 * STAGES + 2 * ITEMS + 1;
     static constexpr size_t BYTES =
@@ -43,24 +45,26 @@ struct Places {
           landed(queries_empty + ITEMS) {}
     __device__ Shared<bf16> keys(int stage) const { return all + 2 * stage * S::SIDE; }
     __device__ Shared<bf16> values(int stage) const { return keys(stage) + S::SIDE; }
-    __device__ Shared<bf16> queries(int place, int consumer) const {
-        return all + (2 * S::STAGES + CONSUMERS * place + consumer) * S::SIDE;
-    }
+    __device__ Shared<bf16> queries(int i) const { return all + (2 * S::STAGES + i) * S::SIDE; }
 };
 
 struct Work {
     float *lse;
     const int32_t *starts;
-    int B, T, NH, NKV, items;
+    int B, T, NH, NKV, tiles, items;
     float factor;
 };
 
-/* The longest come first. */
+/* So many heads go through their tiles together, the longest first: their keys and values, 11 MB at T = 1024, are in L2
+ * from one tile to the next.  Of a third of the SMs each block has long tiles as well as short ones. */
+enum { SECTION = SMS / 3 };
+
 struct Item {
     int b, h, t0;
     __device__ Item(const Work &work, int number) {
-        const int heads = work.B * work.NH, head = number % heads, tiles = work.items / heads;
-        b = head / work.NH, h = head % work.NH, t0 = (tiles - 1 - number / heads) * ROWS;
+        const int before = number / (SECTION * work.tiles) * SECTION, left = work.B * work.NH - before;
+        const int heads = left < SECTION ? left : SECTION, i = number - before * work.tiles, head = before + i % heads;
+        b = head / work.NH, h = head % work.NH, t0 = (work.tiles - 1 - i / heads) * ROWS;
     }
     __device__ int key_head(const Work &work) const { return work.NH + h / (work.NH / work.NKV); }
     __device__ Queries queries(const Work &work) const {
@@ -97,7 +101,7 @@ __device__ void produce(const Places<W> &at, const TensorMap &qkv, const Work &w
             barrier_wait(at.queries_empty + place.stage, place.parity ^ 1);
             barrier_expect(full, CONSUMERS * bytes);
             for (int i = 0; i < CONSUMERS; i++)
-                fetch<W>(at.queries(place.stage, i), qkv, full, it.b, it.h, it.t0 + i * SLICE);
+                fetch<W>(at.queries(CONSUMERS * place.stage + i), qkv, full, it.b, it.h, it.t0 + i * SLICE);
         }
         place.advance();
         Walk walk(x);
@@ -126,171 +130,213 @@ __device__ void produce(const Places<W> &at, const TensorMap &qkv, const Work &w
 
 /* ---- the consumers ---- */
 
-/* A block of keys, the stage where it lies, and of a consumer's queries the first and last that are in its run. */
-template <int STAGES>
+/* A block of keys: the stage where it lies, and how many of its keys are seen by this lane's two queries, by all of the
+ * warp's, and by any of the consumer's; 0 or less: none is. */
+template <int W>
 struct Block {
-    Ring<STAGES> at;
-    int k0, first, last;
-    bool there, seen; /* by one of them */
+    Ring<Sizes<W>::STAGES> at;
+    int mine[2], all, any;
+    static constexpr int NOWHERE = INT32_MIN; /* in `any` */
+    __device__ bool there() const { return any != NOWHERE; }
+    __device__ bool seen() const { return any > 0; }
 };
 
 /* The blocks of keys of an item. */
 template <int W>
 struct Blocks {
-    using Found = Block<Sizes<W>::STAGES>;
     const Places<W> &at;
     Ring<Sizes<W>::STAGES> &ring;
     const Queries &x;
-    int row0, end; /* the consumer's queries */
+    const int row; /* of the tile: the first of this warp */
     Walk walk;
     bool more = true;
+    int mine[2], all, any; /* as in a block, but from the beginning of the batch's row on; 0 if not of the run */
 
-    __device__ Blocks(const Places<W> &at_, Ring<Sizes<W>::STAGES> &ring_, const Queries &x_, int row0_)
-        : at(at_),
-          ring(ring_),
-          x(x_),
-          row0(row0_),
-          end(row0_ + SLICE < x_.count ? row0_ + SLICE : x_.count),
-          walk(x_) {}
-
-    __device__ Found next() {
-        if (!more) return {ring, 0, 0, 0, false, false};
-        const int first = walk.run.first > row0 ? walk.run.first : row0;
-        const int last = walk.run.last < end - 1 ? walk.run.last : end - 1;
-        const Found found = {ring, walk.k0, first, last, true, first <= last && x.first + last >= walk.k0};
-        ring.advance();
-        more = walk.next(x);
+    __device__ Blocks(const Places<W> &at_, Ring<Sizes<W>::STAGES> &ring_, const Queries &x_, int row_)
+        : at(at_), ring(ring_), x(x_), row(row_), walk(x_) {
+        begin_run();
+    }
+    __device__ void begin_run() {
+        const Run run = walk.run;
+        const int row0 = row / SLICE * SLICE, last = run.last < row0 + SLICE - 1 ? run.last : row0 + SLICE - 1;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int i = row + 8 * r + lane_index() / 4;
+            mine[r] = i >= run.first && i <= run.last ? x.first + i + 1 : 0;
+        }
+        all = row >= run.first && row + 15 <= run.last ? x.first + row + 1 : 0;
+        any = run.first <= last && row0 <= last ? x.first + last + 1 : 0;
+    }
+    __device__ Block<W> next() {
+        const int k0 = walk.k0;
+        const Block<W> found = {ring, {mine[0] - k0, mine[1] - k0}, all - k0, more ? any - k0 : Block<W>::NOWHERE};
+        if (more) {
+            const int first = walk.run.first;
+            ring.advance();
+            more = walk.next(x);
+            if (walk.run.first != first) begin_run();
+        }
         return found;
     }
-    __device__ void wait_for_keys(const Found &block) const {
+    __device__ void wait_for_keys(const Block<W> &block) const {
         barrier_wait(at.keys_full + block.at.stage, block.at.parity);
     }
     /* Once for each warp: nothing orders the warps of a warpgroup.  Only of keys that have come: the stage would be let
      * go for the block that lay there before. */
-    __device__ void release(const Found &block) const {
-        if (lane_index() == 0) barrier_arrive(at.empty + block.at.stage);
+    __device__ void release(int stage) const {
+        if (lane_index() == 0) barrier_arrive(at.empty + stage);
     }
 };
 
 /* What a consumer knows of its queries so far; of its warp's 16 a lane has two rows, as in attention.cuh. */
 template <int W>
 struct Slice {
+    using S = Sizes<W>;
+    const int queries, row; /* which of the places; of the tile: the first of this warp */
     Softmax<1> softmax = {{{-INFINITY, -INFINITY}}, {{0.0f, 0.0f}}};
     float sums[W / 8][4] = {};
-    int row; /* of the tile: the first of this warp */
 
-    __device__ int row_of(int r) const { return row + 8 * r + lane_index() / 4; }
+    /* Of the block whose values are multiplied while the next is weighed: its weights, which must stay until then; the
+     * product; the factors of the sums so far, less than 0 for a row of another run; and the stage. */
+    uint32_t p[1][KEY_BLOCK / 16][4];
+    Sums<SLICE> c[S::COLUMNS];
+    float keep[2] = {-1.0f, -1.0f};
+    int held = -1;
 
-    template <class Found>
-    __device__ void begin_block(const Places<W> &at, Shared<bf16> queries, Sums<SLICE> &s, const Found &block) {
-        if (!block.seen) return;
-        barrier_wait(at.keys_full + block.at.stage, block.at.parity);
+    __device__ Slice(int queries_, int row_) : queries(queries_), row(row_) {}
+
+    __device__ void begin_scores(const Blocks<W> &blocks, Sums<SLICE> &s, const Block<W> &block) {
+        if (!block.seen()) return;
+        blocks.wait_for_keys(block);
         wgmma_fence();
-        multiply_slices<W>(s, queries, at.keys(block.at.stage));
+        multiply_slices<W>(s, blocks.at.queries(of_warp(queries)), blocks.at.keys(of_warp(block.at.stage)));
         wgmma_commit();
     }
 
-    /* Weigh the scores s of a block and add its values; meanwhile the scores of the next, which may be the same Sums
-     * where they are not AHEAD. */
-    template <class Found>
-    __device__ void add_block(const Places<W> &at, Shared<bf16> queries, Sums<SLICE> &s, const Found &block,
-                              Sums<SLICE> &s_next, const Found &next, const Queries &x) {
-        if (Sizes<W>::AHEAD) begin_block(at, queries, s_next, next);
-        float score[1][KEY_BLOCK / 8][4], keep[1][2];
-        int seen[1][2];
-#pragma unroll
-        for (int i = 0; i < KEY_BLOCK / 2; i++) score[0][i / 4][i % 4] = s[i];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int mine = row_of(r);
-            seen[0][r] = mine >= block.first && mine <= block.last ? x.first + mine + 1 - block.k0 : 0;
-        }
-        const bool whole = block.first <= row && row + 15 <= block.last && x.first + row + 1 - block.k0 >= KEY_BLOCK;
-        if (!whole) hide(score, seen);
-        weigh(softmax, keep, score, x.factor);
-        uint32_t p[1][KEY_BLOCK / 16][4];
+    /* Weigh the scores s of a block, in their place, and begin to multiply its values.  Under way meanwhile are the
+     * values of the block before, which are then added, and the scores of the next; where they are not AHEAD those come
+     * behind, to the same Sums.  `last`: of the next nothing is seen. */
+    template <bool last>
+    __device__ void add_block(const Blocks<W> &blocks, Sums<SLICE> &s, const Block<W> &block, Sums<SLICE> &s_next,
+                              const Block<W> &next) {
+        if (S::AHEAD && !last) begin_scores(blocks, s_next, next);
+        float(&score)[1][KEY_BLOCK / 8][4] = reinterpret_cast<float(&)[1][KEY_BLOCK / 8][4]>(s[0]);
+        const int seen[1][2] = {{block.mine[0], block.mine[1]}};
+        float factor[1][2];
+        if (block.all < KEY_BLOCK) hide(score, seen);
+        weigh(softmax, factor, score, blocks.x.factor);
+        /* First, for it is a loop: ahead of that the compiler cannot wait for products, as it would ahead of weights.
+         */
+        barrier_wait(blocks.at.values_full + block.at.stage, block.at.parity);
+        add_values(blocks);
         round_weights(p, score);
-        if (!Sizes<W>::AHEAD) begin_block(at, queries, s_next, next);
-        barrier_wait(at.values_full + block.at.stage, block.at.parity);
 #pragma unroll
-        for (int column = 0; column < Sizes<W>::COLUMNS; column++) {
-            Sums<SLICE> c;
-            wgmma_fence();
-            multiply_weights<false>(c, p, at.values(block.at.stage) + column * TILE);
-            wgmma_commit();
-            wgmma_wait<0>();
+        for (int r = 0; r < 2; r++) keep[r] = seen[0][r] > 0 ? factor[0][r] : -1.0f;
+        held = block.at.stage;
+        if (!S::AHEAD && !last) begin_scores(blocks, s_next, next);
+        const Shared<bf16> values = blocks.at.values(of_warp(held));
+        wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < SLICE / 2; i++) { /* a row of another run keeps what it has */
-                float &sum = sums[column * TILE_WIDTH / 8 + i / 4][i % 4];
-                if (seen[0][i % 4 / 2] > 0) sum = fmaf(sum, keep[0][i % 4 / 2], c[i]);
-            }
+        for (int column = 0; column < S::COLUMNS; column++)
+            multiply_weights<false>(c[column], p, values + column * TILE);
+        wgmma_commit();
+        if (!S::AHEAD) wgmma_wait<1>(); /* for the scores, which began before */
+    }
+
+    /* Those of the block before, if there is one; its stage is free then. */
+    __device__ void add_values(const Blocks<W> &blocks) {
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < W / 2; i++) { /* a row of another run keeps what it has */
+            float &sum = sums[i / 4][i % 4];
+            const float factor = keep[i % 4 / 2];
+            if (!(factor < 0.0f)) sum = fmaf(sum, factor, c[i / (SLICE / 2)][i % (SLICE / 2)]);
         }
+        if (held >= 0) blocks.release(held);
     }
 
     /* The outputs, in the place of the queries. */
     __device__ void stage(Shared<bf16> to) const {
         const float upper = 1.0f / softmax.sum[0][0], lower = 1.0f / softmax.sum[0][1];
 #pragma unroll
-        for (int c = 0; c < Sizes<W>::COLUMNS; c++)
+        for (int c = 0; c < S::COLUMNS; c++)
             stage_tile(
                 to + c * TILE, row % SLICE, [&](int i) { return sums[c * TILE_WIDTH / 8 + i / 4][i % 4]; }, upper,
                 lower);
+    }
+    /* Of a head at lse, from the tile's first query on. */
+    __device__ void save(float *lse, int count) const {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int i = row + 8 * r + lane_index() / 4;
+            if (i < count && lane_index() % 4 == 0) lse[i] = LN_2 * softmax.max[0][r] + logf(softmax.sum[0][r]);
+        }
     }
 };
 
 template <int W>
 __device__ void consume(const Places<W> &at, const TensorMap &out, const Work &work, int consumer) {
+    constexpr bool AHEAD = Sizes<W>::AHEAD;
+    const bool sends = threadIdx.x % WARPGROUP == 0;
     Ring<Sizes<W>::STAGES> ring;
-    Ring<ITEMS> place;
     Sums<SLICE> a, b; /* the scores of this block of keys and of the next, in turns */
-    for (int number = (int)blockIdx.x; number < work.items; number += (int)gridDim.x) {
+    int turn = 0;     /* items so far */
+    for (int number = (int)blockIdx.x; number < work.items; number += (int)gridDim.x, turn++) {
         const Item it(work, number);
         const Queries x = it.queries(work);
-        const Shared<bf16> queries = at.queries(place.stage, consumer);
-        Slice<W> slice;
-        slice.row = consumer * SLICE + warp_index() % 4 * 16;
-        Blocks<W> blocks(at, ring, x, consumer * SLICE);
+        const int place = turn % ITEMS;
+        Slice<W> slice(CONSUMERS * place + consumer, consumer * SLICE + warp_index() % 4 * 16);
+        Blocks<W> blocks(at, ring, x, slice.row);
         /* Those that a consumer sees follow each other. */
         auto block = blocks.next();
         auto skip = [&] {
             blocks.wait_for_keys(block);
-            blocks.release(block);
+            blocks.release(block.at.stage);
             block = blocks.next();
         };
+        /* Whether there is another.  The last has code of its own: in it no scores are written or kept. */
         auto add = [&](Sums<SLICE> &s, Sums<SLICE> &s_next) {
             const auto next = blocks.next();
-            slice.add_block(at, queries, s, block, s_next, next, x);
-            blocks.release(block);
+            if (AHEAD && !next.seen()) slice.template add_block<true>(blocks, s, block, s_next, next);
+            else slice.template add_block<false>(blocks, s, block, s_next, next);
             block = next;
+            return next.seen();
         };
-        while (block.there && !block.seen) skip();
-        barrier_wait(at.queries_full + place.stage, place.parity);
-        slice.begin_block(at, queries, a, block);
-        wgmma_wait<0>();
-        while (block.seen) {
-            add(a, Sizes<W>::AHEAD ? b : a);
-            if (Sizes<W>::AHEAD && block.seen) add(b, a);
+        /* The place of the item before.  Said when the first scores are under way, for by then TMA has read the outputs
+         * there; the producer needs it for the next item. */
+        auto hand_back = [&] {
+            if (turn == 0 || !sends) return;
+            tile_store_wait_read<0>();
+            barrier_arrive(at.queries_empty + (turn - 1) % ITEMS);
+        };
+        while (block.there() && !block.seen()) skip();
+        barrier_wait(at.queries_full + place, (uint32_t)(turn / ITEMS % 2));
+        if (block.seen()) {
+            slice.begin_scores(blocks, a, block);
+            hand_back();
+            wgmma_wait<0>();
+            if constexpr (AHEAD)
+                while (add(a, b) && add(b, a)) continue;
+            else
+                while (add(a, a)) continue;
+            slice.add_values(blocks);
+        } else {
+            hand_back();
         }
-        while (block.there) skip();
+        while (block.there()) skip();
+        const Item done(work, AHEAD ? number : from_here(number)); /* said again where registers are few */
+        const Shared<bf16> outputs = at.queries(slice.queries);
         sync_consumer(consumer); /* nobody multiplies the queries any more */
-        slice.stage(queries);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int row = slice.row_of(r);
-            if (row < x.count && lane_index() % 4 == 0)
-                work.lse[((int64_t)it.b * work.NH + it.h) * work.T + it.t0 + row] =
-                    LN_2 * slice.softmax.max[0][r] + logf(slice.softmax.sum[0][r]);
-        }
+        slice.stage(outputs);
+        slice.save(work.lse + ((int64_t)done.b * work.NH + done.h) * work.T + done.t0, x.count);
         fence_async();
         sync_consumer(consumer);
-        if (threadIdx.x % WARPGROUP == 0) {
-            send<W>(out, queries, it.b, it.h, it.t0 + consumer * SLICE);
+        if (sends) {
+            send<W>(out, outputs, done.b, done.h, done.t0 + consumer * SLICE);
             tile_store_commit();
-            tile_store_wait_read<0>();
-            barrier_arrive(at.queries_empty + place.stage);
         }
-        place.advance();
     }
+    if (sends) tile_store_wait_read<0>();
 }
 
 template <int W>
@@ -334,8 +380,8 @@ void run(const act *out, const act *qkv, const Work &work, const char *op) {
 void OPERATOR(attention_forward_sm90)(act *out, float *lse, const act *qkv, const int32_t *starts, int B, int T, int NH,
                                       int NKV, int HS, const char *op) {
     if constexpr (sizeof(act) == sizeof(bf16)) {
-        const int64_t items = divide_up(T, ROWS) * B * NH;
-        const Work work = {lse, starts, B, T, NH, NKV, (int)items, LOG2_E * score_scale(HS)};
+        const int64_t tiles = divide_up(T, ROWS), items = tiles * B * NH;
+        const Work work = {lse, starts, B, T, NH, NKV, (int)tiles, (int)items, LOG2_E * score_scale(HS)};
         if (HS == 64) run<64>(out, qkv, work, op);
         else run<128>(out, qkv, work, op);
     }

@@ -28,6 +28,10 @@ __device__ void send(const TensorMap &map, Shared<bf16> from, int b, int h, int 
     for (int c = 0; c < W; c += TILE_WIDTH) tile_store(map, from + c * SLICE, t, h * W + c, b);
 }
 
+/* The same number, of which the compiler learns here that all lanes of the warp have it: what describes an operand is
+ * then computed once for a warp, in half of the instructions. */
+__device__ inline int of_warp(int x) { return shuffle(x, 0); }
+
 /* Rows of a tile as an operand whose rows are m or n; and as one whose rows are k. */
 __device__ inline uint64_t rows_of(Shared<bf16> tile) { return operand(tile, 16, LINES); }
 __device__ inline uint64_t columns_of(Shared<bf16> tile) { return operand(tile, TILE * (int)sizeof(bf16), LINES); }

@@ -172,6 +172,7 @@ template <class S>
 struct TileSums {
     Sums<S::BN> of[S::SLICES];
     Sums<8> ones[S::SLICES];
+    __device__ float at(int i) { return of[i / (S::BN / 2)][i % (S::BN / 2)]; }
 };
 
 /* An operand's tile from row or column mn on, a multiple of 64. */
@@ -222,19 +223,21 @@ __device__ void release(const Places<S> &at, int stage) {
     if (lane_index() < CLUSTER) barrier_arrive_at(at.empty(stage), lane_index());
 }
 
-/* One chain; behind it the sums may be touched, and its stages are free. */
+/* One chain; behind it the sums may be touched, and its stages are free.  beside(step): what there is to do while the
+ * products of a step other than the first are made. */
 template <class S, bool columns, class F>
 __device__ void multiply_chain(TileSums<S> &sum, const Places<S> &at, Ring<S::STAGES> &ring, int row, int steps,
-                               F beside_the_first) {
+                               F beside) {
     int before = ring.stage;
     multiply_stage<S, columns, true>(sum, at, ring, row);
-    beside_the_first();
+#pragma unroll 1
     for (int step = 1; step < steps; step++) {
         const int stage = ring.stage;
         multiply_stage<S, columns, false>(sum, at, ring, row);
         wgmma_wait<1>(); /* the stage before has been read */
         release<S>(at, before);
         before = stage;
+        beside(step);
     }
     wgmma_wait<0>();
     release<S>(at, before);
@@ -244,9 +247,14 @@ __device__ void multiply_chain(TileSums<S> &sum, const Places<S> &at, Ring<S::ST
 template <class S, Product = S::product>
 struct Total {
     float kept[S::EACH];
-    __device__ void begin() {}
-    __device__ void add(int i, float x, bool first) { kept[i] = first ? x : kept[i] + x; }
-    __device__ void finish() {}
+    __device__ void begin(TileSums<S> &sum) {
+#pragma unroll
+        for (int i = 0; i < S::EACH; i++) kept[i] = sum.at(i);
+    }
+    __device__ void add(TileSums<S> &sum) {
+#pragma unroll
+        for (int i = 0; i < S::EACH; i++) kept[i] += sum.at(i);
+    }
     __device__ float read(int i) const { return kept[i]; }
 };
 
@@ -257,7 +265,10 @@ struct Total<S, WEIGHT> {
 #pragma unroll
         for (int i = 0; i < S::EACH; i++) kept[i] = {};
     }
-    __device__ void add(int i, float x, bool) { kept[i].add(x); }
+    __device__ void add(TileSums<S> &sum) {
+#pragma unroll
+        for (int i = 0; i < S::EACH; i++) kept[i].add(sum.at(i));
+    }
     __device__ void finish() {
 #pragma unroll
         for (int i = 0; i < S::EACH; i++) kept[i].sum = kept[i].value();
@@ -290,37 +301,67 @@ struct ColumnTotal {
     }
 };
 
+/* Gradients of weights. */
 template <class S>
-__device__ void consume(const Places<S> &at, const Output &o, const Boxes &boxes, const Work &work, int consumer) {
+__device__ void consume_rows(const Places<S> &at, const Output &o, const Work &work, int consumer) {
     const int row = consumer * S::SLICES * SLICE;
     Ring<S::STAGES> ring;
     TileSums<S> sum;
     Total<S> total;
-    const Writer<S> writer(at, o, boxes, work, consumer);
-    for (int tile = 0; tile * clusters() + first_item() < work.items; tile++) {
-        const int number = tile * clusters() + first_item();
+    const Writer<S> writer(at, o, work, consumer);
+    for (int number = first_item(); number < work.items; number += clusters()) {
         const Item it = item<S>(work, number);
-        const bool columns = S::product == WEIGHT && o.dbias && it.n0 == 0;
+        const bool columns = o.dbias && it.n0 == 0;
+        writer.prefetch(it, it.m0 + row);
         ColumnTotal<S> column_total;
         total.begin();
-#pragma unroll(S::product == WEIGHT ? 2 : 1) /* by twos a sum needs not be moved; more there is no room for */
+#pragma unroll 2 /* so a sum needs not be moved */
         for (int step = it.first; step < it.last; step += S::CHAIN) {
             const int left = it.last - step, steps = left < S::CHAIN ? left : S::CHAIN;
-            auto meanwhile = [&] {
-                if (step == it.first) writer.begin_tile(it, it.m0 + row, tile);
-            };
             if (columns) {
-                multiply_chain<S, true>(sum, at, ring, row, steps, meanwhile);
+                multiply_chain<S, true>(sum, at, ring, row, steps, [](int) {});
                 column_total.add(sum);
             } else {
-                multiply_chain<S, false>(sum, at, ring, row, steps, meanwhile);
+                multiply_chain<S, false>(sum, at, ring, row, steps, [](int) {});
             }
-#pragma unroll
-            for (int i = 0; i < S::EACH; i++) total.add(i, sum.of[i / (S::BN / 2)][i % (S::BN / 2)], step == it.first);
+            total.add(sum);
         }
         total.finish();
-        writer.write(total, it, it.m0 + row, tile);
+        writer.write(total, it, it.m0 + row);
         if (columns) column_total.write(o.dbias + (int64_t)it.part * work.M, work.parts > 1, it.m0 + row, work.M);
+    }
+}
+
+/* Activations.  Of a tile's boxes the first leaves at once, the others beside the first chain of the next tile, one
+ * beside a step, where that chain has so many: for all of them there are no registers. */
+template <class S>
+__device__ void consume(const Places<S> &at, const Output &o, const Boxes &boxes, const Work &work, int consumer) {
+    const int row = consumer * S::SLICES * SLICE;
+    const bool beside = work.steps >= S::BOXES;
+    static_assert(S::BOXES <= S::CHAIN, "a chain has a step for each");
+    Ring<S::STAGES> ring;
+    TileSums<S> sum;
+    Total<S> total;
+    const Writer<S> writer(at, o, boxes, work);
+    int m0 = 0, n0 = 0; /* of the tile before */
+    for (int tile = 0;; tile++) {
+        const int number = tile * clusters() + first_item();
+        if (number >= work.items) break;
+        const int first = work.steps < S::CHAIN ? work.steps : S::CHAIN;
+        multiply_chain<S, false>(sum, at, ring, row, first, [&](int i) {
+            if (tile > 0 && beside && i < S::BOXES) writer.template write_box<1>(total, m0, n0, tile - 1, i);
+        });
+        if (tile > 0) writer.hand_back();
+        total.begin(sum);
+#pragma unroll 1
+        for (int step = S::CHAIN; step < work.steps; step += S::CHAIN) {
+            const int left = work.steps - step;
+            multiply_chain<S, false>(sum, at, ring, row, left < S::CHAIN ? left : S::CHAIN, [](int) {});
+            total.add(sum);
+        }
+        const Item it = item<S>(work, number);
+        m0 = it.m0 + row, n0 = it.n0;
+        writer.write(total, m0, n0, tile, beside && number + clusters() < work.items ? 1 : S::BOXES);
     }
     writer.finish();
 }
@@ -358,7 +399,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (warp_index() == 1 && boxes.come != NOTHING && elected()) fill_rooms<S>(at, boxes.in, work);
     } else {
         registers_take<240>();
-        consume<S>(at, o, boxes, work, warp_index() / 4 - 1);
+        if constexpr (S::product == WEIGHT) consume_rows<S>(at, o, work, warp_index() / 4 - 1);
+        else consume<S>(at, o, boxes, work, warp_index() / 4 - 1);
     }
     __syncwarp(); /* one lane of two warps has been away */
     cluster_sync();

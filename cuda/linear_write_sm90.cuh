@@ -49,22 +49,14 @@ struct Writer {
     const Output &o;
     const Boxes &boxes;
     const Work &work;
-    const int consumer;
 
-    __device__ Writer(const Places<S> &places_, const Output &o_, const Boxes &boxes_, const Work &work_, int consumer_)
-        : places(places_), o(o_), boxes(boxes_), work(work_), consumer(consumer_) {}
+    __device__ Writer(const Places<S> &places_, const Output &o_, const Boxes &boxes_, const Work &work_)
+        : places(places_), o(o_), boxes(boxes_), work(work_) {}
+
+    __device__ static int consumer() { return from_here((int)threadIdx.x) / WARPGROUP - 1; } /* registers are few */
 
     __device__ static bool first() { return threadIdx.x % WARPGROUP == 0; }
-    __device__ Shared<bf16> box(int i) const { return places.room(consumer, i); }
-
-    /* The next in turn, from which what left has been read. */
-    __device__ Shared<bf16> next_box(int &turn) const {
-        if (boxes.go && turn >= S::BOXES) {
-            if (first()) tile_store_wait_read<S::BOXES - 1>();
-            sync_consumer<S>(consumer);
-        }
-        return box(turn++ % S::BOXES);
-    }
+    __device__ Shared<bf16> box(int i) const { return places.room(consumer(), i % S::BOXES); }
 
     /* Pair i of `from`, or of the box where that came by TMA. */
     __device__ void read(float (&x)[2], const act *from, int comes, Shared<bf16> box, const Spot<S> &spot,
@@ -77,30 +69,14 @@ struct Writer {
         for (int e = 0; e < 2; e++) x[e] = spot.has(i, e) ? to_float(from[spot.at(i, e)]) : 0.0f;
     }
 
-    __device__ void send(act *to, const TensorMap &map, Shared<bf16> box, const float (&x)[2 * PAIRS],
-                         const Spot<S> &spot) const {
-        if (!boxes.go) {
-#pragma unroll
-            for (int i = 0; i < 2 * PAIRS; i++)
-                if (spot.has(i / 2, i % 2)) from_float(to[spot.at(i / 2, i % 2)], x[i]);
-            return;
-        }
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) spot.pair(box, i)[0] = pack_bf16(x[2 * i], x[2 * i + 1]);
-        fence_async();
-        sync_consumer<S>(consumer);
-        if (!first()) return;
-        tile_store(map, box, spot.m0, spot.n0);
-        tile_store_commit();
-    }
-
-    __device__ void add(float (&x)[2 * PAIRS], Shared<bf16> box, const Spot<S> &spot) const {
-        if (!o.add) return;
+    /* To the box, or where boxes do not go to memory. */
+    __device__ void put(act *to, Shared<bf16> box, const float (&x)[2 * PAIRS], const Spot<S> &spot) const {
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
-            float two[2];
-            read(two, o.add, ADD, box, spot, i);
-            x[2 * i] += two[0], x[2 * i + 1] += two[1];
+            if (boxes.go) spot.pair(box, i)[0] = pack_bf16(x[2 * i], x[2 * i + 1]);
+            else
+                for (int e = 0; e < 2; e++)
+                    if (spot.has(i, e)) from_float(to[spot.at(i, e)], x[2 * i + e]);
         }
     }
 
@@ -113,54 +89,86 @@ struct Writer {
         }
     }
 
-    /* The same of sums as `write` of linear.cuh. */
-    __device__ void write_box(float (&x)[2 * PAIRS], Shared<bf16> box, int &turn, const Spot<S> &spot) const {
+    __device__ void scale_by_slope(float (&x)[2 * PAIRS], Shared<bf16> box, const Spot<S> &spot) const {
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            float two[2];
+            read(two, o.given, GIVEN, box, spot, i);
+            x[2 * i] *= gelu_slope(o.fn, two[0]), x[2 * i + 1] *= gelu_slope(o.fn, two[1]);
+        }
+    }
+
+    __device__ void add(float (&x)[2 * PAIRS], Shared<bf16> box, const Spot<S> &spot) const {
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            float two[2];
+            read(two, o.add, ADD, box, spot, i);
+            x[2 * i] += two[0], x[2 * i + 1] += two[1];
+        }
+    }
+
+    /* Of sums the same as `write` of linear.cuh. */
+    __device__ void put_finished(float (&x)[2 * PAIRS], Shared<bf16> pre, Shared<bf16> out, const Spot<S> &spot) const {
         if (S::product == FORWARD) {
             if (o.bias) add_bias(x, spot);
-            if (o.pre) {
-                send(o.pre, boxes.pre, box, x, spot);
-                box = next_box(turn);
-            }
+            if (o.pre) put(o.pre, pre, x, spot);
 #pragma unroll
             for (int i = 0; i < 2 * PAIRS; i++) x[i] = gelu(o.fn, x[i]);
         } else if (o.fn != FN_NONE) {
-#pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
-                float two[2];
-                read(two, o.given, GIVEN, box, spot, i);
-                x[2 * i] *= gelu_slope(o.fn, two[0]), x[2 * i + 1] *= gelu_slope(o.fn, two[1]);
-            }
+            scale_by_slope(x, out, spot);
         }
-        add(x, box, spot);
-        send(o.out, boxes.out, box, x, spot);
+        if (o.add) add(x, out, spot);
+        put(o.out, out, x, spot);
     }
 
-    /* A consumer's part of the block's tile of that number, from row m0 on. */
-    __device__ void write(const Total<S> &total, const Item &it, int m0, int tile) const {
-        int turn = 0;
-        if (boxes.come != NOTHING) barrier_wait(places.room_full(consumer), (uint32_t)tile & 1);
-        else if (boxes.go) sync_consumer<S>(consumer); /* begin_tile has waited */
-#pragma unroll 1                                       /* the code of the functions is there once */
-        for (int i = 0; i < S::BOXES; i++) {
-            const Spot<S> spot(m0 + i / S::ROW_BOXES * SLICE, it.n0 + i % S::ROW_BOXES * S::BOX_WIDTH, work.M, work.N);
-            if (spot.m0 >= work.M || spot.n0 >= work.N) continue;
-            float x[2 * PAIRS];
-#pragma unroll
-            for (int j = 0; j < S::BOXES; j++) {
-                if (j != i) continue; /* registers have no index */
-#pragma unroll
-                for (int k = 0; k < 2 * PAIRS; k++) x[k] = total.read(j * 2 * PAIRS + k);
-            }
-            write_box(x, boxes.come != NOTHING ? box(i) : next_box(turn), turn, spot);
+    /* Until box b can be written: what comes has come; what left from there before, has been read. */
+    __device__ void wait_for_box(int tile, int b, bool two) const {
+        if (boxes.come != NOTHING) {
+            if (b == 0) barrier_wait(places.room_full(consumer()), (uint32_t)tile & 1);
+            return;
         }
+        if (!boxes.go || (b > 0 && !two)) return;
+        if (b > 0 && first()) tile_store_wait_read<0>();
+        sync_consumer<S>(consumer()); /* for b = 0 hand_back has waited */
     }
 
-    /* The tile before may still be under way: when all of it has left, the room is free.  Each warp says so for itself:
-     * one that has not yet looked for what came must not find the next. */
-    __device__ void begin_tile(const Item &, int, int tile) const {
-        if (tile == 0 || !boxes.go) return;
+    /* Box b, at_least or more, of the consumer's part of the block's tile of that number, from (m0, n0) on. */
+    template <int at_least>
+    __device__ void write_box(const Total<S> &total, int m0, int n0, int tile, int b) const {
+        const bool two = S::product == FORWARD && o.pre; /* boxes leave, by places that are used twice */
+        wait_for_box(tile, b, two);
+        const Spot<S> spot(m0 + b / S::ROW_BOXES * SLICE, n0 + b % S::ROW_BOXES * S::BOX_WIDTH, work.M, work.N);
+        if (spot.m0 >= work.M || spot.n0 >= work.N) return;
+        const Shared<bf16> out = box(two ? 2 * b : b), pre = box(2 * b + 1);
+        float x[2 * PAIRS];
+#pragma unroll
+        for (int j = at_least; j < S::BOXES; j++) {
+            if (j != b) continue; /* registers have no index */
+#pragma unroll
+            for (int k = 0; k < 2 * PAIRS; k++) x[k] = total.read(j * 2 * PAIRS + k);
+        }
+        put_finished(x, pre, out, spot);
+        if (!boxes.go) return;
+        fence_async();
+        sync_consumer<S>(consumer());
+        if (!first()) return;
+        tile_store(boxes.out, out, spot.m0, spot.n0);
+        if (two) tile_store(boxes.pre, pre, spot.m0, spot.n0);
+        tile_store_commit();
+    }
+
+    /* The first boxes. */
+    __device__ void write(const Total<S> &total, int m0, int n0, int tile, int count) const {
+#pragma unroll 1 /* the code is there once */
+        for (int b = 0; b < count; b++) write_box<0>(total, m0, n0, tile, b);
+    }
+
+    /* When all of a tile has left its room is free.  Each warp says so for itself: one that has not yet looked for what
+     * came must not find the next. */
+    __device__ void hand_back() const {
+        if (!boxes.go) return;
         if (first()) tile_store_wait_read<0>();
-        if (boxes.come != NOTHING && lane_index() == 0) barrier_arrive(places.room_empty(consumer));
+        if (boxes.come != NOTHING && lane_index() == 0) barrier_arrive(places.room_empty(consumer()));
     }
 
     __device__ void finish() const {
@@ -176,14 +184,14 @@ struct Writer<S, WEIGHT> {
     const Work &work;
     const int consumer;
 
-    __device__ Writer(const Places<S> &places_, const Output &o_, const Boxes &, const Work &work_, int consumer_)
+    __device__ Writer(const Places<S> &places_, const Output &o_, const Work &work_, int consumer_)
         : places(places_), o(o_), work(work_), consumer(consumer_) {}
 
     /* Where value (r, c) of a chunk lies: groups of 4 change places by row, so that lanes of a row or column of an
      * mma's result meet different banks; 8 values from a multiple of 8 on stay together. */
     __device__ static int staged(int r, int c) { return r * STRIP + ((c / 4 ^ r % 4 * 2) * 4) + c % 4; }
 
-    __device__ void write(const Total<S> &total, const Item &it, int m0, int) const {
+    __device__ void write(const Total<S> &total, const Item &it, int m0) const {
         Output mine = o;
         mine.grad += (int64_t)it.part * work.M * work.N;
         for (int i = 0; i < S::SLICES; i++) write_slice(mine, total, i, m0 + i * SLICE, it.n0);
@@ -229,14 +237,13 @@ struct Writer<S, WEIGHT> {
 
     /* What the tile will be added to, into the L2, half a row a thread: when the sums are there, nobody multiplies
      * until they are written. */
-    __device__ void begin_tile(const Item &it, int m0, int) const {
+    __device__ void prefetch(const Item &it, int m0) const {
         const int t = from_here((int)threadIdx.x) % WARPGROUP, m = m0 + t / 2, n = it.n0 + t % 2 * (S::BN / 2);
         static_assert((int)S::SLICES * SLICE * 2 == (int)WARPGROUP, "a thread for each half of a row");
         if (!work.adds || m >= work.M || n >= work.N) return;
         const int columns = work.N - n < S::BN / 2 ? work.N - n : S::BN / 2;
         prefetch_l2(o.grad + (int64_t)m * work.N + n, (size_t)columns * sizeof(float));
     }
-    __device__ void finish() const {}
 };
 
 }  // namespace

@@ -29,11 +29,18 @@ __global__ void nothing() {}
 
 /* More than the 48 KB that every kernel may have must be asked for. */
 enum { WITHOUT_ASKING = 48 << 10 };
-enum { REGISTERS = 64 << 10 }; /* of an SM */
+enum { REGISTERS = 64 << 10, MOST_REGISTERS = 255 }; /* of an SM, and of a thread */
 
 }  // namespace
 
 extern "C" const char *cuda_error(void) { return message[0] ? message : NULL; }
+
+int barelm_cuda_recover(void) {
+    message[0] = 0;
+    cudaGetLastError();
+    worked(cudaStreamSynchronize(cuda_stream()), "the GPU is lost to this process, another can go on");
+    return !message[0];
+}
 
 cudaStream_t cuda_stream() {
     if (!the_stream) worked(cudaStreamCreateWithFlags(&the_stream, cudaStreamNonBlocking), "cuda_stream");
@@ -65,13 +72,16 @@ static void allow_shared(const Grid &g, const void *kernel) {
 }
 
 /* Warpgroups that give and take registers share out all that a block can have (prim_sm90.cuh): had the compiler asked
- * for fewer, the last to take would wait for ever. */
+ * for fewer, the last to take would wait for ever.  At most two warpgroups share nothing out: there is as much for each
+ * thread as one can have. */
 static void check_registers(const Grid &g, const void *kernel) {
     static std::set<const void *> checked;
-    if (!g.sm90 || !checked.insert(kernel).second) return;
+    const int share = REGISTERS / g.threads / 8 * 8;
+    if (!g.sm90 || share > MOST_REGISTERS || checked.count(kernel)) return;
     cudaFuncAttributes of = {};
-    if (worked(cudaFuncGetAttributes(&of, kernel), g.op) && of.numRegs < REGISTERS / g.threads / 8 * 8)
-        fail(g.op, "was compiled to fewer registers than its warps take");
+    if (!worked(cudaFuncGetAttributes(&of, kernel), g.op)) return;
+    if (of.numRegs < share) fail(g.op, "was compiled to fewer registers than its warps take");
+    else checked.insert(kernel);
 }
 
 bool may_launch(const Grid &g, const void *kernel) {
@@ -118,8 +128,8 @@ bool is_sm90(void) {
     int now = 0;
     if (!worked(cudaGetDevice(&now), "is_sm90")) return false;
     if (now != device) {
-        worked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, now), "is_sm90");
-        worked(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, now), "is_sm90");
+        if (!worked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, now), "is_sm90")) return false;
+        if (!worked(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, now), "is_sm90")) return false;
         device = now;
     }
     return major == 9 && minor == 0;
@@ -136,29 +146,29 @@ static decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     return (decltype(&cuTensorMapEncodeTiled))encode;
 }
 
-/* A map is a few words and costs about a microsecond of the host to make; a run has a few hundred. */
+/* A map is a few words and costs about a microsecond of the host to make; a run has a few hundred.  Those that could
+ * not be made are not kept. */
 const TensorMap &tensor_map(const bf16 *p, int rows, int cols, int64_t ld, int box_rows, int box_cols, int count) {
     static std::map<std::tuple<const void *, int, int, int64_t, int, int, int>, TensorMap> maps;
+    static const TensorMap none = {};
     enum { MOST = 1 << 14 };
     if (maps.size() >= MOST) maps.clear();
     const auto key = std::make_tuple((const void *)p, rows, cols, ld, box_rows, box_cols, count);
     const auto found = maps.find(key);
     if (found != maps.end()) return found->second;
-    TensorMap &map = maps[key];
     const auto encode = tensor_map_encoder();
-    if (message[0]) return map;
+    if (message[0]) return none;
+    TensorMap map;
     const cuuint64_t row = (cuuint64_t)ld * sizeof(bf16), strides[2] = {row, row * (cuuint64_t)rows};
     const cuuint64_t sizes[3] = {(cuuint64_t)cols, (cuuint64_t)rows, (cuuint64_t)count};
     const cuuint32_t box[3] = {(cuuint32_t)box_cols, (cuuint32_t)box_rows, 1}, each[3] = {1, 1, 1};
     if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, count ? 3 : 2, const_cast<bf16 *>(p), sizes, strides, box, each,
                CU_TENSOR_MAP_INTERLEAVE_NONE, box_cols == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
-        maps.erase(key);
         fail("tensor_map", "not what TMA can copy");
-        static const TensorMap none = {};
         return none;
     }
-    return map;
+    return maps[key] = map;
 }
 
 void cuda_enter(void) { worked(cudaSetDevice(opened), "cuda_enter"); }
@@ -200,11 +210,9 @@ static char *pinned_place(size_t bytes) {
     static cudaEvent_t left[2];
     static int half;
     static size_t used;
-    if (!pinned) {
-        worked(cudaMallocHost((void **)&pinned, 2 * HALF), "pinned memory");
-        for (cudaEvent_t &event : left)
-            worked(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "pinned memory");
-    }
+    for (cudaEvent_t &event : left)
+        if (!event) worked(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "pinned memory");
+    if (!pinned) worked(cudaMallocHost((void **)&pinned, 2 * HALF), "pinned memory");
     if (message[0]) return NULL;
     if (used + bytes > HALF) {
         worked(cudaEventRecord(left[half], cuda_stream()), "pinned memory");

@@ -19,7 +19,7 @@ struct Grid {
     int threads;
     size_t shared;
     const char *op;
-    bool sm90 = false;  /* the kernel uses words of prim_sm90.cuh, and its warpgroups share out all registers */
+    bool sm90 = false;  /* the kernel uses words of prim_sm90.cuh; more than two warpgroups share out all registers */
     bool early = false; /* it may begin before the one in front of it has ended: see launch_early */
     int cluster =
         1; /* of Hopper: so many blocks, neighbours by number, run at once and reach each other's shared memory */
@@ -28,7 +28,7 @@ struct Grid {
 };
 
 /* The first failure of any operator, in words; NULL: none.  It stays, and later launches do nothing: operators return
- * nothing, so whoever called some asks once behind them. */
+ * nothing, so whoever called some asks once behind them.  Tests and benchmarks go on after barelm_cuda_recover. */
 extern "C" const char *cuda_error(void);
 
 /* Memory of the backend, as `Ops` has it.  copy_in returns when the source may be changed, without waiting for the
@@ -53,6 +53,9 @@ __attribute__((visibility("default"))) const char *barelm_cuda_open(int device);
 }
 
 #ifdef __CUDACC__
+/* Forget the first failure, so that other work can go on: of a launch, say, that asked for too much.  0: a kernel went
+ * wrong while it ran, and the GPU answers nothing more to this process; that is the failure from then on. */
+extern "C" __attribute__((visibility("default"))) int barelm_cuda_recover(void);
 cudaStream_t cuda_stream();
 /* Whether a launch of g may go ahead: not after a failure, and not of nothing. */
 bool may_launch(const Grid &g, const void *kernel);

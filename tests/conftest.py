@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from barelm import _core
+from emulated import KEPT, Backend, compile_objects, link, lost, objects_folder, recover
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # what a shell starts in the background hears no Ctrl-C, and some
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send one to what they start
@@ -38,6 +39,16 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def a_process_that_has_lost_its_gpu_ends():
+    """No later test could pass in it.  Under xdist another process goes on with them."""
+    yield
+    if lost and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)  # what was said is with the other process already
+    if lost:
+        pytest.exit(lost[0], returncode=1)
+
+
 def pytest_collection_modifyitems(items):
     """What takes longest first: of two processes neither then waits for the other's last test."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -46,8 +57,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def cuda_objects():
     """The kernels of cuda/, compiled for their emulation: see emulated.py.  Processes share them, and later runs do."""
-    from emulated import KEPT, compile_objects, objects_folder  # which want `guarded` of this file
-
     KEPT.mkdir(parents=True, exist_ok=True)
     with open(KEPT / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -57,8 +66,6 @@ def cuda_objects():
 @pytest.fixture(scope="session")
 def cuda_library(request, tmp_path_factory):
     """They in one library; or that which BARELM_CUDA_LIBRARY names, for a GPU."""
-    from emulated import link
-
     if on_gpu := os.environ.get("BARELM_CUDA_LIBRARY"):
         return on_gpu
     objects = request.getfixturevalue("cuda_objects")
@@ -67,19 +74,17 @@ def cuda_library(request, tmp_path_factory):
 
 @pytest.fixture
 def device(cuda_library, monkeypatch):
-    """The name of the device that has this library; kernels of the emulation run in order."""
+    """The name of the device that has this library; kernels of the emulation run in order, failures are forgotten."""
     monkeypatch.setenv("BARELM_CUDA_LIBRARY", str(cuda_library))
     library = ctypes.CDLL(str(cuda_library))
-    if hasattr(library, "emulate_schedule"):
-        library.emulate_schedule(ctypes.c_uint64(0))
-    return "cuda"
+    recover(library)
+    yield "cuda"
+    recover(library)
 
 
 @pytest.fixture
 def cuda(request, cuda_library):
     """All operators of cuda/, for activations of the type that the test is parametrized with; kernels run in order."""
-    from emulated import Backend
-
     backend = Backend(cuda_library, request.param)
     backend.schedule(0)
     return backend

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "cuda" / "emulate" / "emulate.cpp"
 ACTS = ("float", "bf16")
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+ON_GPU = bool(os.environ.get("BARELM_CUDA_LIBRARY"))  # then the tests call the library of that name
 # The arithmetic of the source: nothing is fused.  _FORTIFY_SOURCE takes a change of fibers for an attack.
 # <math.h> as C has it: C++'s takes a third of the time.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-x", "c++"]
@@ -85,7 +87,7 @@ def compile_objects(folder):
 def library_for_gpu(source, output, *arch):
     """The kernels of one file and runtime.h's functions, for the GPU that nvcc is told of."""
     words = ["-shared", "-std=c++17", "--fmad=false", *arch, "-Xcompiler", "-fPIC", "-cudart", "static"]
-    subprocess.run(["nvcc", *words, source, ROOT / "cuda" / "runtime.cu", "-o", output], check=True)
+    subprocess.run([NVCC, *words, source, ROOT / "cuda" / "runtime.cu", "-o", output], check=True)
     return output
 
 
@@ -124,6 +126,20 @@ FUNCTIONS = {  # of cuda/runtime.h: result and arguments
     "cuda_copy_in": (None, [POINTER, POINTER, SIZE]),
     "cuda_copy_out": (None, [POINTER, POINTER, SIZE]),
 }
+
+
+lost = []  # why this process has no GPU any more
+
+
+def recover(library):
+    """Forget the failure of a library, so that the next call works; what is to be said besides where that cannot be."""
+    if hasattr(library, "emulate_schedule"):
+        library.emulate_schedule(ctypes.c_uint64(0))
+    elif not library.barelm_cuda_recover():
+        library.cuda_error.restype = ctypes.c_char_p
+        lost.append(library.cuda_error().decode())
+        return "; " + lost[-1]
+    return ""
 
 
 class Array:
@@ -171,8 +187,7 @@ class Backend:
     def check(self):
         error = self.library.cuda_error()
         if error:
-            self.schedule(0)  # forgets it
-            raise RuntimeError(error.decode())
+            raise RuntimeError(error.decode() + recover(self.library))
 
     def call(self, function, args, bf16=()):
         """args: numbers of ctypes, arrays, or None; bf16: the positions of arrays that are stored so."""

@@ -59,12 +59,13 @@ ALL = tuple(
         "cuda_sm90",
         "cuda_attention_sm90",
         "ends",
+        "cuda_runtime",
     )
 )
 (OPS, MODEL, THREADS, CHECKPOINT, INPUT, DOCUMENTS, SHARDS, BPE, GUARD) = ALL[:9]
 (TRAIN, TRUST, NGRAM, LOOP, DRAWS, SESSION, PACKED, LOAD, ENGINE) = ALL[9:18]
 (FOLDERS, PIECES, FORMATS, FUZZ, IMPORT, HELD, LORA, INIT, CUDA, EMULATE, CUDA_ATTENTION, DEVICE) = ALL[18:30]
-(EMULATE_SM90, SM90, ATTENTION_SM90, ENDS) = ALL[30:]
+(EMULATE_SM90, SM90, ATTENTION_SM90, ENDS, RUNTIME) = ALL[30:]
 
 
 @dataclass
@@ -2554,8 +2555,8 @@ FAULTS = [
     Fault(
         "cuda sm90: chains before the last are lost",
         "cuda/linear_sm90.cu",
-        "[i % (S::BN / 2)], step == it.first",
-        "[i % (S::BN / 2)], true",
+        "kept[i] += sum.at(i);",
+        "kept[i] = sum.at(i);",
         SM90,
     ),
     Fault(
@@ -2673,8 +2674,8 @@ FAULTS = [
     Fault(
         "cuda sm90: what came besides is not waited for",
         "cuda/linear_write_sm90.cuh",
-        "if (boxes.come != NOTHING) barrier_wait(places.room_full(consumer), (uint32_t)tile & 1);\n        else if",
-        "if",
+        "            if (b == 0) barrier_wait(places.room_full(consumer()), (uint32_t)tile & 1);\n",
+        "",
         SM90,
     ),
     Fault(
@@ -2687,15 +2688,15 @@ FAULTS = [
     Fault(
         "cuda sm90: a box is written while its store reads it",
         "cuda/linear_write_sm90.cuh",
-        "            if (first()) tile_store_wait_read<S::BOXES - 1>();\n",
+        "        if (b > 0 && first()) tile_store_wait_read<0>();\n",
         "",
         SM90,
     ),
     Fault(
         "cuda sm90: a box is written before the wait for its store is over",
         "cuda/linear_write_sm90.cuh",
-        "tile_store_wait_read<S::BOXES - 1>();\n            sync_consumer<S>(consumer);",
-        "tile_store_wait_read<S::BOXES - 1>();",
+        "        sync_consumer<S>(consumer()); /* for b = 0 hand_back has waited */\n",
+        "",
         SM90,
     ),
     Fault(
@@ -2708,7 +2709,7 @@ FAULTS = [
     Fault(
         "cuda sm90: a box leaves before all have written it",
         "cuda/linear_write_sm90.cuh",
-        "        fence_async();\n        sync_consumer<S>(consumer);",
+        "        fence_async();\n        sync_consumer<S>(consumer());",
         "        fence_async();",
         SM90,
     ),
@@ -2722,8 +2723,8 @@ FAULTS = [
     Fault(
         "cuda sm90: boxes of a tile leave to one place",
         "cuda/linear_write_sm90.cuh",
-        "it.n0 + i % S::ROW_BOXES * S::BOX_WIDTH",
-        "it.n0",
+        "n0 + b % S::ROW_BOXES * S::BOX_WIDTH",
+        "n0",
         SM90,
     ),
     Fault(
@@ -2764,7 +2765,7 @@ FAULTS = [
     Fault(
         "cuda sm90: rows that do not lie on 16 bytes are written past their end",
         "cuda/linear_write_sm90.cuh",
-        "if (spot.has(i / 2, i % 2)) from_float",
+        "if (spot.has(i, e)) from_float",
         "from_float",
         SM90,
     ),
@@ -2778,7 +2779,35 @@ FAULTS = [
     Fault(
         "cuda sm90: the first tile's boxes are not waited for by all",
         "cuda/linear_write_sm90.cuh",
-        "        else if (boxes.go) sync_consumer<S>(consumer); /* begin_tile has waited */\n",
+        "if (!boxes.go || (b > 0 && !two)) return;",
+        "if (!boxes.go || b == 0 || !two) return;",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: the last box is not written beside the next tile",
+        "cuda/linear_sm90.cu",
+        "if (tile > 0 && beside && i < S::BOXES)",
+        "if (tile > 0 && beside && i < S::BOXES - 1)",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: boxes of the last tile wait for a tile behind it",
+        "cuda/linear_sm90.cu",
+        "beside && number + clusters() < work.items ? 1 : S::BOXES",
+        "beside ? 1 : S::BOXES",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: a tile's first box is written beside the next tile again",
+        "cuda/linear_sm90.cu",
+        "writer.template write_box<1>(total, m0, n0, tile - 1, i);",
+        "writer.template write_box<0>(total, m0, n0, tile - 1, i - 1);",
+        SM90,
+    ),
+    Fault(
+        "cuda sm90: the room of a tile is not handed back",
+        "cuda/linear_sm90.cu",
+        "        if (tile > 0) writer.hand_back();\n",
         "",
         SM90,
     ),
@@ -2841,21 +2870,21 @@ FAULTS = [
     Fault(
         "cuda attention sm90: the queries are not waited for",
         "cuda/attention_sm90.cu",
-        "        barrier_wait(at.queries_full + place.stage, place.parity);\n",
+        "        barrier_wait(at.queries_full + place, (uint32_t)(turn / ITEMS % 2));\n",
         "",
         ATTENTION_SM90,
     ),
     Fault(
         "cuda attention sm90: the keys are not waited for",
         "cuda/attention_sm90.cu",
-        "        if (!block.seen) return;\n        barrier_wait(at.keys_full + block.at.stage, block.at.parity);\n",
-        "        if (!block.seen) return;\n",
+        "        if (!block.seen()) return;\n        blocks.wait_for_keys(block);\n",
+        "        if (!block.seen()) return;\n",
         ATTENTION_SM90,
     ),
     Fault(
         "cuda attention sm90: the values are not waited for",
         "cuda/attention_sm90.cu",
-        "        barrier_wait(at.values_full + block.at.stage, block.at.parity);\n",
+        "        barrier_wait(blocks.at.values_full + block.at.stage, block.at.parity);\n",
         "",
         ATTENTION_SM90,
     ),
@@ -2869,8 +2898,8 @@ FAULTS = [
     Fault(
         "cuda attention sm90: a stage is free before its values are multiplied",
         "cuda/attention_sm90.cu",
-        "            slice.add_block(at, queries, s, block, s_next, next, x);\n            blocks.release(block);\n",
-        "            blocks.release(block);\n            slice.add_block(at, queries, s, block, s_next, next, x);\n",
+        "        wgmma_commit();\n        if (!S::AHEAD)",
+        "        wgmma_commit();\n        blocks.release(held), held = -1;\n        if (!S::AHEAD)",
         ATTENTION_SM90,
     ),
     Fault(
@@ -2890,8 +2919,8 @@ FAULTS = [
     Fault(
         "cuda attention sm90: queries come where outputs are still stored",
         "cuda/attention_sm90.cu",
-        "            tile_store_wait_read<0>();\n            barrier_arrive(at.queries_empty + place.stage);\n",
-        "            barrier_arrive(at.queries_empty + place.stage);\n            tile_store_wait_read<0>();\n",
+        "            tile_store_wait_read<0>();\n            barrier_arrive(at.queries_empty + (turn - 1) % ITEMS);\n",
+        "            barrier_arrive(at.queries_empty + (turn - 1) % ITEMS);\n            tile_store_wait_read<0>();\n",
         ATTENTION_SM90,
     ),
     Fault(
@@ -2946,8 +2975,8 @@ FAULTS = [
     Fault(
         "cuda attention sm90: factors of the other row",
         "cuda/attention_sm90.cu",
-        "sum = fmaf(sum, keep[0][i % 4 / 2], c[i]);",
-        "sum = fmaf(sum, keep[0][i % 2], c[i]);",
+        "const float factor = keep[i % 4 / 2];",
+        "const float factor = keep[i % 2];",
         ATTENTION_SM90,
     ),
     Fault(
@@ -2967,15 +2996,121 @@ FAULTS = [
     Fault(
         "cuda attention sm90: keys behind a query are seen",
         "cuda/attention_sm90.cu",
-        "x.first + row + 1 - block.k0 >= KEY_BLOCK;",
-        "x.first + row + 16 - block.k0 >= KEY_BLOCK;",
+        "if (block.all < KEY_BLOCK) hide",
+        "if (block.all + 15 < KEY_BLOCK) hide",
         ATTENTION_SM90,
     ),
     Fault(
         "cuda attention sm90: blocks that the first queries do not see are not let go",
         "cuda/attention_sm90.cu",
-        "        while (block.there) skip();\n",
+        "        while (block.there()) skip();\n",
         "",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: weights are rounded where those of before are multiplied",
+        "cuda/attention_sm90.cu",
+        "        add_values(blocks);\n        round_weights(p, score);\n",
+        "        round_weights(p, score);\n        add_values(blocks);\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: the values before are added by the factors of this block",
+        "cuda/attention_sm90.cu",
+        "        add_values(blocks);\n        round_weights(p, score);\n",
+        "        keep[0] = factor[0][0], keep[1] = factor[0][1];\n"
+        "        add_values(blocks);\n        round_weights(p, score);\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: this stage is let go, for the one before",
+        "cuda/attention_sm90.cu",
+        "        add_values(blocks);\n        round_weights(p, score);\n",
+        "        held = block.at.stage;\n        add_values(blocks);\n        round_weights(p, score);\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: values are added before they are multiplied",
+        "cuda/attention_sm90.cu",
+        "add_values(const Blocks<W> &blocks) {\n        wgmma_wait<0>();",
+        "add_values(const Blocks<W> &blocks) {\n        wgmma_wait<1>();",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: the last block's values are not added",
+        "cuda/attention_sm90.cu",
+        "            slice.add_values(blocks);\n",
+        "            wgmma_wait<0>(), blocks.release(slice.held);\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: values are added to a row of another run",
+        "cuda/attention_sm90.cu",
+        "keep[r] = seen[0][r] > 0 ? factor[0][r] : -1.0f;",
+        "keep[r] = factor[0][r];",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: the first scores are not waited for",
+        "cuda/attention_sm90.cu",
+        "            hand_back();\n            wgmma_wait<0>();\n",
+        "            hand_back();\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: scores that come behind are not waited for",
+        "cuda/attention_sm90.cu",
+        "if (!S::AHEAD) wgmma_wait<1>();",
+        "if (!S::AHEAD) wgmma_wait<2>();",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: the same scores are weighed twice",
+        "cuda/attention_sm90.cu",
+        "while (add(a, b) && add(b, a)) continue;",
+        "while (add(a, b) && add(a, b)) continue;",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: a run sees what the one before saw",
+        "cuda/attention_sm90.cu",
+        "            if (walk.run.first != first) begin_run();\n",
+        "            if (walk.run.first < first) begin_run();\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: the place at work is handed back",
+        "cuda/attention_sm90.cu",
+        "barrier_arrive(at.queries_empty + (turn - 1) % ITEMS);",
+        "barrier_arrive(at.queries_empty + turn % ITEMS);",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: who sees nothing hands no place back",
+        "cuda/attention_sm90.cu",
+        "        } else {\n            hand_back();\n        }\n",
+        "        }\n",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: a block ends while its last outputs are stored",
+        "cuda/attention_sm90.cu",
+        "    if (sends) tile_store_wait_read<0>();\n",
+        "",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: items of the last section that are of no head",
+        "cuda/attention_sm90.cu",
+        "const int heads = left < SECTION ? left : SECTION,",
+        "const int heads = before || left >= SECTION ? SECTION : left,",
+        ATTENTION_SM90,
+    ),
+    Fault(
+        "cuda attention sm90: items of the second section are those of the first and others",
+        "cuda/attention_sm90.cu",
+        "i = number - before * work.tiles,",
+        "i = number - before,",
         ATTENTION_SM90,
     ),
     Fault(
@@ -3093,8 +3228,8 @@ FAULTS = [
     Fault(
         "cuda attention backward sm90: gradients meet values for keys",
         "cuda/attention_backward_sm90.cu",
-        "multiply_weights<true>(first, ds16, at.others(block.at.stage, 0));",
-        "multiply_weights<true>(first, ds16, at.others(block.at.stage, 1));",
+        "multiply_weights<true>(first, ds16, at.others(stage, 0));",
+        "multiply_weights<true>(first, ds16, at.others(stage, 1));",
         ATTENTION_SM90,
     ),
     Fault(
@@ -3551,6 +3686,97 @@ FAULTS = [
         "turned = columns == TILE_WIDTH ? 3",
         EMULATE_SM90,
     ),
+    Fault(
+        "runtime: small kernels of Hopper's words need all registers",
+        "cuda/runtime.cu",
+        "share > MOST_REGISTERS ||",
+        "share < 0 ||",
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: too few registers are seen once",
+        "cuda/runtime.cu",
+        "    if (of.numRegs < share) fail",
+        "    checked.insert(kernel);\n    if (of.numRegs < share) fail",
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: a kernel of one register too few is launched",
+        "cuda/runtime.cu",
+        "if (of.numRegs < share)",
+        "if (of.numRegs < share - 1)",
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: a failure is never forgotten",
+        "cuda/runtime.cu",
+        "    message[0] = 0;\n    cudaGetLastError();\n",
+        "    cudaGetLastError();\n",
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: a lost GPU is taken for one that answers",
+        "cuda/runtime.cu",
+        '    worked(cudaStreamSynchronize(cuda_stream()), "the GPU is lost to this process, another can go on");\n',
+        "",
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: a map that was refused is kept",
+        "cuda/runtime.cu",
+        '        fail("tensor_map", "not what TMA can copy");\n        return none;\n',
+        '        fail("tensor_map", "not what TMA can copy");\n        return maps[key] = map;\n',
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: pinned memory is filled again before it has left",
+        "cuda/runtime.cu",
+        '        worked(cudaEventSynchronize(left[half]), "pinned memory");\n',
+        "",
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: nobody says when a half of pinned memory has left",
+        "cuda/runtime.cu",
+        '        worked(cudaEventRecord(left[half], cuda_stream()), "pinned memory");\n',
+        "",
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: bytes lie upon each other in pinned memory",
+        "cuda/runtime.cu",
+        "    used += (bytes + 15) / 16 * 16;\n",
+        "",
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: no memory for an array is a failure of the GPU",
+        "cuda/runtime.cu",
+        "if (e == cudaErrorMemoryAllocation) {",
+        "if (false) {",
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: a recording is replayed on other working memory",
+        "cuda/runtime.cu",
+        "if (r->memory != memory) return 0;",
+        "",
+        RUNTIME,
+    ),
+    Fault(
+        "runtime: working memory grows in a recording",
+        "cuda/runtime.cu",
+        '    if (recording) {\n        fail("scratch",',
+        '    if (false) {\n        fail("scratch",',
+        RUNTIME,
+    ),
+    Fault(
+        "model: logits are looked at where the device failed",
+        "csrc/model.c",
+        "Status s = checked_device(m->ops, m->error, OK); /* had",
+        "Status s = OK; /* had",
+        RUNTIME,
+    ),
 ]
 
 
@@ -3678,6 +3904,7 @@ def main():
     args = parser.parse_args()
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     flags += " neon" if SIMDE.exists() else ""
+    flags += " nvcc" if shutil.which(os.environ.get("CUDACXX", "nvcc")) else ""
     faults = [f for f in FAULTS if not args.words or any(word in f.what for word in args.words)]
     with tempfile.TemporaryDirectory(prefix="faults") as folder:
         tree = Tree((args.keep or Path(folder)).resolve())
@@ -3688,8 +3915,9 @@ def main():
                 sys.exit(f"without any fault: {said}")
         missed = []
         for fault in faults:
-            if fault.isa not in flags:
-                print(f"left out    {fault.what}: this machine has no {fault.isa}", flush=True)
+            needs = "nvcc" if fault.file == "cuda/runtime.cu" else fault.isa
+            if needs not in flags:
+                print(f"left out    {fault.what}: this machine has no {needs}", flush=True)
                 continue
             start = time.monotonic()
             caught, how = plant(tree, fault)

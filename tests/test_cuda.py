@@ -5,7 +5,7 @@ Attention and draws are in test_cuda_attention.py.
 Calls, references and tolerances are those of test_ops.py.  For activations in bf16 the reference gets inputs that were
 rounded to it, and an output may be half a unit in the last place of bf16 further off: it is rounded once, at the end.
 
-With BARELM_CUDA_LIBRARY=.../libbarelm_cuda.so the same calls go to a GPU instead.
+With BARELM_CUDA_LIBRARY=.../libbarelm_cuda.so the same calls go to a GPU instead, and those of GPT-2's own size too.
 """
 
 import ctypes
@@ -25,6 +25,7 @@ from conftest import guarded, prefilled
 from emulated import (
     ACTS,
     COMPILER,
+    ON_GPU,
     ROOT,
     Backend,
     activations,
@@ -40,7 +41,7 @@ from test_ops import assert_close, filled, same_bits
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
 
 BF16, INT8, EPS = test_ops.PREC["bf16"], 2, test_ops.EPS
-SEEDS = (1, 2, 3)  # of the unfair schedules, beside the one in order
+SEEDS = () if ON_GPU else (1, 2, 3)  # of the unfair schedules, beside the one in order
 HEADERS = {"linear.cuh": "linear.cu", "linear_few.cuh": "linear.cu", "norm.cuh": "norm.cu"}  # and who includes it
 ELSEWHERE = ("attention", "attention_paged", "sample")  # files of operators that test_cuda_attention.py tests
 
@@ -104,12 +105,14 @@ def answer(cuda, call):
 
 
 def worth_its_time(act, op, c):
-    """A thread here is a thousand times slower than there.  What holds no activations is run once; products in the
-    precision that goes with the type of activations, and one case in the other; and each is at least one tile."""
-    if c.big or max(c.sizes.get("C", 0), c.sizes.get("OC", 0)) > 5000:
+    """A thread here is a thousand times slower than on a GPU, where all sizes are.  What holds no activations is run
+    once; products in the precision that goes with the type of activations, and one case in the other; and each is at
+    least one tile."""
+    if not ON_GPU and (c.big or max(c.sizes.get("C", 0), c.sizes.get("OC", 0)) > 5000):
         return False
     if op.startswith("linear"):
-        if c.why in ("one past a vector of 8", "one past a vector of 16", "one past two K blocks of C"):
+        less = c.why in ("one past a vector of 8", "one past a vector of 16", "one past two K blocks of C")
+        if less and not ON_GPU:
             return False
         return c.prec == {"float": "fp32", "bf16": "bf16"}[act] or c.why == "one past two tiles"
     return act == "float" or bool(activations(op))
@@ -146,7 +149,7 @@ def test_values_and_the_same_bits_under_every_schedule(cuda, which):
 
 
 def is_small(op, c):
-    return not op.startswith("linear") or c.why in ("one past two tiles", "one past a K block of C")
+    return (not c.big and not op.startswith("linear")) or c.why in ("one past two tiles", "one past a K block of C")
 
 
 @every_case(keep=lambda op, c: is_small(op, c) and test_ops.has_rows(op, c))
@@ -179,6 +182,27 @@ def check_in_place(backend, call):
         assert same_bits(a, whole[name]), name
 
 
+def on_every_tiling(op, c):
+    return op in ("linear_forward", "linear_backward_input") and c.prec == "bf16" and c.N > 16
+
+
+@pytest.mark.skipif(not ON_GPU, reason="test_cuda_sm90.py has it for the emulation")
+@every_case(keep=on_every_tiling)
+def test_every_tiling_of_a_hopper_has_the_same_bits(cuda, which):
+    tiling, call = cuda.library.barelm_cuda_tiling, build(cuda.act, *which)
+    if not tiling(-1):
+        pytest.skip("no Hopper")
+    whole = run(cuda, call)
+    try:
+        for kind in range(tiling(-1)):
+            tiling(kind)
+            other = run(cuda, call)
+            for name in whole:
+                assert same_bits(whole[name], other[name]), (name, kind)
+    finally:
+        tiling(-1)
+
+
 def room(*shape):
     return guarded(np.full(shape, np.nan, np.float32))
 
@@ -206,7 +230,7 @@ def check_rows_behind_a_norm(cuda, seeds=SEEDS):
 
 
 def check_small_behind_large(cuda):
-    """Gradients of weights: one row of 2^24, and in each of 20 later blocks of rows a 1, which plain floats would lose."""
+    """Gradients of weights: one row of 2^24, and a 1 in each of 20 later blocks of rows, which floats would lose."""
     rows, block = 21 * 128, 128
     d, x = np.ones((rows, 8), np.float32), np.zeros((rows, 8), np.float32)
     x[::block] = 1

@@ -7,7 +7,6 @@ where activations are bf16.
 
 import ctypes
 import math
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import reference
 import test_ops
 from cases import ATTENTION, SAMPLE, case, make_starts
 from conftest import guarded
-from emulated import COMPILER, ROOT, Backend, compile_object, link, to_bf16
+from emulated import COMPILER, ON_GPU, ROOT, Backend, compile_object, link, to_bf16
 from faults import FAULTS, planted_always
 from test_cuda import ELSEWHERE, Stored, check_values, run
 from test_ops import KEY_BLOCK, PREC, same_bits
@@ -28,13 +27,16 @@ pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
 
 
 def smaller(c):
-    """Of a long row two heads are as good as more; 140 positions are three blocks of keys, and 80 are two."""
+    """Of a long row two heads are as good as more; 140 positions are three blocks of keys, and 80 are two.  On a GPU
+    only the reference takes time: with all heads of GPT-2 10 s."""
+    if ON_GPU:
+        return replace(c, sizes=c.sizes | dict(NH=4, NKV=4 * c.NKV // c.NH)) if c.big else c
     T = min(c.T, 140 if c.prec == "bf16" and c.starts != "window" else 80)
     fewer = dict(B=1, NH=min(c.NH, 2), NKV=1 if c.NKV < c.NH else min(c.NKV, 2)) if T > 70 else {}
     return replace(c, sizes=c.sizes | fewer | dict(T=T))
 
 
-SHORT = [smaller(c) for c in ATTENTION if not c.big]
+SHORT = [smaller(c) for c in ATTENTION if ON_GPU or not c.big]
 ONE = dict(B=1, prec="bf16", starts=None, scale=1)
 GROUPED = case("64 values, grouped", **(ONE | dict(T=90, NH=4, NKV=2, HS=64)))
 FAST = [
@@ -42,6 +44,22 @@ FAST = [
     case("64 values, a tile and a bit", **(ONE | dict(T=150, NH=2, NKV=1, HS=64, starts="packed"))),
     case("one past 64 values", **(ONE | dict(T=66, NH=1, NKV=1, HS=65))),
     case("128 values", **(ONE | dict(T=97, NH=1, NKV=1, HS=128, starts="ragged"))),
+]
+if ON_GPU:  # for those of Hopper, which test_cuda_attention_sm90.py has for the emulation
+    FAST += [
+        case("64 values, one position", **(ONE | dict(T=1, NH=1, NKV=1, HS=64))),
+        case("64 values, three tiles, the last a few", **(ONE | dict(T=260, NH=2, NKV=2, HS=64))),
+        case("64 values, documents in every row", **(ONE | dict(B=2, T=290, NH=2, NKV=1, HS=64, starts="packed"))),
+        case("128 values, large scores", **(ONE | dict(T=129, NH=2, NKV=1, HS=128, scale=8))),
+        case("128 values, windows", **(ONE | dict(T=70, NH=1, NKV=1, HS=128, starts="window"))),
+        case("128 values, documents", **(ONE | dict(B=2, T=290, NH=4, NKV=2, HS=128, starts="packed"))),
+        case("128 values, long", **(ONE | dict(T=1024, NH=1, NKV=1, HS=128))),
+    ]
+# Heads of the keys in 5/7 of a Hopper's SMs and more: one kernel makes all gradients.
+FULL = [
+    case("a head for most SMs", **(ONE | dict(B=8, T=200, NH=12, NKV=12, HS=64))),
+    case("groups, and documents", **(ONE | dict(B=8, T=135, NH=24, NKV=12, HS=64, starts="packed"))),
+    case("more heads than SMs", **(ONE | dict(B=16, T=70, NH=12, NKV=12, HS=64))),
 ]
 QUICK = [SHORT[i] for i, c in enumerate(SHORT) if c.prec == "bf16" and (c.T == 1 or (c.why == "short" and c.starts))]
 CASES = [("float", c) for c in SHORT if c.prec == "fp32" or c.T < 100]
@@ -148,6 +166,18 @@ def test_a_row_of_a_batch_has_the_gradient_that_it_has_alone(cuda, rng, prec):
     call = build(cuda.act, "attention_backward", case("", **(ONE | dict(B=2, T=70, NH=2, NKV=1, HS=8, prec=prec))))
     whole = run(cuda, call)["dqkv"]
     for b in 0, 1:
+        assert same_bits(run(cuda, call.part([b]))["dqkv"][0], whole[b])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="of test_cuda_attention_sm90.py; so many heads take minutes thread by thread")
+@pytest.mark.parametrize("cuda", ["bf16"], indirect=True)
+@pytest.mark.parametrize("c", FULL, ids=str)
+def test_heads_that_fill_a_hopper(cuda, c):
+    """Gradients of a batch are made by one kernel there, of a row alone by two: the same bits."""
+    call = build("bf16", "attention_backward", c)
+    check_values(cuda, call)
+    whole = run(cuda, call)["dqkv"]
+    for b in 0, c.B - 1:
         assert same_bits(run(cuda, call.part([b]))["dqkv"][0], whole[b])
 
 
@@ -282,7 +312,7 @@ def test_pages_of_other_rows_are_not_written(cuda, rng, prec):
 
 # ---- draws: no activations, so one library is enough
 
-DRAWS = [replace(c, sizes=c.sizes | dict(N=min(c.N, 15 if c.V < 1000 else 5))) for c in SAMPLE if not c.big]
+DRAWS = [replace(c, sizes=c.sizes | dict(N=min(c.N, 15 if c.V < 1000 else 5))) for c in SAMPLE if ON_GPU or not c.big]
 as_float = pytest.mark.parametrize("cuda", ["float"], indirect=True)
 
 
@@ -342,7 +372,7 @@ def test_draws_with_a_story(cuda):
 
 
 @as_float
-@pytest.mark.skipif(not os.environ.get("BARELM_CUDA_LIBRARY"), reason="takes 12 s thread by thread")
+@pytest.mark.skipif(not ON_GPU, reason="takes 12 s thread by thread")
 def test_draws_from_a_row_of_more_slices_than_threads(cuda):
     logits = np.full(4096 * 1024 + 5000, -200.0)
     logits[[0, 4096 * 3 + 7, -1]] = 1.0

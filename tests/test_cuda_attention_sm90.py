@@ -69,6 +69,7 @@ def hopper(objects, tmp_path_factory):
 
 
 WHICH = [(op, c) for op in OPS for c in CASES if op == OPS[0] or c.HS == 64]
+WHICH.append((OPS[0], case("heads in two sections", **(ONE | dict(B=2, T=130, NH=23, NKV=1, HS=64)))))
 every_case = pytest.mark.parametrize("which", WHICH, ids=[f"{op}-{c}" for op, c in WHICH])
 
 

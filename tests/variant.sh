@@ -17,7 +17,7 @@ asan)
     # all that calls C, but files and whole runs of the command line: what they call is called by the rest; and the
     # emulation, which changes stacks
     for name in assistant bench_cuda bench_growth bench_llmc checkpoint choice cuda cuda_attention cuda_attention_sm90 cuda_model \
-        cuda_sm90 documents emulate emulate_sm90 ends folders formats guard import_export incontext init loop \
+        cuda_runtime cuda_sm90 documents emulate emulate_sm90 ends folders formats guard import_export incontext init loop \
         ngram plan prepare regurgitate report sentencepiece shards tasks tokenizer train trust vocabulary; do
         set -- --ignore "tests/test_$name.py" "$@"
     done
