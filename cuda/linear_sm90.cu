@@ -223,11 +223,15 @@ __device__ void release(const Places<S> &at, int stage) {
     if (lane_index() < CLUSTER) barrier_arrive_at(at.empty(stage), lane_index());
 }
 
+struct Nothing {
+    __device__ void operator()(int) const {}
+};
+
 /* One chain; behind it the sums may be touched, and its stages are free.  beside(step): what there is to do while the
  * products of a step other than the first are made. */
-template <class S, bool columns, class F>
+template <class S, bool columns, class F = Nothing>
 __device__ void multiply_chain(TileSums<S> &sum, const Places<S> &at, Ring<S::STAGES> &ring, int row, int steps,
-                               F beside) {
+                               F beside = {}) {
     int before = ring.stage;
     multiply_stage<S, columns, true>(sum, at, ring, row);
 #pragma unroll 1
@@ -319,10 +323,10 @@ __device__ void consume_rows(const Places<S> &at, const Output &o, const Work &w
         for (int step = it.first; step < it.last; step += S::CHAIN) {
             const int left = it.last - step, steps = left < S::CHAIN ? left : S::CHAIN;
             if (columns) {
-                multiply_chain<S, true>(sum, at, ring, row, steps, [](int) {});
+                multiply_chain<S, true>(sum, at, ring, row, steps);
                 column_total.add(sum);
             } else {
-                multiply_chain<S, false>(sum, at, ring, row, steps, [](int) {});
+                multiply_chain<S, false>(sum, at, ring, row, steps);
             }
             total.add(sum);
         }
@@ -356,7 +360,7 @@ __device__ void consume(const Places<S> &at, const Output &o, const Boxes &boxes
 #pragma unroll 1
         for (int step = S::CHAIN; step < work.steps; step += S::CHAIN) {
             const int left = work.steps - step;
-            multiply_chain<S, false>(sum, at, ring, row, left < S::CHAIN ? left : S::CHAIN, [](int) {});
+            multiply_chain<S, false>(sum, at, ring, row, left < S::CHAIN ? left : S::CHAIN);
             total.add(sum);
         }
         const Item it = item<S>(work, number);

@@ -69,7 +69,7 @@ struct Writer {
         for (int e = 0; e < 2; e++) x[e] = spot.has(i, e) ? to_float(from[spot.at(i, e)]) : 0.0f;
     }
 
-    /* To the box, or where boxes do not go to memory. */
+    /* Into the box; where boxes do not leave, to memory. */
     __device__ void put(act *to, Shared<bf16> box, const float (&x)[2 * PAIRS], const Spot<S> &spot) const {
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
@@ -135,7 +135,7 @@ struct Writer {
     /* Box b, at_least or more, of the consumer's part of the block's tile of that number, from (m0, n0) on. */
     template <int at_least>
     __device__ void write_box(const Total<S> &total, int m0, int n0, int tile, int b) const {
-        const bool two = S::product == FORWARD && o.pre; /* boxes leave, by places that are used twice */
+        const bool two = S::product == FORWARD && o.pre; /* boxes leave, from places that are used again */
         wait_for_box(tile, b, two);
         const Spot<S> spot(m0 + b / S::ROW_BOXES * SLICE, n0 + b % S::ROW_BOXES * S::BOX_WIDTH, work.M, work.N);
         if (spot.m0 >= work.M || spot.n0 >= work.N) return;

@@ -41,7 +41,7 @@ from test_ops import assert_close, filled, same_bits
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler (CXX)")
 
 BF16, INT8, EPS = test_ops.PREC["bf16"], 2, test_ops.EPS
-SEEDS = () if ON_GPU else (1, 2, 3)  # of the unfair schedules, beside the one in order
+SEEDS = (1,) if ON_GPU else (1, 2, 3)  # of the unfair schedules, beside the one in order; there a second run
 HEADERS = {"linear.cuh": "linear.cu", "linear_few.cuh": "linear.cu", "norm.cuh": "norm.cu"}  # and who includes it
 ELSEWHERE = ("attention", "attention_paged", "sample")  # files of operators that test_cuda_attention.py tests
 
