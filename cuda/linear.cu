@@ -321,7 +321,7 @@ void multiply(const Output &o, const Matrix<TA> &a, const Matrix<TB> &b, int pre
     if (bytes > 0) room = (char *)scratch(bytes);
     const Matrix<bf16> a16 = rounded(room, a, op), b16 = rounded(room, b, op);
     if constexpr (product == FORWARD)
-        if (are_few(M, K)) return multiply_few(o, PlainRows{a16}, b16, M, N, K, op);
+        if (are_few(M, K)) return multiply_few<PlainRows>(o, a16, b16, M, N, K, op);
     if (sm90)
         return OPERATOR(linear_sm90)({product,       a16.p,  b16.p,  a16.rows, a16.cols, b16.rows,
                                       b16.cols,      a16.ld, b16.ld, o.out,    o.pre,    o.add,
@@ -413,9 +413,12 @@ void OPERATOR(norm_linear_packed)(act *out, act *normed, float *moments, const a
         const Output o = {out, NULL, NULL, NULL, bias, NULL, NULL, fn, 0};
         const Matrix<bf16> weight = {(const bf16 *)packed, OC, C, C};
         char *room = room_for(weight) ? (char *)scratch(room_for(weight)) : NULL;
-        const NormedRows rows = {in, gain, shift, eps, C, norm == NORM_LAYERNORM, {}};
-        multiply_few(o, rows, rounded(room, weight, __func__), N, OC, C, __func__);
-        return;
+        const Matrix<bf16> b = rounded(room, weight, __func__);
+        const Unnormed rows = {in, gain, shift, eps, C, norm == NORM_LAYERNORM};
+        const int kept = on_16_bytes(gain) && on_16_bytes(shift) ? kept_vectors(in, C) : 0;
+        if (kept == 4) return multiply_few<NormedRows<4>>(o, rows, b, N, OC, C, __func__);
+        if (kept == 8) return multiply_few<NormedRows<8>>(o, rows, b, N, OC, C, __func__);
+        return multiply_few<NormedRows<0>>(o, rows, b, N, OC, C, __func__);
     }
     if (norm == NORM_LAYERNORM) OPERATOR(layernorm_forward)(normed, moments, moments + N, in, gain, shift, eps, N, C);
     else OPERATOR(rmsnorm_forward)(normed, moments, in, gain, eps, N, C);

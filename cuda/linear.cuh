@@ -28,35 +28,51 @@ struct Output {
     int fn, accumulate;
 };
 
+/* What memory has for the sums (m, n ..) to meet; it may be asked for before they are made. */
 template <Product product>
-__device__ void write(const Output &o, float (&x)[VEC], int m, int n, int N, int count) {
+struct Beside {
+    Pack<float, VEC> bias = {}, old = {};
+    Pack<act, VEC> add = {}, given = {};
+
+    __device__ Beside() {}
+    __device__ Beside(const Output &o, int m, int n, int N, int count) {
+        const int64_t at = (int64_t)m * N + n;
+        if (product == WEIGHT) {
+            if (o.accumulate) old = load<VEC>(o.grad + at, count);
+            return;
+        }
+        if (product == FORWARD && o.bias) bias = load<VEC>(o.bias + n, count);
+        if (product == INPUT && o.fn != FN_NONE) given = load<VEC>(o.given + at, count);
+        if (o.add) add = load<VEC>(o.add + at, count);
+    }
+};
+
+template <Product product>
+__device__ void write(const Output &o, float (&x)[VEC], const Beside<product> &beside, int m, int n, int N, int count) {
     const int64_t at = (int64_t)m * N + n;
-    Pack<act, VEC> add = {};
     if (product == WEIGHT) {
-        Pack<float, VEC> old = {};
-        if (o.accumulate) old = load<VEC>(o.grad + at, count);
 #pragma unroll
-        for (int i = 0; i < VEC; i++) x[i] = o.accumulate ? old[i] + x[i] : x[i];
+        for (int i = 0; i < VEC; i++) x[i] = o.accumulate ? beside.old[i] + x[i] : x[i];
         store(o.grad + at, x, count);
         return;
     }
     if (product == FORWARD) {
-        Pack<float, VEC> bias = {};
-        if (o.bias) bias = load<VEC>(o.bias + n, count);
 #pragma unroll
-        for (int i = 0; i < VEC; i++) x[i] = o.bias ? x[i] + bias[i] : x[i];
+        for (int i = 0; i < VEC; i++) x[i] = o.bias ? x[i] + beside.bias[i] : x[i];
         if (o.pre) store(o.pre + at, x, count);
 #pragma unroll
         for (int i = 0; i < VEC; i++) x[i] = gelu(o.fn, x[i]);
     } else if (o.fn != FN_NONE) {
-        const Pack<act, VEC> given = load<VEC>(o.given + at, count);
 #pragma unroll
-        for (int i = 0; i < VEC; i++) x[i] *= gelu_slope(o.fn, given[i]);
+        for (int i = 0; i < VEC; i++) x[i] *= gelu_slope(o.fn, beside.given[i]);
     }
-    if (o.add) add = load<VEC>(o.add + at, count);
 #pragma unroll
-    for (int i = 0; i < VEC; i++) x[i] = o.add ? x[i] + add[i] : x[i];
+    for (int i = 0; i < VEC; i++) x[i] = o.add ? x[i] + beside.add[i] : x[i];
     store(o.out + at, x, count);
+}
+template <Product product>
+__device__ void write(const Output &o, float (&x)[VEC], int m, int n, int N, int count) {
+    write(o, x, Beside<product>(o, m, n, N, count), m, n, N, count);
 }
 
 /* A sum that gives each addition's error to the next (Kahan 1965, doi:10.1145/363707.363723): off by two units in the

@@ -40,22 +40,7 @@ __global__ void __launch_bounds__(ROWS *WARP)
     rstd[n] = m.rstd;
 }
 
-/* Sum over the row of x - shift, or of its square, in the order of row_sum. */
-template <bool square, int V>
-__device__ float sum_of_vectors(const Pack<act, VEC> (&x)[V], float shift, int first, int C) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int v = 0; v < V; v++)
-        if (first + v * WARP * VEC < C)
-#pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                const float d = x[v][i] - shift;
-                sum += square ? d * d : d;
-            }
-    return warp_sum(sum);
-}
-
-/* The same, to the same bits, of rows of at most V whole vectors a lane, all on 16 bytes. */
+/* The same, to the same bits, of rows of at most V whole vectors a lane; all arrays lie on 16 bytes. */
 template <bool with_mean, int V>
 __global__ void __launch_bounds__(ROWS *WARP)
     norm_forward_short(act *out, float *mean, float *rstd, const act *in, const float *weight, const float *bias,
@@ -65,24 +50,19 @@ __global__ void __launch_bounds__(ROWS *WARP)
     if (blockIdx.x == 0 && threadIdx.x == 0) prefetch_row(weight, C), prefetch_row(bias, C);
     wait_earlier();
     if (n >= N) return;
-    const int first = lane_index() * VEC;
-    Pack<act, VEC> x[V];
-#pragma unroll
-    for (int v = 0; v < V; v++)
-        if (first + v * WARP * VEC < C) x[v] = load_all<VEC>(in + n * C + first + v * WARP * VEC);
-    Moments m = {0.0f, 0.0f};
-    if (with_mean) m.mean = sum_of_vectors<false>(x, 0.0f, first, C) / (float)C;
-    m.rstd = 1.0f / sqrtf(sum_of_vectors<true>(x, m.mean, first, C) / (float)C + eps);
+    KeptRow<V> row;
+    row.read(in + n * C, C);
+    const Moments m = row.moments(with_mean, eps, C);
 #pragma unroll
     for (int v = 0; v < V; v++) {
-        const int c = first + v * WARP * VEC;
+        const int c = row.column(v);
         if (c >= C) continue;
         const Pack<float, VEC> w = load_all<VEC>(weight + c);
         Pack<float, VEC> b = {};
         if (bias) b = load_all<VEC>(bias + c);
         float y[VEC];
 #pragma unroll
-        for (int i = 0; i < VEC; i++) y[i] = normalised(x[v][i], m, w[i], b[i]);
+        for (int i = 0; i < VEC; i++) y[i] = normalised(row.x[v][i], m, w[i], b[i]);
         store_all(out + n * C + c, pack_of(act{}, y));
     }
     if (lane_index() > 0) return;
@@ -93,12 +73,12 @@ __global__ void __launch_bounds__(ROWS *WARP)
 template <bool with_mean>
 void forward(act *out, float *mean, float *rstd, const act *in, const float *weight, const float *bias, float eps,
              int N, int C, const char *op) {
-    const bool whole = C % VEC == 0 && on_16_bytes(out) && on_16_bytes(in) && on_16_bytes(weight) && on_16_bytes(bias);
+    const int kept = on_16_bytes(out) && on_16_bytes(weight) && on_16_bytes(bias) ? kept_vectors(in, C) : 0;
     const Grid grid(divide_up(N, ROWS), ROWS * WARP, 0, op);
     auto kernel = norm_forward<with_mean>;
-    if (whole && C <= 4 * WARP * VEC) kernel = norm_forward_short<with_mean, 4>;
-    else if (whole && C <= 8 * WARP * VEC) kernel = norm_forward_short<with_mean, 8>;
-    else if (whole && C <= 16 * WARP * VEC) kernel = norm_forward_short<with_mean, 16>;
+    if (kept == 4) kernel = norm_forward_short<with_mean, 4>;
+    else if (kept == 8) kernel = norm_forward_short<with_mean, 8>;
+    else if (kept == 16) kernel = norm_forward_short<with_mean, 16>;
     launch_early(grid, kernel, out, mean, rstd, in, weight, bias, eps, N, C);
 }
 

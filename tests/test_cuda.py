@@ -210,7 +210,7 @@ def room(*shape):
 def check_rows_behind_a_norm(cuda, seeds=SEEDS):
     """The bits of the norm by itself and then the product, whether the product makes its norm, for few rows, or not."""
     rng = np.random.default_rng(0)
-    for N, C, norm in (1, 70, 0), (3, 520, 0), (4, 24, 1), (5, 20, 1):
+    for N, C, norm in (1, 70, 0), (3, 520, 0), (4, 24, 1), (5, 20, 1), (2, 1040, 1), (2, 2056, 0):
         OC, biased = 19, N % 2
         x, w, bias = test_ops.normal(rng, N, C), to_bf16(test_ops.normal(rng, OC, C)), test_ops.normal(rng, OC)
         gain, shift = test_ops.normal(rng, C), test_ops.normal(rng, C) if biased else None
