@@ -10,114 +10,15 @@
  * To have the bits of one pass over the keys, the weights of a block must know the greatest score of the blocks before,
  * and sums of blocks are added in order.  So it takes three kernels: scores; weights, and their sums of values; the
  * sums over blocks.  Between them pass 4 (64 + HS) bytes a query and block, where keys and values are 256 HS.  Where
- * rows have few pages the last two are one, by blocks that have 16 of the values of all pages. */
-#include "attention.cuh"
+ * rows have few pages the last two are one, by blocks that have 16 of the values of all pages; and on Hopper all are
+ * one, which is attention_few_sm90.cu's. */
+#include "attention_paged.cuh"
 #include "attention_plain.cuh"
 
 namespace {
 
-enum { FEW = 4, MOST_SLOTS = 16 };
+enum { MOST_SLOTS = 16 };
 enum { STRIP = 16, STRIP_WARPS = 16, MOST_STRIP_PAGES = 32 }; /* values of a block, its warps, pages it can keep */
-
-struct Paged {
-    act *out;
-    void *pages;
-    const act *qkv;
-    const int32_t *table, *first, *past;
-    int R, P, NH, NKV, HS, slots;
-    float scale, factor;
-    /* of each of FEW queries of each head of each row, and each page */
-    float *scores;  /* (.., P, 64) */
-    float *maxima;  /* (.., P) of the scores, in factors of 2 */
-    float *sums;    /* (.., P) of the weights */
-    float *outputs; /* (.., P, HS) sums of weights times values */
-
-    __host__ __device__ int group() const { return NH / NKV; }
-    __device__ int64_t query(int r, int kv, int row) const { return ((int64_t)r * NKV + kv) * FEW * group() + row; }
-};
-
-/* What a block works on: a row and a head of it, shared by `slots` blocks. */
-struct Part {
-    int r, h, kv, slot, begin, count, past, length;
-
-    __device__ Part(const Paged &p, int r_, int h_, int slot_) : r(r_), h(h_), kv(h_ / p.group()), slot(slot_) {
-        begin = p.first[r], count = p.first[r + 1] - begin, past = p.past[r], length = past + count;
-    }
-    __device__ explicit Part(const Paged &p)
-        : Part(p, (int)blockIdx.x / p.slots / p.NH, (int)blockIdx.x / p.slots % p.NH, (int)blockIdx.x % p.slots) {}
-    __device__ int pages() const { return (length + KEY_BLOCK - 1) / KEY_BLOCK; }
-    /* Of a page. */
-    __device__ int keys(int page) const {
-        const int left = length - page * KEY_BLOCK;
-        return left < KEY_BLOCK ? left : KEY_BLOCK;
-    }
-    __device__ int64_t row(const Paged &p) const { return (int64_t)(p.NH + 2 * p.NKV) * p.HS; }
-    /* The head, of all heads, of token i of this row. */
-    __device__ const act *head(const Paged &p, int i, int head) const {
-        return p.qkv + (begin + i) * row(p) + (int64_t)head * p.HS;
-    }
-    __device__ act *head_out(const Paged &p, int i, int head) const {
-        return p.out + ((int64_t)(begin + i) * p.NH + head) * p.HS;
-    }
-};
-
-__host__ __device__ inline int row_width(bf16, int HS) { return (HS + CHUNK - 1) / CHUNK * CHUNK; }
-__host__ __device__ inline int row_width(float, int HS) { return HS; }
-
-/* Keys and values of a row's head: up to `past` in pages of T. */
-template <class T>
-struct Cached {
-    T *head; /* in page 0 */
-    int64_t page;
-    const int32_t *table;
-    const act *fresh_keys; /* values lie `to_values` behind them */
-    int64_t stride, to_values;
-    int past, width, HS;
-
-    __device__ Cached(const Paged &p, const Part &part)
-        : table(p.table + (int64_t)part.r * p.P),
-          fresh_keys(part.head(p, 0, p.NH + part.kv)),
-          stride(part.row(p)),
-          to_values((int64_t)p.NKV * p.HS),
-          past(part.past),
-          width(row_width(T{}, p.HS)),
-          HS(p.HS) {
-        const int64_t values = (int64_t)2 * KEY_BLOCK * width;
-        head = (T *)p.pages + part.kv * values, page = p.NKV * values;
-    }
-    __device__ T *row(int side, int t) const {
-        return head + table[t / KEY_BLOCK] * page + (int64_t)(side * KEY_BLOCK + t % KEY_BLOCK) * width;
-    }
-    __device__ const act *fresh(int side, int t) const { return fresh_keys + side * to_values + (t - past) * stride; }
-    __device__ float at(int side, int t, int i) const {
-        return t < past ? to_float(row(side, t)[i]) : to_float(fresh(side, t)[i]);
-    }
-    /* Share `thread` of `threads`; W values of each row from column c0 on. */
-    template <int W, bool fast>
-    __device__ void fetch_share(Shared<bf16> tile, int side, int k0, int count, int thread, int threads,
-                                int c0 = 0) const {
-        const bf16 *cached = row(side, k0);
-#pragma unroll 1
-        for (int i = thread; i < KEY_BLOCK * (W / CHUNK); i += threads) {
-            const int r = i / (W / CHUNK), chunk = i % (W / CHUNK), c = c0 + chunk * CHUNK, t = k0 + r;
-            const bool there = r < count && c < HS;
-            if (there && t < past) copy_async(chunk_at<W>(tile, r, chunk), cached + r * width + c);
-            else fetch_chunk<W, fast>(tile, r, chunk, there ? fresh(side, t) + c : fresh_keys, there ? HS - c : 0);
-        }
-    }
-    template <int W, bool fast>
-    __device__ void fetch(Shared<bf16> tile, int side, int k0, int count) const {
-        fetch_share<W, fast>(tile, side, k0, count, (int)threadIdx.x, (int)blockDim.x);
-    }
-    /* This block's share of the new ones goes to its pages. */
-    __device__ void write(const Part &part, int slots) const {
-        const int values = part.count * 2 * width, threads = (int)blockDim.x;
-        for (int n = part.slot * threads + (int)threadIdx.x; n < values; n += slots * threads) {
-            const int i = n % width, side = n / width % 2, t = past + n / width / 2;
-            from_float(row(side, t)[i], i < HS ? to_float(fresh(side, t)[i]) : 0.0f);
-        }
-    }
-};
 
 /* ---- few queries ---- */
 
@@ -139,10 +40,6 @@ struct PageWalk {
         step = p.slots * group * TILE_WARPS;
     }
 };
-
-/* Rows are queries token by token, and of each token the heads of the group.  Row g or g + 8 of this lane, from row0.
- */
-__device__ int row_of(int row0, int r) { return row0 + 8 * r + lane_index() / 4; }
 
 template <int W, bool fast>
 __device__ void score_pages(const Paged &p, const Part &part, const Cached<bf16> &keys) {
@@ -224,8 +121,9 @@ struct PageWeights {
 template <int W, bool fast>
 __global__ void __launch_bounds__(TILE_THREADS, 4) weigh_pages(Paged p) {
     SHARED_DYNAMIC(bf16, memory);
-    launch_next(), wait_earlier();
+    launch_next();
     const Part part(p);
+    wait_earlier();
     if (part.count > FEW) return;
     const Cached<bf16> keys(p, part);
     const Shared<bf16> V = memory + warp_index() * KEY_BLOCK * W;
@@ -259,21 +157,6 @@ __global__ void __launch_bounds__(TILE_THREADS, 4) weigh_pages(Paged p) {
     }
 }
 
-/* A query's value from those of its pages, in order; sum(page) and value(page): of the weights, and of them times
- * values. */
-template <class Sum, class Value>
-__device__ float over_pages(const float *maxima, int pages, Sum sum, Value value) {
-    float max = -INFINITY, weights = 0.0f, out = 0.0f;
-#pragma unroll 4
-    for (int page = 0; page < pages; page++) {
-        const float new_max = fmaxf(max, maxima[page]), keep = exp2_fast(max - origin(new_max));
-        weights = fmaf(weights, keep, sum(page));
-        out = fmaf(out, keep, value(page));
-        max = new_max;
-    }
-    return out * (1.0f / weights);
-}
-
 /* A block for each of FEW queries of a head of a row, a thread for each value. */
 __global__ void __launch_bounds__(MOST_ON_TENSOR_CORES) add_pages(Paged p) {
     const int token = (int)blockIdx.x % FEW, h = (int)blockIdx.x / FEW % p.NH, r = (int)blockIdx.x / FEW / p.NH;
@@ -283,7 +166,7 @@ __global__ void __launch_bounds__(MOST_ON_TENSOR_CORES) add_pages(Paged p) {
     const int group = p.group(), pages = (p.past[r] + token) / KEY_BLOCK + 1;
     const int64_t at = p.query(r, h / group, token * group + h % group) * p.P;
     const float out = over_pages(
-        p.maxima + at, pages, [&](int page) { return p.sums[at + page]; },
+        pages, [&](int page) { return p.maxima[at + page]; }, [&](int page) { return p.sums[at + page]; },
         [&](int page) { return p.outputs[(at + page) * p.HS + i]; });
     from_float(p.out[((int64_t)(begin + token) * p.NH + h) * p.HS + i], out);
 }
@@ -303,8 +186,9 @@ __global__ void __launch_bounds__(STRIP_WARPS *WARP) weigh_and_add(Paged p) {
     const Shared<bf16> V = memory + warp_index() * STRIP_VALUES;
     const Shared<float> sums = shared_cast<float>(memory + STRIP_WARPS * STRIP_VALUES);
     const int strips = (p.HS + STRIP - 1) / STRIP, c0 = (int)blockIdx.x % strips * STRIP, group = p.group();
-    launch_next(), wait_earlier();
+    launch_next();
     const Part part(p, (int)blockIdx.x / strips / p.NKV, (int)blockIdx.x / strips % p.NKV * group, 0);
+    wait_earlier();
     if (part.count > FEW) return;
     const Cached<bf16> keys(p, part);
     const int rows = part.count * group;
@@ -329,8 +213,9 @@ __global__ void __launch_bounds__(STRIP_WARPS *WARP) weigh_and_add(Paged p) {
         const int i = (int)threadIdx.x / STRIP, row = row0 + i, c = (int)threadIdx.x % STRIP;
         if (i < 16 && row < rows && c0 + c < p.HS) {
             const int token = row / group, pages = (part.past + token) / KEY_BLOCK + 1;
+            const float *maxima = p.maxima + p.query(part.r, part.kv, row) * p.P;
             const float out = over_pages(
-                p.maxima + p.query(part.r, part.kv, row) * p.P, pages,
+                pages, [&](int page) { return maxima[page]; },
                 [&](int page) -> float { return sums[(page * 16 + i) * STRIP_ROW + STRIP]; },
                 [&](int page) -> float { return sums[(page * 16 + i) * STRIP_ROW + c]; });
             from_float(part.head_out(p, token, part.kv * group + row % group)[c0 + c], out);
@@ -343,29 +228,21 @@ __global__ void __launch_bounds__(STRIP_WARPS *WARP) weigh_and_add(Paged p) {
 
 template <int W, bool fast>
 __global__ void __launch_bounds__(TILE_THREADS, 2) write_and_attend(Paged p) {
-    launch_next(), wait_earlier();
+    launch_next();
     const Part part(p);
+    wait_earlier();
     const Cached<bf16> keys(p, part);
     if (part.count == 0) return;
     if (part.h % p.group() == 0) keys.write(part, p.slots);
     if (part.count <= FEW) return score_pages<W, fast>(p, part, keys);
-    constexpr int ROWS = Shape<W>::ROWS;
-    for (int tile = (part.count - 1) / ROWS - part.slot; tile >= 0; tile -= p.slots) {
-        const int i = tile * ROWS;
-        Queries x;
-        x.q = part.head(p, i, part.h), x.stride = part.row(p), x.starts = NULL;
-        x.first = part.past + i, x.count = part.count - i < ROWS ? part.count - i : ROWS;
-        x.width = p.HS, x.factor = p.factor;
-        auto out = [&](int row) { return part.head_out(p, i + row, part.h); };
-        attend<W, fast>(x, keys, out, [](int, float) {});
-        __syncthreads(); /* the tiles are free */
-    }
+    attend_tiles<W, fast>(p, part, keys);
 }
 
 template <bool rounded, class T>
 __global__ void __launch_bounds__(TILE_THREADS, 4) write_and_attend_plain(Paged p) {
-    launch_next(), wait_earlier();
+    launch_next();
     const Part part(p);
+    wait_earlier();
     const Cached<T> keys(p, part);
     if (part.h % p.group() == 0) keys.write(part, p.slots);
     for (int i = part.slot * TILE_WARPS + warp_index(); i < part.count; i += p.slots * TILE_WARPS) {
@@ -398,10 +275,10 @@ extern "C" int64_t OPERATOR(page_bytes)(int prec, int NKV, int HS) {
 
 void OPERATOR(attention_paged)(act *out, void *pages, const act *qkv, const int32_t *table, const int32_t *first,
                                const int32_t *past, int prec, int R, int P, int NH, int NKV, int HS) {
-    Paged p = {};
-    p.out = out, p.pages = pages, p.qkv = qkv, p.table = table, p.first = first, p.past = past;
-    p.R = R, p.P = P, p.NH = NH, p.NKV = NKV, p.HS = HS, p.slots = P < MOST_SLOTS ? P : MOST_SLOTS;
-    p.scale = score_scale(HS), p.factor = LOG2_E * p.scale;
+    const bool fast = prec == PREC_BF16 && is_fast(64, HS, qkv, out) && on_16_bytes((const bf16 *)pages);
+    if (OPERATOR(attention_few_sm90) && is_sm90() && fast && P <= MOST_CLUSTER_PAGES && R > 0 && NH > 0)
+        return OPERATOR(attention_few_sm90)(out, pages, qkv, table, first, past, R, P, NH, NKV, __func__);
+    const Paged p = paged(out, pages, qkv, table, first, past, R, P, NH, NKV, HS, P < MOST_SLOTS ? P : MOST_SLOTS);
     if (!on_tensor_cores(prec, HS)) {
         const Grid grid((int64_t)R * NH * p.slots, TILE_THREADS, plain_bytes(HS));
         launch_early(grid,

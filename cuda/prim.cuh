@@ -179,6 +179,13 @@ __device__ inline void prefetch_l2(const void *p, size_t bytes) {
 #endif
 }
 
+/* A value that the host told by a copy and no kernel has written since: it may be read before wait_earlier too, for no
+ * kernel behind a copy begins before that is complete. */
+template <class T>
+__device__ inline T told(const T *p) {
+    return *p;
+}
+
 #else
 #include "emulate/emulate.h"
 #endif

@@ -75,6 +75,30 @@ __device__ inline void barrier_arrive_at(Shared<uint64_t> b, int rank) {
         : "memory");
 }
 
+/* x to the place of block `rank` where `to` is in this one; its bytes count at the mbarrier that lies there as `b` does
+ * here.  So another block is told of numbers without a word that waits for all stores of the thread; who receives them
+ * waits for them before it returns. */
+__device__ inline void store_async(Shared<float> to, float x, Shared<uint64_t> b, int rank) {
+    asm volatile(
+        "{\n.reg .b32 there, counts;\n"
+        "mapa.shared::cluster.u32 there, %0, %3;\n"
+        "mapa.shared::cluster.u32 counts, %2, %3;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %1, [counts];\n}" ::"r"(shared_address(to)),
+        "f"(x), "r"(shared_address(b)), "r"(rank)
+        : "memory");
+}
+/* Two neighbours, on 8 bytes. */
+__device__ inline void store_async(Shared<float> to, float x, float y, Shared<uint64_t> b, int rank) {
+    asm volatile(
+        "{\n.reg .b32 there, counts;\n"
+        "mapa.shared::cluster.u32 there, %0, %4;\n"
+        "mapa.shared::cluster.u32 counts, %3, %4;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%1, %2}, [counts];\n}" ::"r"(
+            shared_address(to)),
+        "f"(x), "f"(y), "r"(shared_address(b)), "r"(rank)
+        : "memory");
+}
+
 /* ---- tiles by TMA; each word by one thread ---- */
 
 /* The tile that begins at (row, column), zeros where the matrix has ended; its bytes, all of them, count at `b`. */
@@ -84,6 +108,10 @@ __device__ inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<u
             shared_address(to)),
         "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(b)), "r"(column), "r"(row)
         : "memory");
+}
+/* The same before wait_earlier, of what was written before the host last told something by a copy: see told. */
+__device__ inline void tile_load_told(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column) {
+    tile_load(to, map, b, row, column);
 }
 /* The same of matrix `which` of several. */
 __device__ inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column,

@@ -213,6 +213,20 @@ void pass_along(int *to, const int *from, int n, int times, int fault) {
     }
 }
 
+/* to = 2 from; and behind it, with the other number read before the wait, to += from. */
+__global__ void double_of(int *to, const int *from) {
+    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    launch_next(), wait_earlier();
+    to[i] = 2 * from[i];
+}
+__global__ void add_told(int *to, const int *from) {
+    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    launch_next();
+    const int x = told(from + i);
+    wait_earlier();
+    to[i] += x;
+}
+
 /* What must not be done: the last block to run is seen. */
 __global__ void last_block(int *to) {
     if (threadIdx.x == 0) to[0] = (int)blockIdx.x;
@@ -256,6 +270,10 @@ void emulation_pass_on(int *to, const int *from, int n, int times, int fault) {
     if (!recording) return;
     cuda_replay(recording);
     cuda_forget(recording);
+}
+void emulation_told(int *to, const int *from, int blocks, int written) {
+    launch_early(Grid(blocks, THREADS), double_of, to, from);
+    launch_early(Grid(blocks, THREADS), add_told, to, written ? (const int *)to : from);
 }
 void emulation_last_block(int *to) { launch(Grid(20, WARP), last_block, to); }
 }

@@ -36,10 +36,12 @@ enum Fault {
     OTHER_RANK,
     OTHER_BLOCK,
     NO_CLUSTER_SYNC,
-    LEAVES
+    LEAVES,
+    NOT_TOLD
 };
 
 enum { THREADS = 64, ROWS = 8, TILE = ROWS * TILE_WIDTH, STAGES = 2 };
+enum { TELLERS = 4 };
 enum { BARRIERS = 3 * TILE }; /* values before them: a tile more than the stages, for what is not aligned */
 
 /* to (rows, cols) = from, a tile of 8 rows after the other, by way of a ring of two stages that one thread fills; the
@@ -110,6 +112,34 @@ __global__ void share_tiles(bf16 *to, const __grid_constant__ TensorMap from, in
             barrier_arrive_at(empty + stage, fault == OTHER_RANK ? 2 : fault == OTHER_BLOCK ? rank : lane_index());
     }
     if (fault != LEAVES) cluster_sync();
+}
+
+/* Of four blocks, which begin early, each tells all of the first number x of its tile of `from`, of 2 x and of 3 x: to
+ * (4, 4, 3). */
+__global__ void tell_numbers(float *to, const __grid_constant__ TensorMap from, int fault) {
+    SHARED_TILES(bf16, tile);
+    const Shared<float> numbers = shared_cast<float>(tile + TILE);
+    const Shared<uint64_t> full = shared_cast<uint64_t>(numbers + 4 * TELLERS), told_of = full + 1;
+    const int t = (int)threadIdx.x, rank = cluster_rank();
+    if (t == 0) barrier_init(full, 1), barrier_init(told_of, 1), barrier_init_fence();
+    if (fault == NO_CLUSTER_SYNC) __syncthreads();
+    else cluster_sync();
+    if (t == 0) {
+        barrier_expect(told_of, (fault == TOO_FEW_BYTES ? 2 : 3) * TELLERS * (int)sizeof(float));
+        barrier_expect(full, TILE * (int)sizeof(bf16));
+        if (fault == NOT_TOLD) tile_load(tile, from, full, rank * ROWS, 0);
+        else tile_load_told(tile, from, full, rank * ROWS, 0);
+    }
+    wait_earlier();
+    barrier_wait(full, 0);
+    if (t < TELLERS) {
+        const float x = to_float(tile[tile_place(0, 0)]);
+        store_async(numbers + 4 * rank, x, 2 * x, told_of, fault == OTHER_RANK ? t + 1 : t);
+        store_async(numbers + (4 * rank + 2), 3 * x, told_of, t);
+    }
+    if (fault == LEAVES && rank == 1) return;
+    if (fault != NO_FULL_WAIT) barrier_wait(told_of, 0);
+    if (t < 3 * TELLERS) to[3 * TELLERS * rank + t] = numbers[t / 3 * 4 + t % 3];
 }
 
 /* to (rows, cols) = from (rounds * 8, width), by way of one tile; what lies outside is not written. */
@@ -259,6 +289,11 @@ void emulation_share_tiles(bf16 *to, const bf16 *from, int rows, int rounds, int
     Grid g = grid(THREADS, 2 * STAGES * TILE * 2 + 2 * STAGES * 8);
     g.blocks = g.cluster = 2;
     launch(g, share_tiles, to, tensor_map(from, rows, 64, 64, ROWS, 64), rounds, fault);
+}
+void emulation_tell_numbers(float *to, const bf16 *from, int fault) {
+    Grid g = grid(THREADS, TILE * 2 + 4 * TELLERS * sizeof(float) + 2 * 8);
+    g.blocks = g.cluster = TELLERS;
+    launch_early(g, tell_numbers, to, tensor_map(from, TELLERS * ROWS, 64, 64, ROWS, 64), fault);
 }
 void emulation_store_tiles(bf16 *to, const bf16 *from, int rows, int cols, int ld, int rounds, int column, int which,
                            int width, int fault) {

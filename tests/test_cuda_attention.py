@@ -265,11 +265,11 @@ def test_paged_attention_has_the_bits_of_one_forward_pass(cuda, rng, prec, heads
     check_pages(cuda, rng, prec, heads, P)
 
 
-def check_many_pages(cuda, rng, P):
+def check_many_pages(cuda, rng, P, HS=8):
     """So many that a warp has several of them: the last token alone has the bits that it has as the last of five, which
     goes the way of a prompt.  What the pages hold is random."""
-    past, heads = (P - 1) * KEY_BLOCK, (1, 1, 8)
-    cache, qkv, outs = Cache(cuda, rng, 1, *heads, "bf16", P), test_ops.normal(rng, 5, 3 * 8), []
+    past, heads = (P - 1) * KEY_BLOCK, (1, 1, HS)
+    cache, qkv, outs = Cache(cuda, rng, 1, *heads, "bf16", P), test_ops.normal(rng, 5, 3 * HS), []
     cache.pages.view(np.uint16)[...] = to_bf16(test_ops.normal(rng, *cache.pages.view(np.uint16).shape))
     for chunks in (5,), (4, 1):
         cache.past[0], at = past, 0
@@ -412,7 +412,7 @@ def test_a_planted_fault_is_caught(fault, cuda_objects, tmp_path):
     changed = tmp_path / Path(fault.file).name
     changed.write_text((ROOT / fault.file).read_text().replace(fault.old, fault.new))
     act = "float" if changed.name == "sample.cu" else "bf16"
-    broken = "attention.cu" if changed.suffix == ".cuh" else changed.name
+    broken = changed.name if changed.suffix == ".cu" else f"{changed.stem}.cu".replace("attention_plain", "attention")
     objects = {key: value for key, value in cuda_objects.items() if key[0].split(".")[0] in (*ELSEWHERE, "emulate")}
     objects[broken, act] = compile_object(
         tmp_path / broken, tmp_path / "broken.o", f"-DACT={act}", "-Wno-unused", "-O0"

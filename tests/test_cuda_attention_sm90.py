@@ -25,7 +25,13 @@ pytestmark = [
     pytest.mark.skipif("BARELM_CUDA_LIBRARY" in os.environ, reason="on a GPU test_cuda_attention.py tests it"),
 ]
 
-FILES = ("attention.cu", "attention_paged.cu", "attention_sm90.cu", "attention_backward_sm90.cu")
+FILES = (
+    "attention.cu",
+    "attention_paged.cu",
+    "attention_sm90.cu",
+    "attention_backward_sm90.cu",
+    "attention_few_sm90.cu",
+)
 OPS = ("attention_forward", "attention_backward")  # the second with 64 values alone
 ALL = 132  # blocks at most
 CHOSEN = -1  # by the sizes: whether one kernel makes all gradients
@@ -111,9 +117,25 @@ def test_attention_hears_nothing_of_its_neighbours(hopper, rng, HS):
     attention.test_attention_hears_nothing_of_its_neighbours(hopper, rng, HS, "bf16")
 
 
-def test_pages_and_rows_of_a_batch_have_the_bits_of_the_whole(hopper, rng):
+def check_few(hopper, rng, seeds=(0, 1, 2)):
+    """Few tokens behind pages: of a group of heads, of more queries than a product has rows, with a page for each warp
+    of a cluster, and with some for none; prompts besides."""
     attention.check_pages(hopper, rng, "bf16", (2, 1, 64), 3)
-    attention.check_pages(hopper, rng, "bf16", (1, 1, 128), 3)
+    attention.check_pages(hopper, rng, "bf16", (5, 1, 64), 4)
+    for seed in seeds:
+        for P in 32, 10, 1:
+            hopper.schedule(seed)
+            attention.check_many_pages(hopper, rng, P, 64)
+    hopper.schedule(0)
+
+
+def test_few_tokens_have_the_bits_of_a_prompt(hopper, rng):
+    check_few(hopper, rng)
+
+
+def test_pages_and_rows_of_a_batch_have_the_bits_of_the_whole(hopper, rng):
+    for heads, P in ((2, 1, 64), 33), ((1, 1, 128), 3):
+        attention.check_pages(hopper, rng, "bf16", heads, P)
     for op in OPS:
         call = build("bf16", op, replace(GROUPED, sizes=GROUPED.sizes | dict(B=2)))
         whole = run(hopper, call)
@@ -137,10 +159,13 @@ def test_a_planted_fault_is_caught(fault, objects, tmp_path):
         shutil.copy(path, tmp_path)
     (tmp_path / Path(fault.file).name).write_text((ROOT / fault.file).read_text().replace(fault.old, fault.new))
     op, file = (OPS[1], FILES[3]) if "backward" in fault.file else (OPS[0], FILES[2])
+    file = FILES[4] if "few" in fault.file else file
     broken = compile_object(tmp_path / file, tmp_path / "broken.o", "-DACT=bf16", "-O0", "-Wno-unused")
     library = link((objects | {(file, "bf16"): broken}).values(), tmp_path / "broken.so")
     caught = pytest.raises((RuntimeError, AssertionError, pytest.fail.Exception))
     with Hopper(library) as hopper, caught as found:
+        if file == FILES[4]:
+            check_few(hopper, np.random.default_rng(0))
         test_attention_hears_nothing_of_its_neighbours(hopper, np.random.default_rng(0), 64)
         for c in (c for which, c in WHICH if which == op):
             for joint in (0, 1) if op == OPS[1] else (CHOSEN,):

@@ -67,6 +67,11 @@ def step(model, tokens, targets):
     return loss, grads, model.update(1e-2)
 
 
+def with_heads_of_64(config):
+    """For which attention is a Hopper's own too."""
+    return config | dict(n_embd=64, n_head=1, **(dict(head_size=64) if "head_size" in config else {}))
+
+
 @pytest.fixture
 def hopper(cuda_library):
     """The emulated GPU is a Hopper, whose kernels are those of *_sm90.cu; a real one is what it is."""
@@ -144,8 +149,7 @@ def test_a_row_has_the_bits_it_has_alone_and_a_prefix_those_of_the_whole(device,
 
 @both
 def test_a_hopper_is_as_close_and_keeps_the_bits_of_rows(device, hopper, config):
-    """With heads of 64 values, for which attention is its own too."""
-    config = config | dict(n_embd=64, n_head=1, **(dict(head_size=64) if "head_size" in config else {}))
+    config = with_heads_of_64(config)
     test_a_step_in_bf16_is_close(device, config)
     test_a_row_has_the_bits_it_has_alone_and_a_prefix_those_of_the_whole(device, config, "bf16")
 
@@ -192,13 +196,11 @@ def test_a_session_decodes(device, config, weights, off):
     assert_same_bits(logprobs, session.logprobs(ids))
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
-@both
-def test_a_recorded_step_of_a_session_has_the_bits_of_a_prompt(device, cuda_library, config, weights):
+def check_recorded_steps(cuda_library, config, precision, weights):
     """Rows that come, go on alone and together, over the border of a page; beside each step a new session, which has
     recorded nothing, takes all tokens at once."""
     library = ctypes.CDLL(str(cuda_library))
-    _, gpu = twins(config | dict(n_layer=1, context=80), "fp32")
+    _, gpu = twins(config | dict(n_layer=1, context=80), precision)
     text = np.random.default_rng(5).integers(0, 70, (19, 80)).tolist()
     session = Session(gpu, 1600, weights)
     rows, length = [session.add() for _ in text], [0 for _ in text]
@@ -215,6 +217,17 @@ def test_a_recorded_step_of_a_session_has_the_bits_of_a_prompt(device, cuda_libr
             length[r] += turn[r]
             fresh = Session(gpu, 200, weights)
             assert_same_bits(fresh.step([fresh.add()], [text[r][: length[r]]])[0], logits)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@both
+def test_a_recorded_step_of_a_session_has_the_bits_of_a_prompt(device, cuda_library, config, weights):
+    check_recorded_steps(cuda_library, config, "fp32", weights)
+
+
+@both
+def test_a_recorded_step_on_a_hopper_has_the_bits_of_a_prompt(device, hopper, cuda_library, config):
+    check_recorded_steps(cuda_library, with_heads_of_64(config), "bf16", "bf16")
 
 
 @both

@@ -91,6 +91,20 @@ def test_kernels_that_begin_early_see_all_that_was_written_before(emulation, see
 
 
 @by_seed
+def test_what_the_host_told_is_read_before_the_wait(emulation, seed):
+    blocks = 2000 if ON_GPU else 3
+    n = blocks * THREADS
+    to, told = np.full(n, -1, np.int32), np.arange(n, dtype=np.int32)
+    told.flags.writeable = False
+    call(emulation, seed, "told", to, told, blocks, 0)
+    np.testing.assert_array_equal(to, 3 * told)
+    if not ON_GPU:  # what a kernel wrote since is not seen
+        to[:] = -1
+        call(emulation, seed, "told", to, told, blocks, 1)
+        np.testing.assert_array_equal(to, 2 * told - 1)
+
+
+@by_seed
 def test_lanes(emulation, rng, seed):
     """Whole numbers: sums are exact in any order."""
     x = rng.integers(-99, 99, THREADS).astype(np.float32)

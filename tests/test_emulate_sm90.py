@@ -97,6 +97,14 @@ def share_tiles(emulation, seed, fault="none", rows=75):
     return to, want
 
 
+def tell_numbers(emulation, seed, fault="none"):
+    given = to_bf16(np.arange(32 * 64, dtype=np.float32).reshape(32, 64))
+    given.flags.writeable = False
+    to = np.zeros((4, 4, 3), np.float32)
+    call(emulation, seed, "tell_numbers", to, given, FAULTS.index(fault))
+    return to, np.tile(np.outer(np.arange(4) * 8 * 64, [1, 2, 3]), (4, 1, 1))
+
+
 def store_tiles(emulation, seed, fault="none", rows=37, cols=70, ld=72, which=-1, width=64):
     given = matrix(ROUNDS * 8, width, width)
     to, want = (np.full((rows if which < 0 else 3 * rows, ld), 9, np.uint16) for _ in range(2))
@@ -133,6 +141,11 @@ def test_tiles_come_and_go(emulation, seed, sizes, which):
 @pytest.mark.parametrize("rows", [75, 80, 9])
 def test_blocks_of_a_cluster_bring_tiles_for_each_other(emulation, seed, rows):
     np.testing.assert_array_equal(*share_tiles(emulation, seed, "none", rows))
+
+
+@by_seed
+def test_blocks_of_a_cluster_tell_each_other_of_numbers(emulation, seed):
+    np.testing.assert_array_equal(*tell_numbers(emulation, seed))
 
 
 @by_seed
@@ -176,7 +189,7 @@ def test_matrices_and_one_of_a_warp(emulation, seed):
         ("copy_tiles", "not_aligned", "not on 1024 bytes"),
         ("copy_tiles", "other_rank", "a tile of matrix -1, where there are 3"),
         ("copy_tiles", "shared_end", "of a shared array of"),
-        ("copy_tiles", "block_ends", "returns with the load of a tile"),
+        ("copy_tiles", "block_ends", "returns with a load under way|it has returned"),
         ("share_tiles", "no_cluster_sync", "another block's shared memory, before any cluster_sync"),
         ("share_tiles", "leaves", "reached for each other since the last cluster_sync"),
         ("share_tiles", "other_rank", "an mbarrier of block 2, where the cluster has 2"),
@@ -184,6 +197,12 @@ def test_matrices_and_one_of_a_warp(emulation, seed):
         ("share_tiles", "no_empty_wait", "a race with the read|is being loaded|phase ended before"),
         ("share_tiles", "no_full_wait", "is being loaded|a race with the|nobody wrote"),
         ("share_tiles", "too_few_bytes", "phase ended before|is being loaded|nobody wrote"),
+        ("tell_numbers", "no_cluster_sync", "another block's shared memory, before any cluster_sync"),
+        ("tell_numbers", "too_few_bytes", "phase ended before|is being loaded|a race with the|nobody wrote"),
+        ("tell_numbers", "other_rank", "numbers for block 4, where the cluster has 4"),
+        ("tell_numbers", "no_full_wait", "is being loaded|a race with the|nobody wrote"),
+        ("tell_numbers", "leaves", "it has returned"),
+        ("tell_numbers", "not_told", "a tile's load before wait_earlier"),
         ("store_tiles", "no_async_fence", "without fence_async"),
         ("store_tiles", "no_barrier", "races with the write|nobody wrote|without fence_async"),
         ("store_tiles", "overwritten", "still reads it"),
@@ -206,12 +225,8 @@ def test_each_fault_is_found(emulation, rng, seed, name, fault, said):
     if fault == "block_ends" and seed == 0:
         pytest.skip("in order, a tile has come as soon as it was asked for")
     with pytest.raises(RuntimeError, match=rf"^emulation_{name}: .*({said})"):
-        if name == "copy_tiles":
-            copy_tiles(emulation, seed, fault)
-        elif name == "share_tiles":
-            share_tiles(emulation, seed, fault)
-        elif name == "store_tiles":
-            store_tiles(emulation, seed, fault)
+        if name in (by_name := {f.__name__: f for f in (copy_tiles, share_tiles, store_tiles, tell_numbers)}):
+            by_name[name](emulation, seed, fault)
         elif name.startswith("product"):
             {"product": product, "product_of_rows": product_of_rows}[name](emulation, seed, rng, fault)
         else:

@@ -31,13 +31,18 @@ struct Tile {
     }
 };
 
+/* That is under way to shared memory: of a tile, or, where it has none, of numbers. */
 struct Load {
     Tile tile;
+    bool told; /* as it was when the host last copied something in */
+    std::vector<char> numbers;
     size_t element;
     char *to;
     Mbarrier *b;
     unsigned phase;
     int thread;
+
+    size_t bytes() const { return numbers.empty() ? bytes_of_box(tile.map) : numbers.size(); }
 };
 
 struct Store {
@@ -181,17 +186,26 @@ void check_tile(const TensorMap &map, const char *place, int which) {
     if ((which < 0) != (map.count == 0)) fail("a tile of matrix %d, where there are %d", which, map.count);
 }
 
-void land(const Load &l) {
+void put_tile(const Load &l) {
     const TensorMap &map = l.tile.map;
-    const size_t bytes = bytes_of_box(map), first = (size_t)(l.to - memory);
-    current = l.thread;
-    if (l.phase != l.b->phase.generation) fail("an mbarrier's phase ended before all bytes of its tiles had come");
+    const size_t first = (size_t)(l.to - memory);
     for (int r = 0; r < map.box_rows; r++)
         for (int c = 0; c < map.box_cols; c++) {
             char *to = swizzled(first + 2 * (size_t)(r * map.box_cols + c), map.box_cols);
-            if (const char *from = l.tile.at(r, c)) memcpy(to, from, 2);
+            const char *from = l.tile.at(r, c);
+            if (from) memcpy(to, l.told ? as_told(from, 2) : from, 2);
             else memset(to, 0, 2);
         }
+}
+
+void land(const Load &l) {
+    const size_t bytes = l.bytes();
+    current = l.thread;
+    if (block.parts[part_at(l.to)].left == block.size)
+        fail("what was under way to block %d: it has returned", part_at(l.to));
+    if (l.phase != l.b->phase.generation) fail("an mbarrier's phase ended before all bytes of its tiles had come");
+    if (l.numbers.empty()) put_tile(l);
+    else memcpy(l.to, l.numbers.data(), bytes);
     for (Units i(l.to, bytes, l.element); i.at < i.end; i.at += i.step) {
         Unit &u = units[i.at];
         u.loading = false, u.unfenced = 0;
@@ -345,29 +359,47 @@ static void reach(int part) {
     block.reached = true;
 }
 
-static void load_to(int part, const Region &mine, const void *to, const Tile &tile, const Region &region,
-                    const void *p) {
-    reach(part);
-    Mbarrier &b = barrier_at(region_in(part, region), place_in(part, p));
-    if (!b.fenced) fail("an mbarrier that TMA does not see: no barrier_init_fence");
-    char *place = place_in(part, to);
-    check_tile(tile.map, place, tile.which);
-    const size_t bytes = bytes_of_box(tile.map);
-    check_access(region_in(part, mine), place, bytes, true); /* who read what it will write over is done */
-    for (Units i(place, bytes, mine.element); i.at < i.end; i.at += i.step) units[i.at].loading = true;
-    const Load load = {tile, mine.element, place, &b, b.phase.generation, current};
+/* `load` to where this block has `to`, in block `part`, for the mbarrier that lies there as p does here. */
+static void begin_load(int part, const Region &mine, const void *to, Load load, const Region &region, const void *p) {
+    load.b = &barrier_at(region_in(part, region), place_in(part, p));
+    if (!load.b->fenced) fail("an mbarrier that TMA does not see: no barrier_init_fence");
+    load.to = place_in(part, to), load.element = mine.element;
+    load.phase = load.b->phase.generation, load.thread = current;
+    if (load.numbers.empty()) check_tile(load.tile.map, load.to, load.tile.which);
+    const size_t bytes = load.bytes();
+    check_access(region_in(part, mine), load.to, bytes, true); /* who read what it will write over is done */
+    for (Units i(load.to, bytes, mine.element); i.at < i.end; i.at += i.step) units[i.at].loading = true;
     if (seed) async.loads.push_back(load);
     else land(load);
 }
 
+static void load_to(int part, const Region &mine, const void *to, const Tile &tile, bool told, const Region &region,
+                    const void *p) {
+    reach(part);
+    if (block.early && !told && !block.threads[(size_t)current].waited) fail("a tile's load before wait_earlier");
+    begin_load(part, mine, to, {tile, told, {}, 0, nullptr, nullptr, 0, 0}, region, p);
+}
+
 void tile_load(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *p, int row,
-               int column, int which) {
-    load_to(part_of_thread(current), to_region, to, {map, row, column, which}, region, p);
+               int column, int which, bool told) {
+    load_to(part_of_thread(current), to_region, to, {map, row, column, which}, told, region, p);
+}
+
+/* Who receives numbers waits for them, so nobody else has to wait until they have come. */
+void store_async(const Region &to_region, const void *to, const float *x, int count, const Region &region,
+                 const void *p, int part) {
+    if (part < 0 || part >= block.blocks) fail("numbers for block %d, where the cluster has %d", part, block.blocks);
+    if (!block.met) fail("another block's shared memory, before any cluster_sync");
+    const char *bytes = (const char *)x;
+    begin_load(part, to_region, to, {{}, false, {bytes, bytes + count * sizeof *x}, 0, nullptr, nullptr, 0, 0}, region,
+               p);
 }
 
 void tile_load_all(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *p, int row,
                    int column) {
-    for (int part = 0; part < block.blocks; part++) load_to(part, to_region, to, {map, row, column, -1}, region, p);
+    if (block.blocks != 2) fail("a tile for both blocks of a cluster of %d", block.blocks);
+    for (int part = 0; part < block.blocks; part++)
+        load_to(part, to_region, to, {map, row, column, -1}, false, region, p);
 }
 
 int cluster_rank() { return part_of_thread(current); }
@@ -388,6 +420,7 @@ void barrier_arrive_at(const Region &region, void *p, int part) {
 
 void tile_store(const TensorMap &map, const Region &from_region, const void *from, int row, int column, int which) {
     check_tile(map, (const char *)from, which);
+    if (block.early && !block.threads[(size_t)current].waited) fail("a tile's store before wait_earlier");
     begin_read(from_region, from, bytes_of_box(map), "a tile's store");
     async_me().stores.back().push_back({{map, row, column, which}, from_region, (const char *)from});
 }
@@ -484,7 +517,7 @@ void check_end() {
         for (int w = part * warps; w < (part + 1) * warps; w++) registers += async.warps[(size_t)w].registers * WARP;
         if (registers > REGISTERS) fail("setmaxnreg: %d registers, where there are %d", registers, REGISTERS);
     }
-    if (!async.loads.empty()) fail("returns with the load of a tile under way");
+    if (!async.loads.empty()) fail("returns with a load under way");
 }
 
 /* Of a block whose threads have all returned. */

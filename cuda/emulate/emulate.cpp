@@ -28,7 +28,7 @@ namespace {
 /* What every GPU from sm_80 on gives a block (sm_86 and sm_89 the least). */
 enum { MOST_THREADS = 1024, MOST_STATIC = 48 << 10, MOST_SHARED = 99 << 10, STACK = 128 << 10, PAGE = 4096 };
 enum { MOST_SM90 = 227 << 10, AGENTS = 64 }; /* what Hopper gives a block; its mbarriers, see async.h */
-enum { MOST_CLUSTER = 2 };                   /* blocks */
+enum { MOST_CLUSTER = 8 };                   /* blocks */
 enum { MOST_READS = 4 * MOST_THREADS };
 
 /* ---- the state of a block ---- */
@@ -205,6 +205,7 @@ void resume(int thread) {
 
 bool in_an_array(const void *p, size_t bytes);
 void shut_arrays(bool shut);
+void keep_told();
 
 /* An access outside an array, where its memory ends; or a stack that was too small; or too early. */
 void on_fault(int, siginfo_t *info, void *) {
@@ -583,9 +584,9 @@ namespace emulate {
 static void run(const Launch &l, const void *context_) {
     if (failed || l.blocks <= 0) return;
     op_now = l.op, body = l.body, context = context_;
-    const bool clusters = l.cluster == 1 || (l.cluster == MOST_CLUSTER && l.sm90 && l.blocks % l.cluster == 0);
+    const bool clusters = l.cluster == 1 || (l.cluster <= MOST_CLUSTER && l.sm90 && l.blocks % l.cluster == 0);
     if (l.blocks > INT32_MAX || l.threads <= 0 || !clusters || l.threads * l.cluster > MOST_THREADS ||
-        l.threads % WARP || l.shared > (l.sm90 ? (size_t)MOST_SM90 : (size_t)MOST_SHARED) || (l.sm90 && l.early)) {
+        l.threads % WARP || l.shared > (l.sm90 ? (size_t)MOST_SM90 : (size_t)MOST_SHARED)) {
         snprintf(message, sizeof message,
                  "%s: cannot launch %lld blocks of %d threads with %zu bytes of shared memory%s, in clusters of %d",
                  l.op, (long long)l.blocks, l.threads, l.shared, l.early ? " early" : "", l.cluster);
@@ -593,6 +594,7 @@ static void run(const Launch &l, const void *context_) {
         return;
     }
     if (!stacks) make_fibers();
+    keep_told();
     block.sm90 = l.sm90, block.early = l.early, block.size = l.threads, block.blocks = l.cluster;
     block_size = {(unsigned)l.threads, 1, 1}, grid_size = {(unsigned)l.blocks, 1, 1};
 
@@ -610,7 +612,7 @@ static void run(const Launch &l, const void *context_) {
     sigaltstack(&old_stack, nullptr);
     if (!failed) return;
     make_fibers(); /* they were left in the middle of it */
-    for (Unit &u : units) u = Unit();
+    std::fill(units, units + l.cluster * MOST_SM90, Unit());
 }
 
 /* What a host asked of the stream, in order: the calls of a recording are done again with the very arguments they had.
@@ -688,7 +690,30 @@ void shut_arrays(bool shut) {
     for (const Guarded &a : arrays) mprotect(a.map, a.mapped - PAGE, shut ? PROT_NONE : PROT_READ | PROT_WRITE);
 }
 
+/* What the arrays held when the host had copied something in, as long as no kernel ran since. */
+struct Told {
+    const char *begin;
+    std::vector<char> bytes;
+};
+std::vector<Told> told;
+bool copied;
+
+void keep_told() {
+    if (!copied) return;
+    copied = false;
+    told.clear();
+    for (const Guarded &a : arrays) told.push_back({a.begin, {a.begin, a.begin + a.bytes}});
+}
+
 }  // namespace
+
+const char *as_told(const void *p_, size_t bytes) {
+    const char *p = (const char *)p_;
+    for (const Told &t : told)
+        if (p >= t.begin && p + bytes <= t.begin + t.bytes.size()) return t.bytes.data() + (p - t.begin);
+    fail("%zu bytes at %p: the host told nothing there", bytes, p_);
+}
+
 }  // namespace emulate
 
 namespace {
@@ -752,6 +777,7 @@ static void copy_at_once(void *dst, const void *src, size_t bytes, const char *o
     check_entered();
     if (recording) say_failure(op);
     else if (bytes) memcpy(dst, src, bytes);
+    emulate::copied = true;
 }
 void cuda_copy_in(void *dst, const void *src, size_t bytes) {
     copy_at_once(dst, src, bytes, "cuda_copy_in: in the middle of a recording");

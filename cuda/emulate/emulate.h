@@ -53,6 +53,8 @@ void sync_group(int id, int threads);
 void sync_warp();
 void wait_earlier();
 void prefetch_l2(const void *p, size_t bytes);
+/* Where what lay at p when the host last copied something in is kept. */
+const char *as_told(const void *p, size_t bytes);
 
 /* Each lane of the warp gives `bytes`, at most LANE_BYTES; the result are those of all lanes, LANE_BYTES apart, to be
  * read before this lane's next exchange.  All lanes must call it with the same word. */
@@ -199,6 +201,12 @@ void copy_async_wait() {
 inline void launch_next() {}
 inline void wait_earlier() { emulate::wait_earlier(); }
 inline void prefetch_l2(const void *p, size_t bytes) { emulate::prefetch_l2(p, bytes); }
+template <class T>
+T told(const T *p) {
+    T x;
+    memcpy(&x, emulate::as_told(p, sizeof x), sizeof x);
+    return x;
+}
 
 /* ---- tensor cores ---- */
 

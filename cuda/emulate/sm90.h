@@ -29,7 +29,9 @@ void barrier_init_fence();
 void barrier_arrive(const Region &region, void *b, int bytes);
 void barrier_wait(const Region &region, void *b, uint32_t parity);
 void tile_load(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *b, int row,
-               int column, int which);
+               int column, int which, bool told);
+void store_async(const Region &to_region, const void *to, const float *x, int count, const Region &region,
+                 const void *b, int part);
 void tile_load_all(const Region &to_region, void *to, const TensorMap &map, const Region &region, void *b, int row,
                    int column);
 int cluster_rank();
@@ -57,10 +59,14 @@ inline void barrier_expect(Shared<uint64_t> b, int bytes) { emulate::barrier_arr
 inline void barrier_wait(Shared<uint64_t> b, uint32_t parity) { emulate::barrier_wait(b.region, b.at(0, 8), parity); }
 
 inline size_t bytes_of_box(const TensorMap &map) { return (size_t)map.box_rows * (size_t)map.box_cols * sizeof(bf16); }
-inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column, int which = -1) {
+inline void tile_load(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column, int which = -1,
+                      bool told = false) {
     void *first = to.at(0, 16);
     to.at((int64_t)bytes_of_box(map) / 2 - 8, 16);
-    emulate::tile_load(to.region, first, map, b.region, b.at(0, 8), row, column, which);
+    emulate::tile_load(to.region, first, map, b.region, b.at(0, 8), row, column, which, told);
+}
+inline void tile_load_told(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column) {
+    tile_load(to, map, b, row, column, -1, true);
 }
 inline void tile_load_all(Shared<bf16> to, const TensorMap &map, Shared<uint64_t> b, int row, int column) {
     void *first = to.at(0, 16);
@@ -70,6 +76,13 @@ inline void tile_load_all(Shared<bf16> to, const TensorMap &map, Shared<uint64_t
 inline int cluster_rank() { return emulate::cluster_rank(); }
 inline void cluster_sync() { emulate::cluster_sync(); }
 inline void barrier_arrive_at(Shared<uint64_t> b, int rank) { emulate::barrier_arrive_at(b.region, b.at(0, 8), rank); }
+inline void store_async(Shared<float> to, float x, Shared<uint64_t> b, int rank) {
+    emulate::store_async(to.region, to.at(0, 4), &x, 1, b.region, b.at(0, 8), rank);
+}
+inline void store_async(Shared<float> to, float x, float y, Shared<uint64_t> b, int rank) {
+    const float two[2] = {x, y};
+    emulate::store_async(to.region, to.at(0, 8), two, 2, b.region, b.at(0, 8), rank);
+}
 inline void tile_store(const TensorMap &map, Shared<bf16> from, int row, int column, int which = -1) {
     const void *first = from.at(0, 16);
     from.at((int64_t)bytes_of_box(map) / 2 - 8, 16);
