@@ -509,10 +509,10 @@ __global__ void __launch_bounds__(Room<of>::BLOCK, 1)
 enum { MOST_SUMS = 256 << 20 };
 int only_joint = -1; /* -1: by the sizes.  For the tests. */
 int joint_blocks(int B, int T, int NH, int NKV) {
-    const int64_t heads = (int64_t)B * NKV, turns = divide_up(heads, blocks_at_most);
-    const int64_t blocks = heads < blocks_at_most ? heads : blocks_at_most;
+    const int64_t heads = (int64_t)B * NKV, most = blocks_at_most(), turns = divide_up(heads, most);
+    const int64_t blocks = heads < most ? heads : most;
     const int64_t bytes = blocks * (NH / NKV) * divide_up(T, SLICE) * SLICE * SLICE * (int64_t)sizeof(float);
-    const bool busy = heads * 7 >= turns * blocks_at_most * 5; /* in 5 products what two kernels do in 7 */
+    const bool busy = heads * 7 >= turns * most * 5; /* in 5 products what two kernels do in 7 */
     return (only_joint < 0 ? busy && bytes <= MOST_SUMS : only_joint > 0) ? (int)blocks : 0;
 }
 
@@ -549,6 +549,6 @@ void OPERATOR(attention_backward_sm90)(act *dqkv, const act *dout, const act *qk
 
 #ifndef __CUDACC__
 extern "C" void OPERATOR(emulate_attention_backward)(int blocks, int joint) {
-    blocks_at_most = blocks, only_joint = joint;
+    emulated_blocks = blocks, only_joint = joint;
 }
 #endif

@@ -388,5 +388,5 @@ void OPERATOR(attention_forward_sm90)(act *out, float *lse, const act *qkv, cons
 }
 
 #ifndef __CUDACC__
-extern "C" void OPERATOR(emulate_attention)(int blocks) { blocks_at_most = blocks; }
+extern "C" void OPERATOR(emulate_attention)(int blocks) { emulated_blocks = blocks; }
 #endif

@@ -11,7 +11,7 @@ enum { CONSUMERS = 2, THREADS = (1 + CONSUMERS) * WARPGROUP, SLICE = 64, ROWS = 
 enum { TILE = SLICE * TILE_WIDTH };  /* values of 64 rows of 64 values */
 enum { ITEMS = 2 };                  /* whose rows are there: of the one at work, and of the next */
 enum { LINES = 8 * TILE_WIDTH * 2 }; /* bytes of 8 rows of a tile */
-enum { SMS = 132 };                  /* of an H100 or H200; fewer or more change the time alone */
+enum { SMS = 132 };                  /* of an H100 or H200 */
 static_assert((int)KEY_BLOCK == (int)SLICE, "one form of tile for all");
 
 /* Registers of a thread of the producer's group, which goes through runs of documents, and of a consumer. */
@@ -87,12 +87,13 @@ __device__ inline void sync_consumer(int consumer) {
 }
 
 #ifdef __CUDACC__
-const int blocks_at_most = SMS;
+inline int blocks_at_most() { return sm_count(); }
 #else
-int blocks_at_most = SMS; /* for the tests: several items a block */
+int emulated_blocks = SMS; /* for the tests: several items a block */
+inline int blocks_at_most() { return emulated_blocks; }
 #endif
 
-inline int blocks_for(int items) { return items < blocks_at_most ? items : blocks_at_most; }
+inline int blocks_for(int items) { return items < blocks_at_most() ? items : blocks_at_most(); }
 
 inline Grid blocks_that_stay(int items, size_t bytes, const char *op) {
     Grid grid(blocks_for(items), THREADS, bytes, op);

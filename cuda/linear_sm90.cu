@@ -28,7 +28,7 @@ namespace {
 enum { CONSUMERS = 2, THREADS = (1 + CONSUMERS) * WARPGROUP, BK = 64, SLICE = 64 };
 enum { STRIP = 32, STAGING = SLICE * STRIP }; /* of WEIGHT: columns that a consumer writes at a time; floats for them */
 enum { CLUSTER = 2 };                         /* blocks that share the right operand */
-enum { SMS = 132 };                           /* of an H100 or H200; fewer or more change the time alone */
+enum { SMS = 132 };                           /* of an H100 or H200, by which rows are cut into parts on any device */
 
 /* Of both tiles of a stage, which have TILE_WIDTH values in a row. */
 static_assert((int)BK == (int)TILE_WIDTH, "a row of a tile is one step of k, or holds one");
@@ -426,10 +426,12 @@ __global__ void __launch_bounds__(256)
 
 int only_tiling = -1; /* -1: by the sizes.  For benchmarks and tests. */
 #ifdef __CUDACC__
-const int clusters_at_most = SMS / CLUSTER, least_rows = 512;
+const int least_rows = 512;
+int clusters_at_most() { return sm_count() < CLUSTER ? 1 : sm_count() / CLUSTER; }
 #else
 /* For the tests: several tiles a block, several parts. */
-int clusters_at_most = SMS / CLUSTER, least_rows = 512;
+int emulated_clusters = SMS / CLUSTER, least_rows = 512;
+int clusters_at_most() { return emulated_clusters; }
 #endif
 
 struct Choice {
@@ -454,6 +456,7 @@ enum { MOST_PARTS = 16, MOST_PART_TILES = 16 * SMS };
 /* Of products that take as long the first.  The order of sums knows the parts alone, which only WEIGHT has. */
 Choice choose(int product, int M, int N, int K) {
     const int64_t steps = divide_up(K, BK), most_parts = product == WEIGHT ? divide_up(K, least_rows) : 1;
+    const int blocks = product == WEIGHT ? SMS : CLUSTER * clusters_at_most(); /* the device must not show in sums */
     Choice best = {TILINGS - 1, 1};
     double least = 1e300;
     for (int i = product == WEIGHT ? TILINGS - 1 : 0; i < TILINGS; i++) {
@@ -461,7 +464,7 @@ Choice choose(int product, int M, int N, int K) {
         const int64_t tiles = divide_up(M, CLUSTER * SIDES[i].bm) * CLUSTER * divide_up(N, SIDES[i].bn);
         for (int parts = 1; parts <= most_parts && parts <= MOST_PARTS; parts++) {
             if (parts > 1 && tiles * parts > MOST_PART_TILES) break;
-            const double waves = (double)divide_up(tiles * parts, SMS);
+            const double waves = (double)divide_up(tiles * parts, blocks);
             const double each = ((double)divide_up(steps, parts) + WRITING * (parts > 1 ? 3 : 1)) / SIDES[i].share;
             const double time = waves * each * SIDES[i].bm * SIDES[i].bn;
             if (time < least) least = time, best = {i, parts};
@@ -502,7 +505,7 @@ void run(const ProductSm90 &p, const Output &o, int each) {
     work.items = work.pairs_m * work.tiles_n * work.parts;
     work.adds = product == WEIGHT && o.accumulate && on_16_bytes(o.grad) && p.N % 4 == 0;
     work.lags = work.steps - (work.parts - 1) * each > S::LAG;
-    const int count = work.items < clusters_at_most ? work.items : clusters_at_most;
+    const int most = clusters_at_most(), count = work.items < most ? work.items : most;
     Grid grid(count * CLUSTER, THREADS, S::BYTES, p.op);
     grid.sm90 = true, grid.cluster = CLUSTER;
     launch(grid, product_sm90<S>, o, a, b, boxes_of(p, S::BOX_WIDTH), work);
@@ -557,6 +560,6 @@ extern "C" int OPERATOR(linear_sm90_tiling)(int tiling) {
 
 #ifndef __CUDACC__
 extern "C" void OPERATOR(emulate_tiling)(int tiling, int clusters, int rows) {
-    only_tiling = tiling, clusters_at_most = clusters, least_rows = rows;
+    only_tiling = tiling, emulated_clusters = clusters, least_rows = rows;
 }
 #endif

@@ -123,16 +123,33 @@ const char *barelm_cuda_open(int device) {
     return NULL;
 }
 
+/* What kernels are chosen by; all 0 where the device cannot be asked. */
+struct Device {
+    int number, major, minor, sms;
+};
+
+static Device device_now(void) {
+    static Device kept = {-1, 0, 0, 0};
+    Device now = {0, 0, 0, 0};
+    auto ask = [&](int *value, cudaDeviceAttr what) {
+        return worked(cudaDeviceGetAttribute(value, what, now.number), "device_now");
+    };
+    if (!worked(cudaGetDevice(&now.number), "device_now")) return now;
+    if (now.number == kept.number) return kept;
+    if (!ask(&now.major, cudaDevAttrComputeCapabilityMajor) || !ask(&now.minor, cudaDevAttrComputeCapabilityMinor) ||
+        !ask(&now.sms, cudaDevAttrMultiProcessorCount))
+        return {};
+    return kept = now;
+}
+
 bool is_sm90(void) {
-    static int major, minor, device = -1;
-    int now = 0;
-    if (!worked(cudaGetDevice(&now), "is_sm90")) return false;
-    if (now != device) {
-        if (!worked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, now), "is_sm90")) return false;
-        if (!worked(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, now), "is_sm90")) return false;
-        device = now;
-    }
-    return major == 9 && minor == 0;
+    const Device device = device_now();
+    return device.major == 9 && device.minor == 0;
+}
+
+int sm_count(void) {
+    const int sms = device_now().sms;
+    return sms > 0 ? sms : 1;
 }
 
 /* The driver's own function: the library is not linked with it. */

@@ -105,6 +105,8 @@ inline void launch_early(Grid g, void (*kernel)(P...), A... args) {
 
 /* Whether the GPU runs code for sm_90a: Hopper. */
 bool is_sm90(void);
+/* Its multiprocessors; what kernels that stay have blocks for.  1 where it cannot be asked. */
+int sm_count(void);
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /* Threads for `work` pieces: whole warps, at most `most`. */

@@ -829,6 +829,7 @@ const TensorMap &tensor_map(const bf16 *p, int rows, int cols, int64_t ld, int b
 static bool emulated_sm90;
 extern "C" void emulate_sm90(int on) { emulated_sm90 = on; }
 bool is_sm90(void) { return emulated_sm90; }
+int sm_count(void) { return 132; }
 
 int64_t cuda_memory_free(void) { return (int64_t)1 << 30; }
 const char *barelm_cuda_open(int device) { return device ? "only one GPU is emulated" : nullptr; }
