@@ -315,11 +315,12 @@ def operators(device, s, seconds, only, found, kind):
 
 # ---- decoding ----
 
-DECODE_HEADER = ("rows", "tokens before", "ms a step", "tokens/s", "% of copy", "spread %")
+DECODE_HEADER = ("rows", "tokens before", "ms a step", "tokens/s", "% of copy", "spread %", "ms alone", "% alone")
 
 
-def steps(model, s, tokens, rows, most=200):
-    """The seconds of each step of a session."""
+def steps(model, s, tokens, rows, most=200, ahead=50):
+    """The seconds of each step of a session and its draw; and those of a step alone, without the host: of several that
+    are asked for one behind the other."""
     session = Session(model, rows * -(-2 * tokens // 64) * 64, "bf16")  # pages of 64 are a row's own
     ids = [session.add() for _ in range(rows)]
     prompt = np.random.default_rng(2).integers(0, s.V, tokens).astype(np.int32)
@@ -331,7 +332,12 @@ def steps(model, s, tokens, rows, most=200):
         session.advance(ids, last[:, None])
         last, _, _ = session.draw(samplings, u, s.V)
         times.append(time.perf_counter() - began)
-    return dict(seconds=times, bytes=2 * s.n_params + 4 * rows * tokens * s.layers * s.C)
+    began, ahead = time.perf_counter(), min(ahead, tokens // 2)
+    for _ in range(ahead):
+        session.advance(ids, last[:, None])
+    session.logits()
+    alone = (time.perf_counter() - began) / ahead
+    return dict(seconds=times, alone=alone, bytes=2 * s.n_params + 4 * rows * tokens * s.layers * s.C)
 
 
 def decode_row(rows, tokens, r, copy):
@@ -339,7 +345,8 @@ def decode_row(rows, tokens, r, copy):
         return f"| {rows} | {tokens} | {r['error']} |"
     low, middle, high = np.quantile(r["seconds"][1:], [0.25, 0.5, 0.75])
     cells = (rows, tokens, f"{1e3 * middle:.3f}", f"{rows / middle:.0f}", f"{100 * r['bytes'] / middle / copy:.0f}")
-    return "| " + " | ".join(map(str, (*cells, f"{100 * (high - low) / middle:.0f}"))) + " |"
+    alone = f"{1e3 * r['alone']:.3f}", f"{100 * r['bytes'] / r['alone'] / copy:.0f}"
+    return "| " + " | ".join(map(str, (*cells, f"{100 * (high - low) / middle:.0f}", *alone))) + " |"
 
 
 def decode(device, s, tokens, counts, found):

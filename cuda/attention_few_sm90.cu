@@ -51,8 +51,8 @@ __device__ void tell_all(Shared<float> to, const float (&x)[2], int rows, Shared
         store_async(to + row, row < 8 ? upper : lower, told_of, rank);
 }
 
-/* This warp's page, or at least its first half, was loaded before it had the new keys and values: they and, of values,
- * zeros behind the last take their places. */
+/* This warp's page was loaded without the new keys and values: they take their places, and zeros those behind the last
+ * that a product of 16 keys reads. */
 __device__ void add_new(const Room &room, const Cached<bf16> &keys, const Part &part, int k0, int count) {
     const int first = part.past > k0 ? part.past - k0 : 0, end = (count + 15) / 16 * 16;
     for (int i = first * (W / CHUNK) + lane_index(); i < end * (W / CHUNK); i += WARP) {
@@ -112,6 +112,7 @@ __device__ void weigh_values(float (&s)[1][KEY_BLOCK / 8][4], const Room &room, 
                 if (row_of(0, r) < rows)
                     store_async(room.outputs + ((page * QUERIES + row_of(0, r)) * STRIP + column_of(0, 0)),
                                 c[0][half][2 * r], c[0][half][2 * r + 1], room.told_of + OUTPUTS, 2 * n + half);
+        __syncwarp(); /* products want all lanes together */
     }
     const float sums[2] = {softmax.sum[0][0], softmax.sum[0][1]};
     tell_all(room.weights + page * QUERIES, sums, rows, room.told_of + OUTPUTS);

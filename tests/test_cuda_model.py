@@ -13,7 +13,7 @@ import pytest
 from barelm import Config, Lora, Model, Session
 from barelm import __main__ as command
 from barelm.drawing import Sampling, draw
-from emulated import COMPILER
+from emulated import COMPILER, ON_GPU
 from models import assert_all_same_bits, assert_same_bits, copies, random_batch, random_model
 from test_threads import at_once
 
@@ -128,7 +128,7 @@ def test_a_step_in_bf16_is_close(device, config):
 def test_a_step_has_the_same_bits_under_every_schedule(device, schedule, config, precision):
     tokens, targets = random_batch(config, 2, 9)
     results = []
-    for seed in range(4):
+    for seed in range(2 if ON_GPU else 4):  # which has but its own
         schedule(seed)
         _, gpu = twins(config, precision)
         loss, grads, norm = step(gpu, tokens, targets)

@@ -115,7 +115,7 @@ struct Block {
 uint64_t epoch = 1; /* block barriers so far, over all blocks: what was done in another one comes before */
 int current;        /* the thread that runs */
 alignas(1024) char memory[MOST_CLUSTER * MOST_SM90];
-Unit units[MOST_CLUSTER * MOST_SM90];
+std::vector<Unit> units; /* of as many blocks as a cluster has had so far */
 
 int part_of_thread(int thread) { return thread / block.size; }
 Part &my_part() { return block.parts[part_of_thread(current)]; }
@@ -594,6 +594,7 @@ static void run(const Launch &l, const void *context_) {
         return;
     }
     if (!stacks) make_fibers();
+    if (units.size() < (size_t)(l.cluster * MOST_SM90)) units.resize((size_t)(l.cluster * MOST_SM90));
     keep_told();
     block.sm90 = l.sm90, block.early = l.early, block.size = l.threads, block.blocks = l.cluster;
     block_size = {(unsigned)l.threads, 1, 1}, grid_size = {(unsigned)l.blocks, 1, 1};
@@ -612,7 +613,7 @@ static void run(const Launch &l, const void *context_) {
     sigaltstack(&old_stack, nullptr);
     if (!failed) return;
     make_fibers(); /* they were left in the middle of it */
-    std::fill(units, units + l.cluster * MOST_SM90, Unit());
+    units.clear();
 }
 
 /* What a host asked of the stream, in order: the calls of a recording are done again with the very arguments they had.
