@@ -40,6 +40,7 @@ static Status prepare(Model *m, int B, int T, int training) {
     return s;
 }
 
+/* Behind whatever writes weights: a backend may read those of a pass from here on. */
 static void copy_ids(Model *m, void *dst, const int32_t *src) {
     m->ops->copy_in(dst, src, (size_t)m->B * (size_t)m->T * 4);
 }

@@ -306,6 +306,13 @@ bool on_sm90(int M, int N, int K) {
     return M > 0 && N > 0 && K > 0;
 }
 
+/* Whether a weight is read where it lies.  What writes weights comes before the tokens of the pass, which the host
+ * copies in; a copy in bf16 that was made for this product does not. */
+template <class T>
+bool weight_is_told(const Matrix<T> &b, const Matrix<bf16> &b16) {
+    return (const void *)b.p == (const void *)b16.p;
+}
+
 template <Product product, class TA, class TB>
 void multiply(const Output &o, const Matrix<TA> &a, const Matrix<TB> &b, int prec, int M, int N, int K,
               const char *op) {
@@ -321,7 +328,7 @@ void multiply(const Output &o, const Matrix<TA> &a, const Matrix<TB> &b, int pre
     if (bytes > 0) room = (char *)scratch(bytes);
     const Matrix<bf16> a16 = rounded(room, a, op), b16 = rounded(room, b, op);
     if constexpr (product == FORWARD)
-        if (are_few(M, K)) return multiply_few<PlainRows>(o, a16, b16, M, N, K, op);
+        if (are_few(M, K)) return multiply_few<PlainRows>(o, a16, b16, weight_is_told(b, b16), M, N, K, op);
     if (sm90)
         return OPERATOR(linear_sm90)({product,       a16.p,  b16.p,  a16.rows, a16.cols, b16.rows,
                                       b16.cols,      a16.ld, b16.ld, o.out,    o.pre,    o.add,
@@ -416,9 +423,9 @@ void OPERATOR(norm_linear_packed)(act *out, act *normed, float *moments, const a
         const Matrix<bf16> b = rounded(room, weight, __func__);
         const Unnormed rows = {in, gain, shift, eps, C, norm == NORM_LAYERNORM};
         const int kept = on_16_bytes(gain) && on_16_bytes(shift) ? kept_vectors(in, C) : 0;
-        if (kept == 4) return multiply_few<NormedRows<4>>(o, rows, b, N, OC, C, __func__);
-        if (kept == 8) return multiply_few<NormedRows<8>>(o, rows, b, N, OC, C, __func__);
-        return multiply_few<NormedRows<0>>(o, rows, b, N, OC, C, __func__);
+        if (kept == 4) return multiply_few<NormedRows<4>>(o, rows, b, false, N, OC, C, __func__);
+        if (kept == 8) return multiply_few<NormedRows<8>>(o, rows, b, false, N, OC, C, __func__);
+        return multiply_few<NormedRows<0>>(o, rows, b, false, N, OC, C, __func__);
     }
     if (norm == NORM_LAYERNORM) OPERATOR(layernorm_forward)(normed, moments, moments + N, in, gain, shift, eps, N, C);
     else OPERATOR(rmsnorm_forward)(normed, moments, in, gain, eps, N, C);

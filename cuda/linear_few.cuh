@@ -37,16 +37,29 @@ inline int few_warps(int M, int K) {
 __device__ inline int few_place(int r, int chunk) { return r * FEW_K + (chunk ^ r % 8) * CHUNK; }
 
 /* Columns k .. k + FEW_K / FEW_GROUPS of a block of FEW_COLUMNS rows of weights, n0 .., by a warp: four lanes a row,
- * for then a lane has one address, and all else is constant.  Zeros where the matrix has ended. */
+ * for then a lane has one address, and all else is constant.  Zeros where the matrix has ended.  told: before the wait.
+ */
+template <bool told>
 __device__ inline void fetch_columns(Shared<bf16> to, const Matrix<bf16> &b, int n0, int k0, int k) {
     constexpr int LANES = WARP / FEW_COLUMNS;
     const int row = lane_index() / LANES, first = lane_index() % LANES;
     const bf16 *from = b.p + (int64_t)(n0 + row) * b.ld + k0 + first * CHUNK;
     const int left = n0 + row < b.rows ? b.cols - k0 - first * CHUNK : 0;
+    auto place = [=](int c) { return row * FEW_K + (c / 8 * 8 + ((first + c % 8) ^ row)) * CHUNK; };
 #pragma unroll
     for (int c = k / CHUNK; c < (k + FEW_K / FEW_GROUPS) / CHUNK; c += LANES)
-        copy_async(to + row * FEW_K + (c / 8 * 8 + ((first + c % 8) ^ row)) * CHUNK, from + c * CHUNK,
-                   c * CHUNK < left ? 16 : 0);
+        if constexpr (told) copy_async_told(to + place(c), from + c * CHUNK, c * CHUNK < left ? 16 : 0);
+        else copy_async(to + place(c), from + c * CHUNK, c * CHUNK < left ? 16 : 0);
+}
+
+/* All of its columns, in FEW_GROUPS groups. */
+template <bool told>
+__device__ inline void fetch_block(Shared<bf16> to, const Matrix<bf16> &b, int n0, int k0) {
+#pragma unroll
+    for (int k = 0; k < FEW_K; k += FEW_K / FEW_GROUPS) {
+        fetch_columns<told>(to, b, n0, k0, k);
+        copy_async_commit();
+    }
 }
 
 /* All columns of a block of `rows` rows, by a warp. */
@@ -61,6 +74,7 @@ __device__ inline void fetch_rows(Shared<bf16> to, const Matrix<bf16> &a, int ro
 /* Rows as they are in memory. */
 struct PlainRows {
     using Given = Matrix<bf16>;
+    static constexpr bool BEGINS_WITH_WEIGHTS = true;
     Given x;
     __device__ explicit PlainRows(const Given &given) : x(given) {}
     __device__ void prefetch() const {}
@@ -85,7 +99,8 @@ struct Unnormed {
 template <int V>
 struct NormedRows : Unnormed {
     using Given = Unnormed;
-    static constexpr int EACH = FEW_K / WARP / CHUNK; /* chunks of a block of k for each lane */
+    static constexpr bool BEGINS_WITH_WEIGHTS = false; /* they come beside the moments, and hold no memory until then */
+    static constexpr int EACH = FEW_K / WARP / CHUNK;  /* chunks of a block of k for each lane */
     Moments of[FEW_NORMED];
     KeptRow<V> next;                     /* that a moment is wanted of */
     Pack<float, CHUNK> w[EACH], b[EACH]; /* gain and shift */
@@ -157,8 +172,9 @@ __device__ inline void wait_for_group(int group) {
     __syncwarp();
 }
 
-/* out (M, N) of M <= FEW rows a and N rows b, by blocks of any number of warps. */
-template <class Rows>
+/* out (M, N) of M <= FEW rows a and N rows b, by blocks of any number of warps.  told: the weights were there before
+ * the host last told something, and each warp has one block of k: so it begins with them. */
+template <class Rows, bool told>
 __global__ void __launch_bounds__(FEW_WARPS *WARP, 1)
     product_few(Output o, typename Rows::Given given, Matrix<bf16> b, int M, int N, int K) {
     SHARED_DYNAMIC(bf16, memory);
@@ -180,6 +196,7 @@ __global__ void __launch_bounds__(FEW_WARPS *WARP, 1)
     for (int i = 0; i < 4; i++) left_at[i] = left_row + ((2 * i + lane / 16) ^ lane % 8) * CHUNK;
 #pragma unroll
     for (int i = 0; i < 2; i++) right_at[i] = columns + few_place(lane % 8, 4 * i + lane / 8);
+    if (told) fetch_block<true>(columns, b, n0, warp * FEW_K);
     __syncthreads();
     wait_earlier();
     a.ask();
@@ -191,11 +208,8 @@ __global__ void __launch_bounds__(FEW_WARPS *WARP, 1)
         const int k0 = block * FEW_K;
         __syncwarp(); /* all lanes have read what is written over */
         a.fetch(rows, M, k0);
-#pragma unroll
-        for (int k = 0; k < FEW_K; k += FEW_K / FEW_GROUPS) {
-            fetch_columns(columns, b, n0, k0, k);
-            copy_async_commit();
-        }
+        if constexpr (told) copy_async_commit();
+        else fetch_block<false>(columns, b, n0, k0);
         a.ask(k0);
         if (block == warp) {
             if (writes) beside = Beside<FORWARD>(o, row, n, N, N - n);
@@ -206,7 +220,8 @@ __global__ void __launch_bounds__(FEW_WARPS *WARP, 1)
 #pragma unroll
         for (int k = 0; k < FEW_K; k += 32) {
             uint32_t right[4], left[4];
-            if (k % (FEW_K / FEW_GROUPS) == 0) wait_for_group(k / (FEW_K / FEW_GROUPS));
+            if (told && k == 0) wait_for_group(FEW_GROUPS - 1);
+            if (!told && k % (FEW_K / FEW_GROUPS) == 0) wait_for_group(k / (FEW_K / FEW_GROUPS));
             load_matrices(right, right_at[k / 32 % 2] + k / 64 * 64);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -231,11 +246,14 @@ __global__ void __launch_bounds__(FEW_WARPS *WARP, 1)
 inline bool are_few(int M, int K) { return M > 0 && M <= FEW && few_warps(M, K) > 0; }
 
 template <class Rows>
-inline void multiply_few(const Output &o, const typename Rows::Given &a, const Matrix<bf16> &b, int M, int N, int K,
-                         const char *op) {
+inline void multiply_few(const Output &o, const typename Rows::Given &a, const Matrix<bf16> &b, bool told, int M, int N,
+                         int K, const char *op) {
     const int warps = few_warps(M, K);
     const Grid grid(divide_up(N, FEW_COLUMNS), warps * WARP, few_bytes(warps, M, K), op);
-    launch_early(grid, product_few<Rows>, o, a, b, M, N, K);
+    auto kernel = product_few<Rows, false>;
+    if constexpr (Rows::BEGINS_WITH_WEIGHTS)
+        if (told && few_blocks(K) == warps) kernel = product_few<Rows, true>;
+    launch_early(grid, kernel, o, a, b, M, N, K);
 }
 
 }  // namespace

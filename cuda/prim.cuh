@@ -185,6 +185,11 @@ template <class T>
 __device__ inline T told(const T *p) {
     return *p;
 }
+/* copy_async before wait_earlier, of what was written before the host last told something by a copy. */
+template <class T>
+__device__ inline void copy_async_told(Shared<T> to, const T *from, int valid = 16) {
+    copy_async(to, from, valid);
+}
 
 #else
 #include "emulate/emulate.h"

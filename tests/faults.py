@@ -2387,7 +2387,7 @@ FAULTS = [
     Fault(
         "emulate: copies are asked for before the wait",
         "cuda/emulate/emulate.cpp",
-        'if (block.early && !me.waited) fail("cp.async',
+        'if (block.early && !me.waited && !told) fail("cp.async',
         'if (false) fail("cp.async',
         EMULATE,
     ),
@@ -3508,8 +3508,22 @@ FAULTS = [
     Fault(
         "cuda linear few: each block of k meets the first weights",
         "cuda/linear_few.cuh",
-        "fetch_columns(columns, b, n0, k0, k);",
-        "fetch_columns(columns, b, n0, 0, k);",
+        "fetch_columns<told>(to, b, n0, k0, k);",
+        "fetch_columns<told>(to, b, n0, 0, k);",
+        CUDA,
+    ),
+    Fault(
+        "cuda linear few: weights that are rounded for this product are read before",
+        "cuda/linear.cu",
+        "return (const void *)b.p == (const void *)b16.p;",
+        "return (const void *)b.p != NULL || b16.p;",
+        CUDA,
+    ),
+    Fault(
+        "cuda linear few: rows are not waited for where weights came before",
+        "cuda/linear_few.cuh",
+        "if (told && k == 0) wait_for_group(FEW_GROUPS - 1);",
+        "if (told && k == 0) wait_for_group(FEW_GROUPS - 2);",
         CUDA,
     ),
     Fault(
@@ -3557,8 +3571,8 @@ FAULTS = [
     Fault(
         "cuda linear few: columns behind the matrix are the next row's",
         "cuda/linear_few.cuh",
-        "c * CHUNK < left ? 16 : 0",
-        "left > 0 ? 16 : 0",
+        "n0 + row < b.rows ? b.cols - k0 - first * CHUNK : 0;",
+        "n0 + row < b.rows ? FEW_K : 0;",
         CUDA,
     ),
     Fault(

@@ -554,10 +554,11 @@ void check_access(const Region &region, const void *p, size_t bytes, bool write)
 }
 void check_sum(const Region &region, const void *p, size_t bytes) { check_use(region, p, bytes, SUM); }
 
-void copy_async(const Region &region, void *to, const void *from, int valid) {
+void copy_async(const Region &region, void *to, const void *from, int valid, bool told) {
     if (valid < 0 || valid > 16) fail("cp.async of %d bytes", valid);
     Thread &me = block.threads[(size_t)current];
-    if (block.early && !me.waited) fail("cp.async before wait_earlier");
+    if (block.early && !me.waited && !told) fail("cp.async before wait_earlier");
+    if (told && valid) from = as_told(from, (size_t)valid);
     const Copy copy = {(char *)to, (const char *)from, valid, region.element};
     check_access(region, to, 16, true); /* who read what it will write over is done */
     for (Units i(to, 16, region.element); i.at < i.end; i.at += i.step) units[i.at].pending = current;

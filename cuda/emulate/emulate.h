@@ -71,7 +71,7 @@ Region shared_dynamic(size_t element);
 void check_access(const Region &region, const void *p, size_t bytes, bool write);
 void check_sum(const Region &region, const void *p, size_t bytes);
 
-void copy_async(const Region &region, void *to, const void *from, int valid);
+void copy_async(const Region &region, void *to, const void *from, int valid, bool told);
 void copy_async_commit();
 void copy_async_wait(int groups);
 
@@ -188,7 +188,7 @@ inline void add_global(uint64_t *to, uint64_t x) { *to += x; }
 template <class T>
 void copy_async(Shared<T> to, const T *from, int valid = 16) {
     if ((uintptr_t)from % 16) emulate::fail("cp.async from an address that is not aligned");
-    emulate::copy_async(to.region, to.at(0, 16), from, valid);
+    emulate::copy_async(to.region, to.at(0, 16), from, valid, false);
 }
 inline void copy_async_commit() { emulate::copy_async_commit(); }
 template <int groups>
@@ -201,6 +201,10 @@ void copy_async_wait() {
 inline void launch_next() {}
 inline void wait_earlier() { emulate::wait_earlier(); }
 inline void prefetch_l2(const void *p, size_t bytes) { emulate::prefetch_l2(p, bytes); }
+template <class T>
+void copy_async_told(Shared<T> to, const T *from, int valid = 16) {
+    emulate::copy_async(to.region, to.at(0, 16), from, valid, true);
+}
 template <class T>
 T told(const T *p) {
     T x;
