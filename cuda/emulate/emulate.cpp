@@ -777,8 +777,9 @@ void cuda_free(void *p, size_t bytes) {
 /* The host's part of a step, which is never recorded. */
 static void copy_at_once(void *dst, const void *src, size_t bytes, const char *op) {
     check_entered();
-    if (recording) say_failure(op);
-    else if (bytes) memcpy(dst, src, bytes);
+    if (recording) return say_failure(op);
+    if (!bytes) return;
+    memcpy(dst, src, bytes);
     emulate::copied = true;
 }
 void cuda_copy_in(void *dst, const void *src, size_t bytes) {
