@@ -75,13 +75,7 @@ __device__ void score(float (&s)[1][KEY_BLOCK / 8][4], const Room &room, const P
 #pragma unroll
     for (int r = 0; r < 2; r++) seen[0][r] = part.past + row_of(row0, r) / p.group() + 1 - page * KEY_BLOCK;
     hide(s, seen);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        top[r] = -INFINITY;
-#pragma unroll
-        for (int n = 0; n < KEY_BLOCK / 8; n++) top[r] = fmaxf(top[r], fmaxf(s[0][n][2 * r], s[0][n][2 * r + 1]));
-        top[r] = row_max(top[r]) * p.factor;
-    }
+    greatest_of_page(top, s, p.factor);
     tell_all(room.maxima + page * QUERIES, top, rows, room.told_of + MAXIMA);
 }
 
@@ -93,11 +87,9 @@ __device__ void weigh_values(float (&s)[1][KEY_BLOCK / 8][4], const Room &room, 
     uint32_t rounded[1][KEY_BLOCK / 16][4];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float max = -INFINITY;
         const int row = row_of(0, r);
-        for (int before = lane_index() % 4; row < rows && before < page; before += 4)
-            max = fmaxf(max, room.maxima[before * QUERIES + row]);
-        softmax.max[0][r] = row_max(max);
+        auto greatest = [&](int before) -> float { return room.maxima[before * QUERIES + row]; };
+        softmax.max[0][r] = max_before(greatest, page, row < rows);
     }
     weigh(softmax, keep, s, p.factor);
     round_weights(rounded, s);
@@ -139,9 +131,11 @@ __device__ void fetch_queries(const Room &room, const Paged &p, const Part &part
     copy_async_commit();
 }
 
-/* What the pages of this round bring: to be said once a round and mbarrier, by one thread. */
-__device__ void expect(const Room &room, int pages, int rows) {
-    const int bytes = pages * rows * (int)sizeof(float);
+__device__ int rows_of_round(int row0, int all) { return all - row0 < QUERIES ? all - row0 : QUERIES; }
+
+/* What the pages bring in the round from row0 on: to be said once a round, by one thread. */
+__device__ void expect(const Room &room, int pages, int row0, int all) {
+    const int bytes = pages * rows_of_round(row0, all) * (int)sizeof(float);
     barrier_expect(room.told_of + MAXIMA, bytes), barrier_expect(room.told_of + OUTPUTS, (STRIP + 1) * bytes);
 }
 
@@ -151,7 +145,7 @@ __device__ void attend_few(const Room &room, const Paged &p, const Part &part, c
     const bool mine = page < part.pages();
     const int k0 = page * KEY_BLOCK, count = mine ? part.keys(page) : 0, all = part.count * p.group();
     for (int row0 = 0; row0 < all; row0 += QUERIES) {
-        const int rows = all - row0 < QUERIES ? all - row0 : QUERIES;
+        const int rows = rows_of_round(row0, all);
         const uint32_t parity = (uint32_t)(row0 / QUERIES % 2);
         fetch_queries(room, p, part, row0, rows);
         if (mine && row0 == 0) {
@@ -169,8 +163,7 @@ __device__ void attend_few(const Room &room, const Paged &p, const Part &part, c
         add_values(room, p, part, row0, rows);
         if (row0 + QUERIES >= all) return;
         cluster_sync(); /* what all blocks were told is read, and may be written over */
-        if (threadIdx.x == 0)
-            expect(room, part.pages(), all - row0 - QUERIES < QUERIES ? all - row0 - QUERIES : QUERIES);
+        if (threadIdx.x == 0) expect(room, part.pages(), row0 + QUERIES, all);
     }
 }
 
@@ -181,14 +174,14 @@ __global__ void __launch_bounds__(TILE_THREADS, 2)
     launch_next();
     const Part part(p);
     const Cached<bf16> keys(p, part);
-    const int rows = part.count * p.group(), page = part.slot + warp_index() * CLUSTER;
+    const int page = part.slot + warp_index() * CLUSTER;
     const bool first_head = part.h % p.group() == 0, few = first_head && part.count > 0 && part.count <= FEW;
     if (lane_index() == 0) barrier_init(room.full, 1);
     if (threadIdx.x == 0)
         for (int i = 0; i < TOLD; i++) barrier_init(room.told_of + i, 1);
     if (lane_index() == 0) barrier_init_fence();
     cluster_sync();
-    if (few && threadIdx.x == 0) expect(room, part.pages(), rows < QUERIES ? rows : QUERIES);
+    if (few && threadIdx.x == 0) expect(room, part.pages(), 0, part.count * p.group());
     if (few && page < part.pages() && lane_index() == 0) {
         const int row = (told(p.table + (int64_t)part.r * p.P + page) * p.NKV + part.kv) * 2 * KEY_BLOCK;
         barrier_expect(room.full, 2 * TILE * (int)sizeof(bf16));

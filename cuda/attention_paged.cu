@@ -64,16 +64,14 @@ __device__ void score_pages(const Paged &p, const Part &part, const Cached<bf16>
             multiply_rows<W>(s, Q, 0, K, 0, fast ? KEY_BLOCK : count, steps);
             for (int r = 0; r < 2; r++) seen[0][r] = part.past + row_of(row0, r) / group + 1 - k0;
             hide(s, seen);
+            float top[2];
+            greatest_of_page(top, s, p.factor);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int row = row_of(row0, r);
                 const int64_t at = p.query(part.r, part.kv, row) * p.P + walk.page;
-                float top = -INFINITY;
-#pragma unroll
-                for (int n = 0; n < KEY_BLOCK / 8; n++) top = fmaxf(top, fmaxf(s[0][n][2 * r], s[0][n][2 * r + 1]));
-                top = row_max(top) * p.factor;
                 if (row >= rows) continue;
-                p.maxima[at] = top; /* all four lanes write the same */
+                p.maxima[at] = top[r]; /* all four lanes write the same */
 #pragma unroll
                 for (int n = 0; n < KEY_BLOCK / 8; n++)
 #pragma unroll
@@ -82,14 +80,6 @@ __device__ void score_pages(const Paged &p, const Part &part, const Cached<bf16>
             __syncwarp(); /* the tiles are free */
         }
     }
-}
-
-/* The greatest score of a query in the pages before this one; the four lanes of a row share the pages. */
-__device__ float max_before(const float *maxima, int pages, bool there) {
-    float max = -INFINITY;
-#pragma unroll 4
-    for (int page = lane_index() % 4; there && page < pages; page += 4) max = fmaxf(max, maxima[page]);
-    return row_max(max);
 }
 
 /* Of 16 queries from row0 on, and a page: the weights of its keys, rounded, and their sum. */
@@ -105,7 +95,7 @@ struct PageWeights {
             const int row = row_of(row0, r);
             const bool there = row < rows;
             const int64_t first = p.query(part.r, part.kv, row) * p.P;
-            softmax.max[0][r] = max_before(p.maxima + first, page, there);
+            softmax.max[0][r] = max_before([&](int before) { return p.maxima[first + before]; }, page, there);
 #pragma unroll
             for (int n = 0; n < KEY_BLOCK / 8; n++)
 #pragma unroll

@@ -129,6 +129,26 @@ __device__ void attend_tiles(const Paged &p, const Part &part, const Cached<bf16
  */
 __device__ int row_of(int row0, int r) { return row0 + 8 * r + lane_index() / 4; }
 
+/* The greatest score of this lane's two rows, in factors of 2. */
+__device__ void greatest_of_page(float (&top)[2], const float (&s)[1][KEY_BLOCK / 8][4], float factor) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        top[r] = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < KEY_BLOCK / 8; n++) top[r] = fmaxf(top[r], fmaxf(s[0][n][2 * r], s[0][n][2 * r + 1]));
+        top[r] = row_max(top[r]) * factor;
+    }
+}
+
+/* That of a query in the pages before this one, greatest(page) in each; the four lanes of a row share the pages. */
+template <class Max>
+__device__ float max_before(Max greatest, int pages, bool there) {
+    float max = -INFINITY;
+#pragma unroll 4
+    for (int page = lane_index() % 4; there && page < pages; page += 4) max = fmaxf(max, greatest(page));
+    return row_max(max);
+}
+
 /* A query's value from those of its pages, in order; of each its greatest score, the sum of the weights, and of them
  * times values. */
 template <class Max, class Sum, class Value>

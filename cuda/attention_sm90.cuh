@@ -93,7 +93,10 @@ int emulated_blocks = SMS; /* for the tests: several items a block */
 inline int blocks_at_most() { return emulated_blocks; }
 #endif
 
-inline int blocks_for(int items) { return items < blocks_at_most() ? items : blocks_at_most(); }
+inline int blocks_for(int items) {
+    const int most = blocks_at_most();
+    return items < most ? items : most;
+}
 
 inline Grid blocks_that_stay(int items, size_t bytes, const char *op) {
     Grid grid(blocks_for(items), THREADS, bytes, op);

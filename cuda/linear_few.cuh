@@ -3,9 +3,9 @@
  *
  * A tile of product_bf16 would leave most of the GPU idle: of 128 rows one is there, and of 768 columns 12 blocks get
  * 64 each.  Here a block has 8 columns, and each of its warps a block of 512 values of k: 8 KB of weights, all on their
- * way at once; they are asked for, as far as the L2, while the kernel before still runs.  The chains are those of
- * product_bf16, by the same instruction, added in the same order: a row has the bits that it has among many, and by
- * however many warps.
+ * way at once; they are asked for, as far as the L2 or to shared memory, while the kernel before still runs.  The
+ * chains are those of product_bf16, by the same instruction, added in the same order: a row has the bits that it has
+ * among many, and by however many warps.
  *
  * Time is what follows one upon the other: memory answers after some 300 clocks from the L2, a norm takes 600, and a
  * chain 32 instructions, each waiting for the last, 1,050.  So all that is read is asked for at once, and what can be
@@ -154,11 +154,13 @@ struct NormedRows : Unnormed {
 };
 
 /* What this block reads besides the rows, which the kernel before may still be writing: of blocks that may be there
- * before that has ended, as long as the L2 keeps it.  Rows of weights lie one behind the other. */
+ * before that has ended, as long as the L2 keeps it; weights where they do not come at once.  Their rows lie one behind
+ * the other. */
+template <bool told>
 __device__ inline void few_prefetch(const Output &o, const Matrix<bf16> &b, int n0, int N) {
     if (threadIdx.x > 0 || blockIdx.x >= FEW_EARLY || n0 * b.ld * (int)sizeof(bf16) >= FEW_EARLY_BYTES) return;
     const int columns = N - n0 < FEW_COLUMNS ? N - n0 : FEW_COLUMNS;
-    prefetch_l2(b.p + n0 * b.ld, (size_t)(columns * b.ld) * sizeof(bf16));
+    if (!told) prefetch_l2(b.p + n0 * b.ld, (size_t)(columns * b.ld) * sizeof(bf16));
     if (o.bias && on_16_bytes(o.bias) && columns == FEW_COLUMNS) prefetch_l2(o.bias + n0, FEW_COLUMNS * sizeof(float));
 }
 
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(FEW_WARPS *WARP, 1)
     const Shared<bf16> rows = memory + (warps * FEW_COLUMNS + warp * M) * FEW_K;
     const Shared<float> sums = shared_cast<float>(zeros + FEW_K);
     launch_next();
-    few_prefetch(o, b, n0, N);
+    few_prefetch<told>(o, b, n0, N);
     if (threadIdx.x == 0 && blockIdx.x == 0) a.prefetch();
     for (int i = (int)threadIdx.x; i < FEW_K / CHUNK; i += (int)blockDim.x) /* rows from M on */
         shared_cast<uint4>(zeros)[i] = {0, 0, 0, 0};

@@ -1797,7 +1797,7 @@ FAULTS = [
     ),
     Fault(
         "cuda attention: weights are measured from a maximum that is one page old",
-        "cuda/attention_paged.cu",
+        "cuda/attention_paged.cuh",
         "there && page < pages; page += 4",
         "there && page < pages - 1; page += 4",
         CUDA_ATTENTION,
@@ -2425,6 +2425,13 @@ FAULTS = [
         "    __syncthreads();\n    write_tile<product, S::BM",
         "    write_tile<product, S::BM",
         CUDA,
+    ),
+    Fault(
+        "cuda sm90: rows are cut into parts by the device",
+        "cuda/linear_sm90.cu",
+        "product == WEIGHT ? SMS : CLUSTER * clusters_at_most();",
+        "CLUSTER * clusters_at_most();",
+        SM90,
     ),
     Fault(
         "cuda sm90: a stage is multiplied in the phase before its bytes come",
@@ -3368,8 +3375,8 @@ FAULTS = [
     Fault(
         "cuda attention few sm90: a weight does not know of the page before",
         "cuda/attention_few_sm90.cu",
-        "before < page; before += 4",
-        "before < page - 1; before += 4",
+        "max_before(greatest, page, row < rows)",
+        "max_before(greatest, page - 1, row < rows)",
         ATTENTION_SM90,
     ),
     Fault(

@@ -88,10 +88,20 @@ def test_every_tiling_has_the_same_bits_and_a_block_may_have_many_tiles(hopper, 
                 assert same_bits(whole[name], other[name]), (name, TILINGS[tiling], clusters)
 
 
+def check_parts_know_nothing_of_the_device(hopper, which):
+    results = []
+    for clusters in 66, 3, 1:
+        hopper.tiles(rows=128, clusters=clusters)
+        results.append(run(hopper, build("bf16", *which)))
+    for other in results[1:]:
+        assert all(same_bits(other[name], results[0][name]) for name in other)
+
+
 @products(lambda op, c: op == "linear_backward_weight" and c.why in ("several K blocks of N", "one past two tiles"))
 def test_rows_in_parts(hopper, which):
     hopper.tiles(rows=128, clusters=3)
     check_values(hopper, build("bf16", *which))
+    check_parts_know_nothing_of_the_device(hopper, which)
 
 
 @products(lambda op, c: may_share(op, c) and c.why in ("one past two tiles", "rows on 16 bytes, residual"))
@@ -163,4 +173,6 @@ def test_a_planted_fault_is_caught(fault, objects, tmp_path):
                 for tiling in {"linear_forward": (2, 1, 0), "linear_backward_input": (2, 1)}.get(op, (2,)):
                     hopper.tiles(tiling, clusters=1, rows=256)
                     check_values(hopper, build("bf16", op, i), seeds)
+        for which in (which for which in mine if which[0] == "linear_backward_weight"):
+            check_parts_know_nothing_of_the_device(hopper, which)
     print(found.value)
